@@ -1,0 +1,51 @@
+"""What the server computes: pure functions on stacked LoRA adapters.
+
+Every function has one signature:
+
+    aggregated = aggregation.lora_fair(stacked, weights, **hyperparameters)
+
+`stacked` is any pytree whose leaves are `Factors(a [K, d_in, r], b [K, r, d_out])`, K clients on the
+leading axis (`stack` makes one from a list of clients, also of unequal ranks). `weights` is `[K]`,
+non-negative, normalised inside; weight 0 is the same as absence. The result is
+`Aggregated(adapters, residual)`: the new global model is `backbone + scale * (residual + adapters)`.
+Nothing of size d_in x d_out is ever formed, and arithmetic is in float32 at the least, whatever the
+storage type. All functions can be called under `jit`, `vmap` and `grad`.
+
+Errors. Outside jit a ValueError says what is wrong: shapes that do not fit, weights that are
+negative, not finite or all zero, an upload that is not finite (and whose). Values cannot be checked
+while tracing: there a client with a negative or non-finite weight, or with anything non-finite in
+its upload, counts as absent, and if nobody is left the means are zero. The result is finite always.
+"""
+
+from collections.abc import Callable
+
+from fedlora_jax.aggregation._base import Aggregated, present_clients, stack
+from fedlora_jax.aggregation._error import error
+from fedlora_jax.aggregation._fedit import fedit
+from fedlora_jax.aggregation._flora_na import flora_na
+from fedlora_jax.aggregation._lora_fair import lora_fair
+from fedlora_jax.names import lookup
+
+REGISTRY: dict[str, Callable[..., Aggregated]] = {
+    function.__name__: function for function in (fedit, flora_na, lora_fair)
+}
+
+
+def get(name: str) -> Callable[..., Aggregated]:
+    """The aggregation function called `name`.
+
+    Raises:
+      ValueError: If there is none; it lists the names, the nearest one first.
+    """
+    return lookup(REGISTRY, name, "aggregation function")
+
+
+__all__ = [
+    "REGISTRY",
+    "Aggregated",
+    "error",
+    "get",
+    "present_clients",
+    "stack",
+    *sorted(REGISTRY),
+]
