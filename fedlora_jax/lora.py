@@ -1,0 +1,315 @@
+"""LoRA adapters on any Linen model, which does not know of them.
+
+An adapter tree here is a dict from module path (`'block_0/attention/query'`) to `Factors`. `apply`
+intercepts the call of each adapted `nn.Dense` or `nn.DenseGeneral` and adds `scale * (x a) b` to what
+it returns: no merged weight is built, so that under `vmap` a thousand clients share one backbone.
+Kernels with head axes are flattened to `[d_in, d_out]` at the point of use.
+
+References:
+  Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022, arXiv:2106.09685.
+"""
+
+import difflib
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.typing import DTypeLike
+
+from fedlora_jax.lowrank import Factors
+
+Params: TypeAlias = Mapping[str, Any]
+Adapters: TypeAlias = dict[str, Factors]
+
+
+class KernelShape(NamedTuple):
+    """A Dense kernel seen as a matrix: the shapes of its input axes and of its output axes."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def d_in(self) -> int:
+        """Number of rows of the matrix."""
+        return math.prod(self.inputs)
+
+    @property
+    def d_out(self) -> int:
+        """Number of columns of the matrix."""
+        return math.prod(self.outputs)
+
+
+def kernel_shapes(params: Params) -> dict[str, KernelShape]:
+    """Every kernel of a model that can take an adapter, by module path.
+
+    A kernel with more than two axes belongs to an `nn.DenseGeneral`; the shape of its bias says
+    which axes are outputs. Without a bias the first axis is taken as the only input, except in a
+    module called `out`, where the last axis is taken as the only output (`nn.MultiHeadAttention`).
+
+    Args:
+      params: The parameters of the model, or variables with a collection `params`.
+    """
+    shapes = {}
+    flat = _flat(params)
+    for path, kernel in flat.items():
+        if path[-1] != "kernel" or kernel.ndim not in (2, 3):
+            continue
+        bias = flat.get((*path[:-1], "bias"))
+        if bias is not None:
+            split = kernel.ndim - bias.ndim
+        else:
+            split = kernel.ndim - 1 if len(path) > 1 and path[-2] == "out" else 1
+        shapes["/".join(path[:-1])] = KernelShape(kernel.shape[:split], kernel.shape[split:])
+    return shapes
+
+
+def select(paths: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
+    """The paths in which one of the regular expressions is found (`re.search`).
+
+    Raises:
+      ValueError: If a pattern is found in none; it lists the paths, the nearest one first.
+    """
+    paths = list(paths)
+    chosen: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = [path for path in paths if re.search(pattern, path)]
+        if not found:
+            nearest = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.3)
+            hint = f" The nearest is {nearest[0]!r}." if nearest else ""
+            raise ValueError(
+                f"target pattern {pattern!r} matches no layer.{hint} Layers: {', '.join(paths)}"
+            )
+        chosen.update(found)
+    return [path for path in paths if path in chosen]
+
+
+def init(
+    key: jax.Array,
+    params: Params,
+    *,
+    targets: str | Sequence[str],
+    rank: int,
+    dtype: DTypeLike = jnp.float32,
+) -> Adapters:
+    r"""Fresh adapters: `a ~ U(-1/sqrt(d_in), 1/sqrt(d_in))`, `b = 0`, as PEFT has it.
+
+    The values of a kernel depend on the key and its path, not on which others are adapted.
+
+    Args:
+      key: A random key.
+      params: The parameters of the model.
+      targets: Regular expressions, searched for in the module paths.
+      rank: The rank r, the same for all layers.
+      dtype: Storage type.
+
+    Returns:
+      A dict from module path to `Factors(a [d_in, r], b [r, d_out])`.
+
+    Raises:
+      ValueError: If a pattern matches no layer, or the rank is not in 1 .. min(d_in, d_out) of a
+        layer that is matched.
+
+    Examples:
+      >>> import flax.linen as nn, jax
+      >>> params = nn.Dense(5).init(jax.random.key(0), jax.numpy.ones((1, 3)))
+      >>> adapters = init(jax.random.key(1), {'params': {'layer': params['params']}},
+      ...                 targets='layer', rank=2)
+      >>> adapters['layer'].a.shape, adapters['layer'].b.shape
+      ((3, 2), (2, 5))
+    """
+    shapes = kernel_shapes(params)
+    adapters = {}
+    for path in select(shapes, targets):
+        d_in, d_out = shapes[path].d_in, shapes[path].d_out
+        if not 1 <= rank <= min(d_in, d_out):
+            raise ValueError(
+                f"rank {rank} is impossible for layer {path!r} [{d_in}, {d_out}]: "
+                f"expected 1 to {min(d_in, d_out)}"
+            )
+        bound = d_in**-0.5
+        path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        a = jax.random.uniform(path_key, (d_in, rank), dtype, -bound, bound)
+        adapters[path] = Factors(a, jnp.zeros((rank, d_out), dtype))
+    return adapters
+
+
+def apply(
+    model: nn.Module,
+    params: Params,
+    adapters: Adapters,
+    *args: Any,
+    scale: float | jax.Array,
+    offset: Adapters | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Applies a model whose kernels W of adapted layers are `W + scale * (a b + offset)`.
+
+    Args:
+      model: Any Linen module.
+      params: Its parameters, or variables with a collection `params`; frozen as far as this
+        function goes, and shared under a `vmap` that maps the adapters alone.
+      adapters: From module path to `Factors`.
+      *args: Inputs of the model.
+      scale: The factor s (alpha / r, or alpha / sqrt(r), in PEFT's terms).
+      offset: More adapters of any rank under the same scale, for example a frozen offset that is
+        a client's own.
+      **kwargs: For `model.apply`: `rngs`, `mutable`, `method`, or arguments of the model.
+
+    Returns:
+      What `model.apply` returns.
+
+    Raises:
+      ValueError: If an adapter belongs to a layer that is not called, is not an `nn.Dense` or
+        `nn.DenseGeneral` over trailing axes, or has other dimensions.
+
+    Examples:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> from fedlora_jax import Factors, lora
+      >>> model = nn.Sequential([nn.Dense(2)])
+      >>> params = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> adapters = {'layers_0': Factors(jnp.ones((3, 1)), jnp.ones((1, 2)))}
+      >>> change = (lora.apply(model, params, adapters, jnp.ones((1, 3)), scale=2.)
+      ...           - model.apply(params, jnp.ones((1, 3))))
+      >>> change.round(4)
+      Array([[6., 6.]], dtype=float32)
+    """
+    trees = [adapters] if offset is None else [adapters, offset]
+    called: set[str] = set()
+
+    def intercept(
+        run: Any,
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        outputs = run(*inputs, **options)
+        path = "/".join(context.module.path)
+        found = [tree[path] for tree in trees if path in tree]
+        if not found or context.method_name != "__call__":
+            return outputs
+        called.add(path)
+        x = inputs[0] if inputs else options["inputs"]
+        shape = _shape_of(context.module, path, x)
+        for factors in found:
+            outputs += scale * _low_rank(x, factors, shape, path).astype(outputs.dtype)
+        return outputs
+
+    variables = params if "params" in params else {"params": params}
+    with nn.intercept_methods(intercept):
+        result = model.apply(variables, *args, **kwargs)
+    unused = {path for tree in trees for path in tree} - called
+    if unused:
+        layers = ", ".join(kernel_shapes(params))
+        raise ValueError(
+            f"no layer was called at the path of the adapters {sorted(unused)}. Layers: {layers}"
+        )
+    return result
+
+
+def _shape_of(module: nn.Module, path: str, x: jax.Array) -> KernelShape:
+    if isinstance(module, nn.Dense):
+        return KernelShape((x.shape[-1],), (module.features,))
+    if isinstance(module, nn.DenseGeneral):
+        axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+        trailing = sorted(axis % x.ndim for axis in axes) == list(range(x.ndim - len(axes), x.ndim))
+        if trailing and not module.batch_dims:
+            features = module.features
+            outputs = (features,) if isinstance(features, int) else tuple(features)
+            return KernelShape(x.shape[x.ndim - len(axes) :], outputs)
+    raise ValueError(
+        f"layer {path!r} is a {type(module).__name__}; adapters go on nn.Dense, and on "
+        "nn.DenseGeneral over trailing axes"
+    )
+
+
+def _low_rank(x: jax.Array, factors: Factors, shape: KernelShape, path: str) -> jax.Array:
+    found = (factors.a.shape[0], factors.b.shape[-1])
+    if found != (shape.d_in, shape.d_out):
+        raise ValueError(
+            f"the adapter of {path!r} is for a kernel {list(found)}, the layer has "
+            f"[{shape.d_in}, {shape.d_out}]"
+        )
+    batch = x.shape[: x.ndim - len(shape.inputs)]
+    flat = x.reshape(*batch, shape.d_in)
+    low = flat @ factors.a.astype(x.dtype) @ factors.b.astype(x.dtype)
+    return low.reshape(*batch, *shape.outputs)
+
+
+def merge(params: Params, adapters: Adapters, *, scale: float | jax.Array) -> dict[str, Any]:
+    """The parameters with `kernel + scale * a b` in place of each adapted kernel.
+
+    The sum is taken in float32 and stored in the type of the kernel.
+
+    Args:
+      params: The parameters of the model, or variables with a collection `params`.
+      adapters: From module path to `Factors(a [d_in, r], b [r, d_out])`, of any rank.
+      scale: The factor s.
+
+    Returns:
+      New parameters of the structure of `params`.
+
+    Raises:
+      ValueError: If there is no kernel at a path, or it has other dimensions.
+    """
+    flat = dict(_flat(params))
+    shapes = kernel_shapes(params)
+    for path, factors in adapters.items():
+        if path not in shapes:
+            raise ValueError(f"no kernel at {path!r} to merge into. Layers: {', '.join(shapes)}")
+        found = (factors.a.shape[0], factors.b.shape[-1])
+        if found != (shapes[path].d_in, shapes[path].d_out):
+            raise ValueError(
+                f"the adapter of {path!r} is for a kernel {list(found)}, the layer has "
+                f"[{shapes[path].d_in}, {shapes[path].d_out}]"
+            )
+        key = (*path.split("/"), "kernel") if path else ("kernel",)
+        kernel = flat[key]
+        change = jnp.matmul(factors.a, factors.b, precision=jax.lax.Precision.HIGHEST)
+        change = scale * change.astype(jnp.float32).reshape(kernel.shape)
+        flat[key] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+    merged = traverse_util.unflatten_dict(flat)
+    return {**params, "params": merged} if "params" in params else merged
+
+
+def count_parameters(tree: Any) -> int:
+    """The number of scalars in a tree of arrays, or of anything else with a shape."""
+    return sum(math.prod(jnp.shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
+def split_head(params: Params, pattern: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts parameters into the frozen backbone and the head that is trained with the adapters.
+
+    Args:
+      params: The parameters of the model (not the variables).
+      pattern: A regular expression searched for in the module paths, PEFT's `modules_to_save`; None
+        for no head.
+
+    Returns:
+      `(backbone, head)`; `join_head` puts them together again.
+
+    Raises:
+      ValueError: If the pattern matches no module.
+    """
+    flat = _flat(params)
+    chosen: set[str] = set()
+    if pattern is not None:
+        chosen = set(select(dict.fromkeys("/".join(path[:-1]) for path in flat), pattern))
+    parts: tuple[dict[Any, Any], dict[Any, Any]] = ({}, {})
+    for path, value in flat.items():
+        parts["/".join(path[:-1]) in chosen][path] = value
+    return traverse_util.unflatten_dict(parts[0]), traverse_util.unflatten_dict(parts[1])
+
+
+def join_head(backbone: Params, head: Params) -> dict[str, Any]:
+    """The parameters that `split_head` parted."""
+    return traverse_util.unflatten_dict({**_flat(backbone), **_flat(head)})
+
+
+def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
+    return traverse_util.flatten_dict(params["params"] if "params" in params else params)
