@@ -1,0 +1,56 @@
+"""Six domains of handwritten digits, thirty clients, a small ViT: the demo.
+
+    python -m experiments.compare --config=configs/digits.py --workdir=runs/digits
+    python -m experiments.train --config=configs/digits.py:method=lora_fair --workdir=runs/fair
+
+`runlocal` makes it a matter of seconds, to see whether all runs.
+"""
+
+import ml_collections
+
+from configs.common import method_options, parse_arg
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The configuration; `arg` is `method=NAME,runlocal`."""
+    args = parse_arg(arg, method="fedit", runlocal=False)
+    config = ml_collections.ConfigDict()
+    config.method = args["method"]
+    config.seed = 0
+    config.rounds = 2 if args["runlocal"] else 12
+    config.clients_per_round = 18
+    config.weights = "examples"  # or "equal"
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "digits_domains"
+    config.data.partition = "domain_dirichlet"
+    config.data.partition_options = {"clients_per_domain": 5, "alpha": 0.5}
+
+    config.model = ml_collections.ConfigDict()
+    config.model.name = "vit_digits"
+    config.model.options = {"num_classes": 10}
+
+    config.pretraining = ml_collections.ConfigDict()
+    config.pretraining.split = "pretrain"
+    config.pretraining.steps = 50 if args["runlocal"] else 1000
+    config.pretraining.batch_size = 64
+    config.pretraining.learning_rate = 1e-3
+
+    config.lora = ml_collections.ConfigDict()
+    config.lora.rank = 4
+    config.lora.scale = 2.0
+    config.lora.targets = ("attention/(query|value)", "mlp/fc")
+    config.lora.head = "head"
+
+    config.local = ml_collections.ConfigDict()
+    config.local.steps = 10
+    config.local.batch_size = 32
+    config.local.optimizer = "sgd"  # or "adamw"
+    config.local.learning_rate = 0.1
+    config.local.momentum = 0.9
+    config.local.weight_decay = 1e-5
+    config.local.clip_norm = 10.0
+    config.local.schedule = "constant"  # or "cosine", over rounds
+
+    config.options = method_options()
+    return config

@@ -1,0 +1,43 @@
+"""Trains one method under one seed.
+
+    python -m experiments.train --config=configs/digits.py:method=lora_fair --workdir=runs/lora_fair
+
+Leaves its configuration, metrics, TensorBoard events, checkpoints, final adapters and a report in the
+work directory. Run again after a kill, it goes on from the last finished round.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from experiments import report
+from experiments.apps import command, progress_bar
+from fedlora_jax.federated import experiment
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, e.g. configs/digits.py:method=lora_fair."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the configuration."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    experiment.check(config)
+    setting = experiment.prepare(config)
+    with progress_bar(config.rounds, config.method) as bar:
+        program = experiment.compile_program(config, setting)
+        rounds = experiment.run(config, setting, program, workdir, bar.update)
+    runs = {config.method: [rounds]}
+    counts = experiment.partition_counts(config, setting)
+    path = report.write(workdir, runs, counts, setting.domains, command())
+    print(f"\n{report.render(runs)}\n\nReport with plots: {path}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

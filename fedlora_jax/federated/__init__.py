@@ -1,0 +1,1 @@
+"""Local training, one round, and the loop of an experiment."""

@@ -1,0 +1,339 @@
+"""From a configuration to a finished run.
+
+`prepare` reads data and backbone, once for all runs; `compile_program` builds the jitted functions
+of one method, once for all seeds; `run` trains one method under one seed, or goes on with it.
+"""
+
+import inspect
+import json
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from fedlora_jax import lora, methods, models
+from fedlora_jax.data import partition, sources
+from fedlora_jax.data.clients import ClientData, client_data
+from fedlora_jax.federated import cohort, randomness, records
+from fedlora_jax.federated.evaluation import TestData, make_evaluate, test_data
+from fedlora_jax.federated.local import LocalTraining
+from fedlora_jax.federated.round import (
+    Federation,
+    RoundFunction,
+    create,
+    make_round,
+    message_bytes,
+)
+from fedlora_jax.federated.task import Batch, Task, classification
+from fedlora_jax.lora import Params
+from fedlora_jax.methods import Method, Server, Trainable
+from fedlora_jax.models import pretrain
+from fedlora_jax.names import lookup
+
+Progress = Callable[[], Any]
+
+
+class Setting(NamedTuple):
+    """What all runs of a comparison share.
+
+    Attributes:
+      task: The model, what it reads, and the loss.
+      params: Pretrained parameters.
+      train: Training examples of all clients, dict of arrays `[M, ...]`.
+      test: Held-out examples.
+      domains: The names of the domains; one called `all` for a data set without domains.
+    """
+
+    task: Task
+    params: Params
+    train: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    domains: tuple[str, ...]
+
+
+class Program(NamedTuple):
+    """The compiled functions of one method."""
+
+    method: Method
+    round: RoundFunction
+    evaluate: Callable[[Federation, TestData], jax.Array]
+
+
+def prepare(config: ml_collections.ConfigDict) -> Setting:
+    """Reads the data and the pretrained backbone, which is made and kept on first use."""
+    name = config.data.name
+    train, test = (_examples(sources.load(name, split)) for split in ("federated", "test"))
+    model = models.get(config.model.name, **config.model.options)
+    params = pretraining.load_or_train(config)
+    domains = tuple(sources.class_names(name, "domain")) if "domain" in train else ("all",)
+    return Setting(classification(model, _images), params, train, test, domains)
+
+
+def _examples(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What training needs of a split; a data set without domains has one."""
+    one_domain = np.zeros(len(arrays["label"]), np.int32)
+    return {name: arrays.get(name, one_domain) for name in ("image", "label", "domain")}
+
+
+def _images(batch: Batch) -> tuple[jax.Array]:
+    return (batch["image"],)
+
+
+def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Program:
+    """Builds the functions of `config.method`; they compile when first called."""
+    method = methods.get(config.method)(**config.options[config.method])
+    # A pooled method sees as many examples a round as the cohort of any other.
+    steps = config.local.steps * (config.clients_per_round if method.pooled else 1)
+    training = LocalTraining(
+        optimizer(config.local), steps, config.local.batch_size, schedule(config)
+    )
+    equal = lookup({"examples": False, "equal": True}, config.weights, "weighting of clients")
+    return Program(
+        method,
+        make_round(setting.task, method, training, equal_weights=equal),
+        make_evaluate(setting.task, method, len(setting.domains)),
+    )
+
+
+def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """The clients' optimiser from `config.local`, gradients clipped to `clip_norm`."""
+    decay, rate = config.weight_decay, config.learning_rate
+    makers = {
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.momentum or None)
+        ),
+        "adamw": lambda: optax.adamw(rate, weight_decay=decay),
+    }
+    chosen = lookup(makers, config.optimizer, "optimizer")()
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
+
+
+def schedule(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:
+    """The factor on the learning rate as a function of the round."""
+    makers = {
+        "constant": lambda: optax.constant_schedule(1.0),
+        "cosine": lambda: optax.cosine_decay_schedule(1.0, config.rounds),
+    }
+    return lookup(makers, config.local.schedule, "schedule")()
+
+
+def partitioned(
+    config: ml_collections.ConfigDict, setting: Setting, seed: int
+) -> list[np.ndarray]:
+    """The positions of each client's training examples, as `config.data` says."""
+    split = partition.get(config.data.partition)
+    known = {
+        "labels": setting.train["label"],
+        "domains": setting.train["domain"],
+        "num_examples": len(setting.train["label"]),
+    }
+    wanted = {name: known[name] for name in inspect.signature(split).parameters if name in known}
+    return split(**wanted, seed=seed, **config.data.partition_options)
+
+
+def partition_counts(config: ml_collections.ConfigDict, setting: Setting) -> np.ndarray:
+    """How many examples each client has of each domain and label, `[N, D, L]`."""
+    parts = partitioned(config, setting, config.seed)
+    labels, domains = setting.train["label"], setting.train["domain"]
+    counts = np.zeros((len(parts), len(setting.domains), int(labels.max()) + 1), int)
+    for client, part in enumerate(parts):
+        np.add.at(counts[client], (domains[part], labels[part]), 1)
+    return counts
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError on what can be known to be wrong before any work is done."""
+    methods.get(config.method)(**config.options[config.method])
+    lookup({"examples": 0, "equal": 0}, config.weights, "weighting of clients")
+    partition.get(config.data.partition)
+    optimizer(config.local)
+    schedule(config)
+    for name, value in {
+        "rounds": config.rounds,
+        "clients_per_round": config.clients_per_round,
+        "lora.rank": config.lora.rank,
+        "local.steps": config.local.steps,
+        "local.batch_size": config.local.batch_size,
+    }.items():
+        if value < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {value}")
+
+
+class _Start(NamedTuple):
+    federation: Federation
+    data: ClientData
+    test: TestData
+    cohort_size: int
+
+
+def _start(config: ml_collections.ConfigDict, setting: Setting, method: Method) -> _Start:
+    seed = jax.random.key(config.seed)
+    parts = partitioned(config, setting, config.seed)
+    if not method.pooled and config.clients_per_round > len(parts):
+        raise ValueError(
+            f"config.clients_per_round is {config.clients_per_round}, but the partition "
+            f"{config.data.partition!r} makes only {len(parts)} clients"
+        )
+    if method.pooled:
+        parts = [np.concatenate(parts)]
+    domains = setting.train["domain"]
+    backbone, head = lora.split_head(setting.params, config.lora.head)
+    adapters = lora.init(
+        randomness.stream(seed, "adapters"),
+        backbone,
+        targets=config.lora.targets,
+        rank=config.lora.rank,
+    )
+    server = Server(
+        backbone,
+        Trainable(adapters, head),
+        scale=jnp.float32(config.lora.scale),
+        memory=(),
+        round=jnp.int32(0),
+    )
+    federation = create(randomness.stream(seed, "method"), method, server, len(parts))
+    return _Start(
+        federation,
+        client_data(setting.train, parts),
+        test_data(
+            setting.test, setting.test["domain"], [np.unique(domains[part]) for part in parts]
+        ),
+        1 if method.pooled else config.clients_per_round,
+    )
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    setting: Setting,
+    program: Program,
+    workdir: Path,
+    advance: Progress = lambda: None,
+) -> list[dict[str, Any]]:
+    """Trains one method under one seed, from the last finished round found in `workdir`.
+
+    Writes into `workdir`:
+
+    * `config.json`: the configuration, with the options of this method alone.
+    * `metrics.jsonl`: one line a round, see `docs/outputs.md`, and the same as TensorBoard events.
+    * `checkpoints/`: the last two states, by Orbax.
+    * `adapters.npz`: the final adapters.
+
+    Args:
+      config: As in `configs/`.
+      setting: From `prepare`.
+      program: From `compile_program`, for the method of the configuration.
+      workdir: A directory of this run's own.
+      advance: Called after each finished round, and once for each round found finished.
+
+    Returns:
+      The metrics of all rounds.
+
+    Raises:
+      ValueError: If `workdir` holds a run of another configuration.
+      FloatingPointError: If no client of a round sent finite values; the last good state is kept.
+    """
+    check(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    _claim(config, workdir)
+    start = _start(config, setting, program.method)
+    checkpoints = records.Checkpoints(workdir)
+    federation, first = checkpoints.restore(start.federation)
+    for _ in range(first):
+        advance()
+    writer = records.MetricsWriter(workdir, first)
+    seed = jax.random.key(config.seed)
+    up, down = message_bytes(program.method, federation)
+    try:
+        for index in range(first, config.rounds):
+            began = time.perf_counter()
+            members = cohort.sample(
+                seed,
+                index,
+                num_clients=len(start.data.counts),
+                cohort_size=start.cohort_size,
+            )
+            federation, measured = program.round(federation, start.data, members, seed)
+            jax.block_until_ready(federation)
+            seconds = time.perf_counter() - began
+            _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
+            accuracy = np.asarray(program.evaluate(federation, start.test), np.float64)
+            writer.write(
+                {
+                    "round": index,
+                    "method": config.method,
+                    "seed": config.seed,
+                    "accuracy": float(np.mean(accuracy)),
+                    "domain_accuracy": dict(zip(setting.domains, accuracy.tolist(), strict=True)),
+                    "loss": float(measured.loss),
+                    "aggregation_error": _number(measured.aggregation_error),
+                    "excluded_clients": int(measured.excluded),
+                    "megabytes_up": up * start.cohort_size / 1e6,
+                    "megabytes_down": down * start.cohort_size / 1e6,
+                    "seconds": seconds,
+                    "cohort": np.asarray(members).tolist(),
+                    "client_loss": np.asarray(measured.client_loss).tolist(),
+                }
+            )
+            checkpoints.save(index + 1, federation)
+            advance()
+    finally:
+        writer.close()
+        checkpoints.close()
+    records.save_adapters(workdir / "adapters.npz", federation.server.trainable.adapters)
+    return records.read_metrics(workdir)
+
+
+def _number(x: jax.Array) -> float | None:
+    """A float, or None for NaN, which JSON does not have."""
+    value = float(x)
+    return None if np.isnan(value) else value
+
+
+def _stop_or_warn(excluded: int, cohort_size: int, index: int, workdir: Path) -> None:
+    if excluded == cohort_size:
+        raise FloatingPointError(
+            f"round {index}: every client of the cohort diverged (its values are not finite). The "
+            f"state after round {index - 1} is kept in {workdir}; try a smaller "
+            "config.local.learning_rate or config.local.clip_norm"
+        )
+    if excluded:
+        warnings.warn(
+            f"round {index}: {excluded} of {cohort_size} clients left out, their values are not "
+            "finite",
+            stacklevel=3,
+        )
+
+
+def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes the configuration, or finds that the directory's run is the same one."""
+    mine = {**config.to_dict(), "options": config.options[config.method].to_dict()}
+    text = json.dumps(mine, indent=2, sort_keys=True, default=list) + "\n"
+    path = workdir / records.CONFIG
+    if not path.exists():
+        records.write_atomically(path, text)
+        return
+    theirs = json.loads(path.read_text())
+    changed = _differences(json.loads(text), theirs)
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
+            "another work directory, or remove this one"
+        )
+
+
+def _differences(mine: Any, theirs: Any, path: str = "config") -> list[str]:
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = sorted(mine.keys() | theirs.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(mine.get(key), theirs.get(key), f"{path}.{key}")
+        ]
+    return [] if mine == theirs else [f"{path} is {theirs} there, {mine} here"]

@@ -1,0 +1,19 @@
+"""FLoRA-NA: coefficients over clients, fitted at the server."""
+
+import functools
+from typing import Any
+
+from fedlora_jax import aggregation
+from fedlora_jax.methods._base import Method, averaging
+
+
+def flora_na(**hyperparameters: Any) -> Method:
+    """Clients start from the fitted combinations of their factors, at FedIT's communication.
+
+    Args:
+      **hyperparameters: Of `aggregation.flora_na`.
+
+    References:
+      *FLoRA-NA*, arXiv:2509.26399.
+    """
+    return averaging(functools.partial(aggregation.flora_na, **hyperparameters))

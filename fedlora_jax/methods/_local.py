@@ -1,0 +1,35 @@
+"""The lower reference: no communication."""
+
+import jax
+
+from fedlora_jax.aggregation import Aggregated
+from fedlora_jax.methods._base import Context, Method, PyTree, Server, Start, Trainable
+
+
+def local() -> Method:
+    """Each client goes on from its own last state and is judged by its own model."""
+
+    def init(key: jax.Array, server: Server) -> tuple[Server, Trainable]:
+        return server, server.trainable
+
+    def start(server: Server, client: Trainable, context: Context) -> Start:
+        return Start(client)
+
+    def finish(
+        server: Server, client: Trainable, start: Start, trained: Trainable
+    ) -> tuple[tuple[()], Trainable]:
+        return (), trained
+
+    def aggregate(
+        server: Server, uploads: PyTree, weights: jax.Array
+    ) -> tuple[Server, Aggregated | None]:
+        return server, None
+
+    return Method(
+        init,
+        start,
+        finish,
+        aggregate,
+        download=lambda server: (),
+        personal=lambda server, client: client,
+    )

@@ -1,0 +1,21 @@
+"""LoRA-FAIR: the mean of one factor and a corrected other."""
+
+import functools
+from typing import Any
+
+from fedlora_jax import aggregation
+from fedlora_jax.methods._base import Method, averaging
+
+
+def lora_fair(**hyperparameters: Any) -> Method:
+    """Clients start from `(mean a, corrected b)`, near the average and near the ideal product.
+
+    The paper calls this start "Avg-Initial". The backbone is untouched.
+
+    Args:
+      **hyperparameters: Of `aggregation.lora_fair`.
+
+    References:
+      Bian et al., *LoRA-FAIR*, ICCV 2025, arXiv:2411.14961.
+    """
+    return averaging(functools.partial(aggregation.lora_fair, **hyperparameters))

@@ -1,0 +1,155 @@
+"""Adapters on Linen models, against the dense formula W + s a b."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlora_jax import Factors, lora
+
+SCALE = 1.7
+
+
+class Net(nn.Module):
+    """Dense, attention with head axes, and a convolution, one of them rematerialised."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3,), name="conv")(x)
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=12, name="attention")(x)
+        return nn.remat(nn.Dense)(5, name="head")(nn.gelu(nn.Dense(7, name="hidden")(x)))
+
+
+@pytest.fixture(scope="module")
+def setup():
+    x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+    params = Net().init(jax.random.key(1), x)["params"]
+    adapters = lora.init(
+        jax.random.key(2), params, targets=["attention", "hidden", "head"], rank=3
+    )
+    keys = iter(jax.random.split(jax.random.key(3), 20))
+    adapters = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), adapters)
+    return x, params, adapters
+
+
+def test_apply_equals_merged_kernels(setup):
+    x, params, adapters = setup
+    assert set(adapters) == {
+        "attention/query",
+        "attention/key",
+        "attention/value",
+        "attention/out",
+        "hidden",
+        "head",
+    }
+    merged = lora.merge(params, adapters, scale=SCALE)
+    np.testing.assert_allclose(
+        lora.apply(Net(), params, adapters, x, scale=SCALE),
+        Net().apply({"params": merged}, x),
+        rtol=2e-4,
+        atol=2e-4,
+    )
+    out, kernel = adapters["attention/out"], params["attention"]["out"]["kernel"]
+    dense = np.float64(SCALE) * np.float64(out.a) @ np.float64(out.b)
+    np.testing.assert_allclose(
+        merged["attention"]["out"]["kernel"], kernel + dense.reshape(kernel.shape), rtol=1e-5
+    )
+    np.testing.assert_array_equal(merged["conv"]["kernel"], params["conv"]["kernel"])
+
+
+def test_variables_work_like_params(setup):
+    x, params, adapters = setup
+    np.testing.assert_array_equal(
+        lora.apply(Net(), {"params": params}, adapters, x, scale=SCALE),
+        lora.apply(Net(), params, adapters, x, scale=SCALE),
+    )
+    merged = lora.merge({"params": params}, adapters, scale=SCALE)
+    assert set(merged) == {"params"}
+
+
+def test_offset_adds_to_the_adapters(setup):
+    x, params, adapters = setup
+    offset = {"hidden": Factors(*(2 * y for y in adapters["hidden"]))}
+    both = lora.merge(lora.merge(params, adapters, scale=SCALE), offset, scale=SCALE)
+    np.testing.assert_allclose(
+        lora.apply(Net(), params, adapters, x, scale=SCALE, offset=offset),
+        Net().apply({"params": both}, x),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+
+
+def test_gradients_of_adapters_are_those_of_merged_kernels(setup):
+    x, params, adapters = setup
+
+    def by_interception(adapters):
+        return jnp.sum(lora.apply(Net(), params, adapters, x, scale=SCALE) ** 2)
+
+    def by_merging(adapters):
+        merged = lora.merge(params, adapters, scale=SCALE)
+        return jnp.sum(Net().apply({"params": merged}, x) ** 2)
+
+    expected = jax.grad(by_merging)(adapters)
+    for path, factors in jax.grad(by_interception)(adapters).items():
+        for got, want in zip(factors, expected[path], strict=True):
+            np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-3 * float(jnp.abs(want).max()))
+
+
+def test_clients_share_one_backbone(setup):
+    """No intermediate of a vmapped apply holds a kernel with a client axis."""
+    x, params, adapters = setup
+    clients = 11
+    stacked = jax.tree.map(lambda x: jnp.repeat(x[None], clients, 0), adapters)
+    program = jax.make_jaxpr(
+        jax.vmap(lambda mine: lora.apply(Net(), params, mine, x, scale=SCALE))
+    )(stacked)
+    kernels = {(clients, *shape) for shape in [(8, 7), (7, 5), (8, 2, 6), (8, 12)]}
+    shapes = {v.aval.shape for e in program.jaxpr.eqns for v in e.outvars}
+    assert not kernels & shapes
+
+
+def test_init_is_that_of_lora(setup):
+    _, params, _ = setup
+    adapters = lora.init(jax.random.key(0), params, targets="hidden", rank=2)
+    a, b = adapters["hidden"]
+    assert a.shape == (8, 2) and b.shape == (2, 7) and not b.any()
+    assert 0.5 * 8**-0.5 < jnp.abs(a).max() <= 8**-0.5
+    more = lora.init(jax.random.key(0), params, targets=["hidden", "head"], rank=2)
+    np.testing.assert_array_equal(more["hidden"].a, a)
+    assert lora.count_parameters(adapters) == 2 * (8 + 7)
+
+
+def test_head_is_split_off_and_joined(setup):
+    _, params, _ = setup
+    backbone, head = lora.split_head(params, "head")
+    assert set(head) == {"head"} and "head" not in backbone
+    joined = lora.join_head(backbone, head)
+    assert jax.tree.structure(joined) == jax.tree.structure(params)
+    assert lora.split_head(params, None)[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, a, x: lora.init(jax.random.key(0), p, targets="quary", rank=2), "quary.*Layers"),
+        (lambda p, a, x: lora.init(jax.random.key(0), p, targets="head", rank=6), "1 to 5"),
+        (lambda p, a, x: lora.init(jax.random.key(0), p, targets="head", rank=0), "1 to 5"),
+        (lambda p, a, x: lora.split_head(p, "haed"), "haed"),
+        (
+            lambda p, a, x: lora.apply(Net(), p, {"nowhere": a["head"]}, x, scale=1.0),
+            "no layer was called.*nowhere",
+        ),
+        (
+            lambda p, a, x: lora.apply(Net(), p, {"head": a["hidden"]}, x, scale=1.0),
+            r"\[8, 7\], the layer has \[7, 5\]",
+        ),
+        (lambda p, a, x: lora.apply(Net(), p, {"conv": a["head"]}, x, scale=1.0), "is a Conv"),
+        (lambda p, a, x: lora.merge(p, {"nowhere": a["head"]}, scale=1.0), "no kernel at"),
+        (lambda p, a, x: lora.merge(p, {"head": a["hidden"]}, scale=1.0), r"the layer has \[7, 5\]"),
+    ],
+)
+def test_errors_say_what_is_wrong(setup, call, message):
+    x, params, adapters = setup
+    with pytest.raises(ValueError, match=message):
+        call(params, adapters, x)
