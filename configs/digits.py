@@ -32,9 +32,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.pretraining = ml_collections.ConfigDict()
     config.pretraining.split = "pretrain"
-    config.pretraining.steps = 50 if args["runlocal"] else 1000
-    config.pretraining.batch_size = 64
-    config.pretraining.learning_rate = 1e-3
+    config.pretraining.options = {
+        "steps": 50 if args["runlocal"] else 1000,
+        "batch_size": 64,
+        "learning_rate": 2e-3,
+        "seed": 0,
+    }
+    config.backbone_dir = "runs/backbones"
 
     config.lora = ml_collections.ConfigDict()
     config.lora.rank = 4

@@ -10,11 +10,11 @@ and seed as `experiments.train` does. Run again after a kill, it goes on from th
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import report
-from experiments.apps import command, progress_bar
+from experiments.apps import command, progress_bar, run
 from fedlora_jax.federated import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,10 +27,8 @@ _METHODS = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs all methods under all seeds, then writes the report."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     compare(_CONFIG.value, Path(_WORKDIR.value), _METHODS.value, _SEEDS.value)
 
 
@@ -63,4 +61,4 @@ def compare(config: ConfigDict, workdir: Path, names: Sequence[str], num_seeds: 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    run(main)

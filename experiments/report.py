@@ -91,7 +91,9 @@ def write(
         figure.savefig(workdir / name, dpi=120)
         plt.close(figure)
     seeds = len(next(iter(runs.values())))
-    figures = "\n\n".join(f"![{caption}]({name})\n\n*{caption}.*" for name, caption in _CAPTIONS.items())
+    figures = "\n\n".join(
+        f"![{caption}]({name})\n\n*{caption}.*" for name, caption in _CAPTIONS.items()
+    )
     records.write_atomically(
         workdir / "report.md",
         f"# Comparison over {seeds} seed{'s' * (seeds > 1)}\n\n"
@@ -131,9 +133,7 @@ def _by_domain(axes: Any, runs: Runs) -> None:
     for index, (method, seeds) in enumerate(runs.items()):
         last = [[100 * rounds[-1]["domain_accuracy"][d] for d in domains] for rounds in seeds]
         x = np.arange(len(domains)) + (index - (len(runs) - 1) / 2) * width
-        axes.bar(
-            x, np.mean(last, 0), width, yerr=np.std(last, 0), label=method, error_kw={"lw": 1}
-        )
+        axes.bar(x, np.mean(last, 0), width, yerr=np.std(last, 0), label=method, error_kw={"lw": 1})
     axes.set_xticks(range(len(domains)), domains)
     axes.set(ylabel="accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3, axis="y")

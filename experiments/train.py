@@ -6,14 +6,13 @@ Leaves its configuration, metrics, TensorBoard events, checkpoints, final adapte
 work directory. Run again after a kill, it goes on from the last finished round.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from experiments import report
-from experiments.apps import command, progress_bar
+from experiments.apps import command, progress_bar, run
 from fedlora_jax.federated import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,10 +21,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.")
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Runs the configuration."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     experiment.check(config)
     setting = experiment.prepare(config)
@@ -40,4 +37,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    run(main)

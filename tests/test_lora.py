@@ -25,9 +25,7 @@ class Net(nn.Module):
 def setup():
     x = jax.random.normal(jax.random.key(0), (3, 4, 6))
     params = Net().init(jax.random.key(1), x)["params"]
-    adapters = lora.init(
-        jax.random.key(2), params, targets=["attention", "hidden", "head"], rank=3
-    )
+    adapters = lora.init(jax.random.key(2), params, targets=["attention", "hidden", "head"], rank=3)
     keys = iter(jax.random.split(jax.random.key(3), 20))
     adapters = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape), adapters)
     return x, params, adapters
@@ -146,7 +144,10 @@ def test_head_is_split_off_and_joined(setup):
         ),
         (lambda p, a, x: lora.apply(Net(), p, {"conv": a["head"]}, x, scale=1.0), "is a Conv"),
         (lambda p, a, x: lora.merge(p, {"nowhere": a["head"]}, scale=1.0), "no kernel at"),
-        (lambda p, a, x: lora.merge(p, {"head": a["hidden"]}, scale=1.0), r"the layer has \[7, 5\]"),
+        (
+            lambda p, a, x: lora.merge(p, {"head": a["hidden"]}, scale=1.0),
+            r"the layer has \[7, 5\]",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong(setup, call, message):

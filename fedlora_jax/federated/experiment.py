@@ -4,6 +4,7 @@
 of one method, once for all seeds; `run` trains one method under one seed, or goes on with it.
 """
 
+import hashlib
 import inspect
 import json
 import time
@@ -19,7 +20,7 @@ import numpy as np
 import optax
 
 from fedlora_jax import lora, methods, models
-from fedlora_jax.data import partition, sources
+from fedlora_jax.data import images, partition, sources
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated import cohort, randomness, records
 from fedlora_jax.federated.evaluation import TestData, make_evaluate, test_data
@@ -71,9 +72,21 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     name = config.data.name
     train, test = (_examples(sources.load(name, split)) for split in ("federated", "test"))
     model = models.get(config.model.name, **config.model.options)
-    params = pretraining.load_or_train(config)
+    params = pretrain.cached(
+        _backbone_path(config),
+        model,
+        sources.load(name, config.pretraining.split),
+        **config.pretraining.options,
+    )
     domains = tuple(sources.class_names(name, "domain")) if "domain" in train else ("all",)
     return Setting(classification(model, _images), params, train, test, domains)
+
+
+def _backbone_path(config: ml_collections.ConfigDict) -> Path:
+    """A directory whose name changes with all that the backbone is made from."""
+    recipe = [config.data.name, config.model.to_dict(), config.pretraining.to_dict()]
+    digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=list).encode())
+    return Path(config.backbone_dir) / f"{config.model.name}-{digest.hexdigest()[:12]}"
 
 
 def _examples(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -83,7 +96,7 @@ def _examples(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _images(batch: Batch) -> tuple[jax.Array]:
-    return (batch["image"],)
+    return (images.normalize(batch["image"]),)
 
 
 def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Program:
@@ -124,9 +137,7 @@ def schedule(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Arr
     return lookup(makers, config.local.schedule, "schedule")()
 
 
-def partitioned(
-    config: ml_collections.ConfigDict, setting: Setting, seed: int
-) -> list[np.ndarray]:
+def partitioned(config: ml_collections.ConfigDict, setting: Setting, seed: int) -> list[np.ndarray]:
     """The positions of each client's training examples, as `config.data` says."""
     split = partition.get(config.data.partition)
     known = {

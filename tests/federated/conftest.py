@@ -1,0 +1,66 @@
+"""A federation small enough to be checked by hand: seven unequal clients, an MLP, three classes."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedlora_jax import lora, methods
+from fedlora_jax.data.clients import ClientData, client_data
+from fedlora_jax.federated.local import LocalTraining
+from fedlora_jax.federated.round import Federation, create
+from fedlora_jax.federated.task import Task, classification
+from fedlora_jax.methods import Server, Trainable
+
+COUNTS = (3, 9, 4, 17, 8, 5, 12)
+SCALE = 1.5
+
+
+class Net(nn.Module):
+    """Two layers and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Dense(10, name="first")(x))
+        return nn.Dense(3, name="head")(nn.tanh(nn.Dense(7, name="second")(x)))
+
+
+class World(NamedTuple):
+    """All that a test of the round needs."""
+
+    task: Task
+    data: ClientData
+    server: Server
+    training: LocalTraining
+    seed: jax.Array
+
+    def federation(self, method: methods.Method) -> Federation:
+        return create(jax.random.key(5), method, self.server, len(COUNTS))
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    generator = np.random.default_rng(0)
+    total = sum(COUNTS)
+    examples = {
+        "x": generator.normal(size=(total, 6)).astype(np.float32),
+        "label": generator.integers(0, 3, total).astype(np.int32),
+    }
+    parts = np.split(generator.permutation(total), np.cumsum(COUNTS)[:-1])
+    params = Net().init(jax.random.key(0), examples["x"])["params"]
+    backbone, head = lora.split_head(params, "head")
+    adapters = lora.init(jax.random.key(1), backbone, targets=["first", "second"], rank=2)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.add_decayed_weights(1e-3), optax.sgd(0.2, 0.9)
+    )
+    return World(
+        classification(Net(), lambda batch: (batch["x"],)),
+        client_data(examples, parts),
+        Server(backbone, Trainable(adapters, head), jnp.float32(SCALE), (), jnp.int32(0)),
+        LocalTraining(optimizer, steps=5, batch_size=6, schedule=lambda r: 1 / (1 + r)),
+        jax.random.key(3),
+    )

@@ -1,0 +1,230 @@
+"""Local training and the round, against plain Python and against themselves in other orders."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedlora_jax import lora, methods
+from fedlora_jax.data.clients import local_batch
+from fedlora_jax.federated import randomness
+from fedlora_jax.federated.round import make_round, message_bytes
+from fedlora_jax.methods import Trainable
+
+COHORT = jnp.array([0, 2, 3, 6])
+AVERAGING = ["fedit", "lora_fair", "flora_na"]
+
+
+def assert_close(got, want, rtol=1e-4, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), got, want)
+
+
+def assert_equal(got, want):
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+# One object a method and one function a method: what is compiled for one test serves the others.
+method_of = functools.cache(lambda name: methods.get(name)())
+functions = {}
+
+
+def rounds(world, method, cohorts, **options):
+    """Runs a round for each cohort; returns the federation and the metrics of the last round."""
+    key = (method, *options)
+    if key not in functions:
+        functions[key] = make_round(world.task, method, world.training, **options)
+    function = functions[key]
+    federation, metrics = world.federation(method), None
+    for cohort in cohorts:
+        federation, metrics = function(federation, world.data, cohort, world.seed)
+    return federation, metrics
+
+
+def train_by_hand(world, client, trainable, round_index=0):
+    """One client's round as a Python loop over merged kernels."""
+    server, training = world.server, world.training
+    key = randomness.of_client(world.seed, "batches", round_index, client)
+
+    def loss(trainable, batch):
+        merged = lora.merge(server.backbone, trainable.adapters, scale=server.scale)
+        logits = world.task.model.apply(
+            {"params": lora.join_head(merged, trainable.head)}, batch["x"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    state = training.optimizer.init(trainable)
+    for step in range(training.steps):
+        chosen, mask = local_batch(
+            world.data.indices[client], world.data.counts[client], key, step, training.batch_size
+        )
+        batch = {name: x[chosen[mask]] for name, x in world.data.examples.items()}
+        updates, state = training.optimizer.update(
+            jax.grad(loss)(trainable, batch), state, trainable
+        )
+        factor = training.schedule(round_index)
+        trainable = optax.apply_updates(trainable, jax.tree.map(lambda u, f=factor: f * u, updates))
+    return trainable
+
+
+def test_round_is_training_by_hand_and_averaging(world):
+    federation, metrics = rounds(world, method_of("fedit"), [COHORT])
+    trained = [train_by_hand(world, client, world.server.trainable) for client in COHORT]
+    shares = world.data.counts[COHORT] / world.data.counts[COHORT].sum()
+    mean = jax.tree.map(lambda *x: sum(p * y for p, y in zip(shares, x, strict=True)), *trained)
+    assert_close(federation.server.trainable, mean)
+    assert int(metrics.excluded) == 0
+    assert float(metrics.aggregation_error) > 1e-3
+    assert_equal(federation.server.backbone, world.server.backbone)
+
+
+def test_equal_weights(world):
+    federation, _ = rounds(world, method_of("fedit"), [COHORT], equal_weights=True)
+    trained = [train_by_hand(world, client, world.server.trainable) for client in COHORT]
+    assert_close(federation.server.trainable, jax.tree.map(lambda *x: sum(x) / len(x), *trained))
+
+
+def test_second_round_starts_from_the_first_with_its_own_rate_and_batches(world):
+    federation, _ = rounds(world, method_of("fedit"), [COHORT, COHORT[:1]])
+    first, _ = rounds(world, method_of("fedit"), [COHORT])
+    assert_close(
+        federation.server.trainable, train_by_hand(world, 0, first.server.trainable, round_index=1)
+    )
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_one_client_is_its_own_aggregate(world, name):
+    federation, metrics = rounds(world, method_of(name), [COHORT[:1]])
+    trained = train_by_hand(world, 0, world.server.trainable)
+    for path, (a, b) in federation.server.trainable.adapters.items():
+        start, end = world.server.trainable.adapters[path], trained.adapters[path]
+        product = np.asarray(a @ b)
+        if name == "lora_fair":  # the cosine leaves the length of the product free
+            product = product * np.linalg.norm(end.a @ end.b) / np.linalg.norm(product)
+        np.testing.assert_allclose(product, end.a @ end.b, rtol=1e-3, atol=1e-5)
+        assert not np.allclose(product, start.a @ start.b)
+    if name != "lora_fair":
+        assert float(metrics.aggregation_error) < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(methods.REGISTRY))
+def test_order_of_clients_does_not_matter(world, name):
+    order = jnp.array([2, 0, 3, 1])
+    method = method_of(name)
+    one, metrics = rounds(world, method, [COHORT, COHORT])
+    two, permuted = rounds(world, method, [COHORT[order], COHORT[order]])
+    assert_close(two, one)
+    assert_close(permuted.client_loss, metrics.client_loss[order])
+
+
+@pytest.mark.parametrize("name", sorted(methods.REGISTRY))
+def test_nothing_recompiles_after_the_first_round(world, name, caplog):
+    method = method_of(name)
+    function = make_round(world.task, method, world.training)
+    federation = world.federation(method)
+    federation, _ = function(federation, world.data, COHORT, world.seed)
+    cohorts, seeds = [COHORT + 0, COHORT - 0], [jax.random.key(seed) for seed in (3, 4)]
+    caplog.clear()
+    with jax.log_compiles():
+        for cohort, seed in zip(cohorts, seeds, strict=True):
+            federation, _ = function(federation, world.data, cohort, seed)
+    assert not [record for record in caplog.records if "ompiling" in record.message]
+
+
+def test_jit_equals_no_jit(world):
+    method = methods.lora_fair(steps=3)
+    jitted, _ = rounds(world, method, [COHORT[:2]])
+    with jax.disable_jit():
+        plain, _ = rounds(world, method, [COHORT[:2]])
+    assert_close(plain, jitted)
+
+
+@pytest.mark.parametrize("name", AVERAGING)
+def test_diverged_client_is_left_out(world, name):
+    poisoned = int(world.data.indices[2, 0])
+    x = world.data.examples["x"].at[poisoned].set(jnp.nan)
+    bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
+    method = method_of(name)
+    with_it, metrics = rounds(bad, method, [COHORT])
+    without, _ = rounds(world, method, [jnp.array([0, 3, 6])])
+    assert int(metrics.excluded) == 1
+    assert np.isfinite(metrics.loss) and np.isfinite(metrics.aggregation_error)
+    assert_close(with_it.server.trainable, without.server.trainable)
+
+
+def test_diverged_client_keeps_its_last_state(world):
+    poisoned = int(world.data.indices[2, 0])
+    x = world.data.examples["x"].at[poisoned].set(jnp.nan)
+    bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
+    federation, _ = rounds(bad, method_of("local"), [COHORT])
+    kept = jax.tree.map(lambda x: x[2], federation.clients)
+    assert_equal(kept, world.server.trainable)
+
+
+def test_if_all_diverge_the_server_keeps_its_state(world):
+    x = jnp.full_like(world.data.examples["x"], jnp.nan)
+    bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
+    federation, metrics = rounds(bad, method_of("fedit"), [COHORT])
+    assert int(metrics.excluded) == len(COHORT)
+    assert_equal(federation.server.trainable, world.server.trainable)
+
+
+def test_local_clients_train_alone_and_absent_ones_stay(world):
+    federation, metrics = rounds(world, method_of("local"), [COHORT])
+    for client in range(len(world.data.counts)):
+        got = jax.tree.map(lambda x, c=client: x[c], federation.clients)
+        if client in COHORT:
+            assert_close(got, train_by_hand(world, client, world.server.trainable))
+        else:
+            assert_equal(got, world.server.trainable)
+    assert_equal(federation.server.trainable, world.server.trainable)
+    assert np.isnan(metrics.aggregation_error)
+
+
+def test_padding_never_moves_anything(world):
+    """What stands beyond a client's count may be anything."""
+    columns = jnp.arange(world.data.indices.shape[1])
+    beyond = columns >= world.data.counts[:, None]
+    other = world.data._replace(indices=jnp.where(beyond, 1, world.data.indices))
+    assert not bool(jnp.all(other.indices == world.data.indices))
+    one, _ = rounds(world, method_of("fedit"), [COHORT])
+    two, _ = rounds(world._replace(data=other), method_of("fedit"), [COHORT])
+    assert_equal(one, two)
+
+
+def test_bytes_are_those_of_what_crosses(world):
+    trainable = world.server.trainable
+    expected = 4 * lora.count_parameters(trainable)
+    assert expected == 4 * (2 * (6 + 10) + 2 * (10 + 7) + 7 * 3 + 3)
+    for name in AVERAGING:
+        method = method_of(name)
+        assert message_bytes(method, world.federation(method)) == (expected, expected)
+    for name in ("local", "central"):
+        method = method_of(name)
+        assert message_bytes(method, world.federation(method)) == (0, 0)
+
+
+def test_trained_side_only(world):
+    """A method that trains `b` alone leaves `a` as it was, to the bit, whatever the optimiser."""
+    fedit = method_of("fedit")
+
+    def start(server, client, context):
+        return fedit.start(server, client, context)._replace(trains=lora.Factors(a=False, b=True))
+
+    federation, _ = rounds(world, fedit._replace(start=start), [COHORT, COHORT])
+    for path, factors in federation.server.trainable.adapters.items():
+        before = world.server.trainable.adapters[path]
+        np.testing.assert_allclose(factors.a, before.a, rtol=1e-6)
+        assert not np.allclose(factors.b, before.b)
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(ValueError, match="'lora_fair'"):
+        methods.get("lorafair")
+
+
+def test_trainable_is_adapters_and_head(world):
+    assert isinstance(world.server.trainable, Trainable)
+    assert set(world.server.trainable.head) == {"head"}
