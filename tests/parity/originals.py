@@ -8,9 +8,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
-SIZES = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-)
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 LLAMA_3 = dict(
     rope_type="llama3",
     rope_theta=10_000.0,
@@ -22,11 +20,12 @@ LLAMA_3 = dict(
 
 
 def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
-    """With noise on every parameter: biases of zero and norms of one would hide mistakes."""
+    """With other values of every parameter: biases of zero and norms of one would hide mistakes."""
     torch.manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, parameter in module.named_parameters():
+            is_norm = "norm" in name.lower() and name.endswith("weight")
+            parameter.copy_(0.15 * torch.randn_like(parameter) + is_norm)
     return module.eval()
 
 
@@ -132,7 +131,11 @@ class TimmMixer(nn.Module):
 class TimmAttention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads, self.qkv, self.proj = (
+            heads,
+            nn.Linear(width, 3 * width),
+            nn.Linear(width, width),
+        )
 
     def forward(self, x):
         batch, tokens, width = x.shape

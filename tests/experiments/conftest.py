@@ -1,0 +1,56 @@
+"""The command-line programs on the demo's data, with a backbone and rounds that take seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+CONFIG = """
+from configs import digits
+
+def get_config(arg=None):
+    config = digits.get_config(arg)
+    config.model.options.update(width=16, depth=1, num_heads=2)
+    config.pretraining.options.steps = 20
+    config.backbone_dir = {backbones!r}
+    config.rounds = 4
+    config.lora.rank = 2
+    config.local.steps = 2
+    config.local.batch_size = 8
+    return config
+"""
+
+
+class Program:
+    """Runs `python -m experiments.NAME` as a user would."""
+
+    def __init__(self, directory: Path):
+        self.config = directory / "tiny.py"
+        self.config.write_text(CONFIG.format(backbones=str(directory / "backbones")))
+        self.environment = {**os.environ, "FEDLORA_DATA_DIR": str(directory / "data")}
+
+    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+        """Starts it."""
+        return subprocess.Popen(
+            [sys.executable, "-m", f"experiments.{name}", *arguments],
+            cwd=ROOT,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def run(self, name: str, *arguments: str) -> tuple[int, str, str]:
+        """Runs it to its end: exit status, standard output and standard error."""
+        process = self.start(name, *arguments)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory) -> Program:
+    return Program(tmp_path_factory.mktemp("programs"))

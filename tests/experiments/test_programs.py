@@ -1,0 +1,132 @@
+"""`experiments.compare` and `experiments.train` from the outside."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+METHODS = "--methods=fedit,local"
+
+
+def metrics(workdir):
+    """All metrics in a work directory but the seconds, by run."""
+    found = {}
+    for path in sorted(workdir.glob("**/metrics.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row.pop("seconds")
+        found[str(path.relative_to(workdir))] = rows
+    return found
+
+
+@pytest.fixture(scope="session")
+def unbroken(program, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("unbroken")
+    code, out, err = program.run(
+        "compare", f"--config={program.config}", f"--workdir={workdir}", METHODS, "--seeds=2"
+    )
+    assert code == 0, err
+    return workdir, out, err
+
+
+def test_comparison_leaves_all_that_it_promises(unbroken):
+    workdir, out, _ = unbroken
+    for name in ("report.md", "accuracy.png", "domains.png", "aggregation_error.png"):
+        assert (workdir / name).stat().st_size > 100
+    report = (workdir / "report.md").read_text()
+    assert "experiments.compare" in report and "partition.png" in report
+    for method in ("fedit", "local"):
+        assert method in out and f"| {method}" in report
+        run = workdir / method / "seed_1"
+        config = json.loads((run / "config.json").read_text())
+        assert config["method"] == method and config["seed"] == 1
+        assert list(run.glob("events.out.tfevents.*")) and list(run.glob("checkpoints/4"))
+        with np.load(run / "adapters.npz") as adapters:
+            assert adapters["block_0/attention/query.a"].shape == (16, 2)
+            assert all(np.isfinite(x).all() for x in adapters.values())
+
+
+def test_metrics_are_whole_and_say_the_same_for_all_methods(unbroken):
+    runs = metrics(unbroken[0])
+    assert set(runs) == {
+        f"{method}/seed_{seed}/metrics.jsonl" for method in ("fedit", "local") for seed in (0, 1)
+    }
+    for rows in runs.values():
+        assert [row["round"] for row in rows] == [0, 1, 2, 3]
+        for row in rows:
+            accuracies = list(row["domain_accuracy"].values())
+            assert len(accuracies) == 6 and np.isclose(row["accuracy"], np.mean(accuracies))
+            assert len(row["cohort"]) == len(set(row["cohort"])) == len(row["client_loss"]) == 18
+    for seed in (0, 1):
+        one, two = (runs[f"{method}/seed_{seed}/metrics.jsonl"] for method in ("fedit", "local"))
+        assert [row["cohort"] for row in one] == [row["cohort"] for row in two]
+        assert one[0]["client_loss"] == two[0]["client_loss"]
+    assert runs["fedit/seed_0/metrics.jsonl"] != runs["fedit/seed_1/metrics.jsonl"]
+
+
+def test_no_progress_bar_in_a_log_file(unbroken):
+    _, out, err = unbroken
+    assert "\r" not in out + err and "%|" not in out + err
+
+
+def test_killed_comparison_ends_with_the_same_numbers(program, unbroken, tmp_path):
+    """Killed twice, in two methods, at whatever moment comes."""
+    arguments = (f"--config={program.config}", f"--workdir={tmp_path}", METHODS, "--seeds=2")
+    for run, rounds in (("fedit/seed_0", 2), ("local/seed_1", 1)):
+        process = program.start("compare", *arguments)
+        path = tmp_path / run / "metrics.jsonl"
+        while process.poll() is None and not (
+            path.exists() and len(path.read_text().splitlines()) >= rounds
+        ):
+            time.sleep(0.005)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    code, out, err = program.run("compare", *arguments)
+    assert code == 0, err
+    assert metrics(tmp_path) == metrics(unbroken[0])
+
+
+def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken, tmp_path):
+    code, out, err = program.run(
+        "train", f"--config={program.config}:method=fedit", f"--workdir={tmp_path}"
+    )
+    assert code == 0, err
+    assert "fedit" in out and (tmp_path / "report.md").exists()
+    assert metrics(tmp_path) == {
+        "metrics.jsonl": metrics(unbroken[0])["fedit/seed_0/metrics.jsonl"]
+    }
+    code, _, err = program.run(
+        "train",
+        f"--config={program.config}:method=fedit",
+        f"--workdir={tmp_path}",
+        "--config.local.learning_rate=0.5",
+    )
+    assert code != 0 and "local.learning_rate" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods=fedit,lorafair"], "Did you mean 'lora_fair'"),
+        (["--config.roundz=3"], "rounds"),
+        (["--config.options.lora_fair.stepz=3"], "steps"),
+        (["--config.lora.targets=('quary',)"], "matches no layer"),
+        (["--config.lora.rank=40"], "rank 40 is impossible"),
+        (["--config.clients_per_round=31"], "only 30 clients"),
+        (["--config.rounds=0"], "rounds must be at least 1"),
+        (["--config.data.name=digit_domains"], "digits_domains"),
+        (["--config.data.partition=diriclet"], "dirichlet"),
+        (["--config.local.optimizer=sdg"], "sgd"),
+        (["--config.local.learning_rate=1e30", "--config.local.clip_norm=1e30"], "diverged"),
+    ],
+)
+def test_mistakes_end_with_a_message(program, tmp_path, arguments, message):
+    code, out, err = program.run(
+        "compare", f"--config={program.config}", f"--workdir={tmp_path}", "--seeds=1", *arguments
+    )
+    assert code != 0
+    assert message in err, err
+    assert "Traceback" not in err or "config." in arguments[0]
