@@ -3,8 +3,9 @@
     python -m experiments.compare --config=configs/digits.py --workdir=runs/digits \\
         --methods=fedit,lora_fair --seeds=3
 
-Prints a table; leaves `report.md` with plots in the work directory, and a directory for each method
-and seed as `experiments.train` does. Run again after a kill, it goes on from the last finished round.
+Prints a table; leaves `report.md` with plots in the work directory, and a directory for each
+method and seed as `experiments.train` does. Run again after a kill, it goes on from the last
+finished round.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from fedlora_jax.federated import experiment
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/digits.py or configs/digits.py:runlocal."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.", required=True)
 _METHODS = flags.DEFINE_list(
     "methods", ["local", "fedit", "lora_fair", "flora_na", "central"], "Methods to compare."
 )
@@ -60,5 +61,5 @@ def compare(config: ConfigDict, workdir: Path, names: Sequence[str], num_seeds: 
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     run(main)

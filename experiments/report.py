@@ -26,14 +26,16 @@ _CAPTIONS = {
     "partition.png": "Training examples by client and label, clients grouped by domain, first seed",
 }
 
+_LEGEND = """\
+Accuracy: test accuracy in percent after the last round, the plain mean over domains, as mean ±
+sample standard deviation over seeds; then the mean over seeds for each domain. Agg. error: relative
+Frobenius distance of the server's update from the mean of the clients' updates, mean over rounds
+and seeds. MB: megabytes that the whole cohort sends and receives in a round. Seconds: median over all
+rounds, without evaluation."""
+
 
 def table(runs: Runs) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the comparison, all values after the last round.
-
-    Accuracies are percentages, the mean over seeds and, for the mean over domains, the sample
-    standard deviation over seeds. The aggregation error is the mean over rounds and seeds,
-    megabytes are those of a whole cohort in a round, seconds the median over all rounds.
-    """
+    """The head and the rows of the comparison, as `_LEGEND` explains them."""
     domains = list(next(iter(runs.values()))[0][-1]["domain_accuracy"])
     head = ["method", "accuracy %", *domains, "agg. error", "MB up", "MB down", "s / round"]
     rows = []
@@ -97,8 +99,7 @@ def write(
     records.write_atomically(
         workdir / "report.md",
         f"# Comparison over {seeds} seed{'s' * (seeds > 1)}\n\n"
-        f"```\n{command}\n```\n\n{render(runs, 'github')}\n\n{table.__doc__.split('.', 1)[1]}"
-        f"\n{figures}\n".replace("\n    ", "\n"),
+        f"```\n{command}\n```\n\n{render(runs, 'github')}\n\n{_LEGEND}\n\n{figures}\n",
     )
     return workdir / "report.md"
 

@@ -2,8 +2,8 @@
 
     python -m experiments.train --config=configs/digits.py:method=lora_fair --workdir=runs/lora_fair
 
-Leaves its configuration, metrics, TensorBoard events, checkpoints, final adapters and a report in the
-work directory. Run again after a kill, it goes on from the last finished round.
+Leaves its configuration, metrics, TensorBoard events, checkpoints, final adapters and a report in
+the work directory. Run again after a kill, it goes on from the last finished round.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from fedlora_jax.federated import experiment
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/digits.py:method=lora_fair."
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.", required=True)
 
 
 def main() -> None:
@@ -36,5 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("config")
     run(main)

@@ -11,7 +11,7 @@ from fedlora_jax import aggregation
 from fedlora_jax.lowrank import Factors
 
 if TYPE_CHECKING:
-    from fedlora_jax import lora as lora
+    import fedlora_jax.lora as lora
 
 __all__ = ["Factors", "aggregation", "lora"]
 

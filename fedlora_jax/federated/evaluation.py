@@ -15,7 +15,7 @@ _CHUNK = 256
 _CLIENTS_AT_ONCE = 8
 
 
-class TestData(NamedTuple):
+class HeldOut(NamedTuple):
     """Held-out examples, and which of them each client is judged by if it is judged by its own.
 
     Attributes:
@@ -25,16 +25,14 @@ class TestData(NamedTuple):
         `[N, T]`, padded with -1.
     """
 
-    __test__ = False
-
     examples: dict[str, jax.Array]
     domains: jax.Array
     own: jax.Array
 
 
-def test_data(
+def held_out(
     examples: dict[str, np.ndarray], domains: np.ndarray, client_domains: list[np.ndarray]
-) -> TestData:
+) -> HeldOut:
     """Puts held-out examples on the device.
 
     Args:
@@ -45,19 +43,16 @@ def test_data(
     own = [np.flatnonzero(np.isin(domains, mine)) for mine in client_domains]
     longest = max(map(len, own))
     padded = np.stack([np.pad(x, (0, longest - len(x)), constant_values=-1) for x in own])
-    return TestData(
+    return HeldOut(
         {name: jnp.asarray(values) for name, values in examples.items()},
         jnp.asarray(domains, jnp.int32),
         jnp.asarray(padded, jnp.int32),
     )
 
 
-test_data.__test__ = False  # type: ignore[attr-defined]
-
-
 def make_evaluate(
     task: Task, method: Method, num_domains: int
-) -> Callable[[Federation, TestData], jax.Array]:
+) -> Callable[[Federation, HeldOut], jax.Array]:
     """Builds the jitted evaluation `(federation, test) -> accuracy per domain [D]`.
 
     The model is the server's, on all examples. A method with a `personal` model is judged by that
@@ -75,15 +70,15 @@ def make_evaluate(
 
         return jax.lax.map(one, examples, batch_size=_CHUNK)
 
-    def of_server(federation: Federation, test: TestData) -> jax.Array:
+    def of_server(federation: Federation, test: HeldOut) -> jax.Array:
         hits = correct(federation, federation.server.trainable, test.examples)
         return _mean_by_domain(hits, jnp.ones_like(hits), test.domains, num_domains)
 
-    def of_clients(federation: Federation, test: TestData) -> jax.Array:
+    def of_clients(federation: Federation, test: HeldOut) -> jax.Array:
         assert method.personal is not None
         personal = method.personal
 
-        def of_client(inputs: tuple) -> jax.Array:  # type: ignore[type-arg]
+        def of_client(inputs: tuple) -> jax.Array:
             client, own = inputs
             examples = {name: values[own] for name, values in test.examples.items()}
             hits = correct(federation, personal(federation.server, client), examples)

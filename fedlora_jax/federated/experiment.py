@@ -23,7 +23,7 @@ from fedlora_jax import lora, methods, models
 from fedlora_jax.data import images, partition, sources
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated import cohort, randomness, records
-from fedlora_jax.federated.evaluation import TestData, make_evaluate, test_data
+from fedlora_jax.federated.evaluation import HeldOut, held_out, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import (
     Federation,
@@ -63,8 +63,9 @@ class Program(NamedTuple):
     """The compiled functions of one method."""
 
     method: Method
+    training: LocalTraining
     round: RoundFunction
-    evaluate: Callable[[Federation, TestData], jax.Array]
+    evaluate: Callable[[Federation, HeldOut], jax.Array]
 
 
 def prepare(config: ml_collections.ConfigDict) -> Setting:
@@ -110,6 +111,7 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     equal = lookup({"examples": False, "equal": True}, config.weights, "weighting of clients")
     return Program(
         method,
+        training,
         make_round(setting.task, method, training, equal_weights=equal),
         make_evaluate(setting.task, method, len(setting.domains)),
     )
@@ -177,14 +179,21 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"config.{name} must be at least 1, got {value}")
 
 
-class _Start(NamedTuple):
+class State(NamedTuple):
+    """A federation before its first round, with its data on the device."""
+
     federation: Federation
     data: ClientData
-    test: TestData
+    test: HeldOut
     cohort_size: int
 
 
-def _start(config: ml_collections.ConfigDict, setting: Setting, method: Method) -> _Start:
+def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Method) -> State:
+    """Splits the data over clients and makes the first adapters, both from `config.seed`.
+
+    Raises:
+      ValueError: If a round wants more clients than there are, or as `lora.init`.
+    """
     seed = jax.random.key(config.seed)
     parts = partitioned(config, setting, config.seed)
     if not method.pooled and config.clients_per_round > len(parts):
@@ -210,10 +219,10 @@ def _start(config: ml_collections.ConfigDict, setting: Setting, method: Method) 
         round=jnp.int32(0),
     )
     federation = create(randomness.stream(seed, "method"), method, server, len(parts))
-    return _Start(
+    return State(
         federation,
         client_data(setting.train, parts),
-        test_data(
+        held_out(
             setting.test, setting.test["domain"], [np.unique(domains[part]) for part in parts]
         ),
         1 if method.pooled else config.clients_per_round,
@@ -253,7 +262,7 @@ def run(
     check(config)
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
-    start = _start(config, setting, program.method)
+    start = first_state(config, setting, program.method)
     checkpoints = records.Checkpoints(workdir)
     federation, first = checkpoints.restore(start.federation)
     for _ in range(first):

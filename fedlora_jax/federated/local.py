@@ -48,8 +48,8 @@ def train(
       backbone: Frozen parameters.
       scale: The factor s.
       start: Initial values, which sides of the factors move, and the frozen offset.
-      batch_of: From the step to a batch and its mask `[B]`. An example with mask 0 has no influence,
-        a batch with none but such moves nothing.
+      batch_of: From the step to a batch and its mask `[B]`. An example with mask 0 has no
+        influence, a batch with none but such moves nothing.
       round_index: For the schedule.
 
     Returns:

@@ -106,8 +106,8 @@ class Checkpoints:
 
 
 def save_adapters(path: Path, adapters: Adapters) -> None:
-    """Writes an adapter tree as one `.npz` file: an array a factor, named `layer/path.a` or `.b`."""
-    arrays = {
+    """Writes an adapter tree as one `.npz`: an array a factor, named `layer/path.a` or `.b`."""
+    arrays: dict[str, Any] = {
         f"{layer}.{side}": np.asarray(getattr(factors, side))
         for layer, factors in adapters.items()
         for side in factors._fields

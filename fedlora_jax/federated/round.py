@@ -11,7 +11,7 @@ from fedlora_jax.data.clients import ClientData, local_batch
 from fedlora_jax.federated import randomness
 from fedlora_jax.federated.local import LocalTraining, train
 from fedlora_jax.federated.task import Task
-from fedlora_jax.methods import Context, Method, Server, Start, Trainable, change
+from fedlora_jax.methods import Context, Method, Server, Start, Trainable, change, mean
 
 PyTree: TypeAlias = Any
 
@@ -57,29 +57,47 @@ def create(key: jax.Array, method: Method, server: Server, num_clients: int) -> 
     return Federation(server, clients)
 
 
-def make_round(
-    task: Task, method: Method, training: LocalTraining, *, equal_weights: bool = False
-) -> RoundFunction:
-    """Builds the jitted round `(federation, data, cohort, seed) -> (federation, metrics)`.
+class CohortResult(NamedTuple):
+    """What the clients of a cohort did in a round; everything stacked along `[K]`.
 
-    Clients of the cohort are trained under one `vmap` over one backbone. A client whose results
-    are not all finite is left out: it has weight zero, and its state stays as it was. If none is
-    left, the server's state stays too.
+    Attributes:
+      start: Where they started from.
+      trained: Where they arrived.
+      uploads: What they send.
+      clients: Their states after the round.
+      loss: Mean training loss over the steps, `[K]`.
+    """
+
+    start: Start
+    trained: Trainable
+    uploads: PyTree
+    clients: PyTree
+    loss: jax.Array
+
+
+def train_cohort(
+    task: Task,
+    method: Method,
+    training: LocalTraining,
+    federation: Federation,
+    data: ClientData,
+    cohort: jax.Array,
+    seed: jax.Array,
+) -> CohortResult:
+    """Trains the clients of a cohort under one `vmap` over one backbone.
 
     Args:
       task: What is learned.
       method: How clients and server work together.
       training: How clients train.
-      equal_weights: Weigh clients equally instead of by their number of examples.
-
-    Returns:
-      A function of the federation, the data, the identities of the cohort (int32 `[K]`, without
-      repetition) and the seed's key. It compiles once for all rounds and seeds.
+      federation: The state before the round.
+      data: The data of all clients.
+      cohort: Identities, int32 `[K]`, without repetition.
+      seed: The seed's key.
     """
+    server, clients = federation
 
-    def of_client(
-        server: Server, client: PyTree, data: ClientData, identity: jax.Array, seed: jax.Array
-    ) -> tuple[Start, Trainable, PyTree, PyTree, jax.Array]:
+    def of_client(client: PyTree, identity: jax.Array) -> CohortResult:
         def key(name: str) -> jax.Array:
             return randomness.of_client(seed, name, server.round, identity)
 
@@ -94,43 +112,69 @@ def make_round(
             task, training, server.backbone, server.scale, start, batch_of, server.round
         )
         upload, client = method.finish(server, client, start, trained)
-        return start, trained, upload, client, jnp.mean(losses)
+        return CohortResult(start, trained, upload, client, jnp.mean(losses))
+
+    return jax.vmap(of_client)(jax.tree.map(lambda x: x[cohort], clients), cohort)
+
+
+def make_round(
+    task: Task, method: Method, training: LocalTraining, *, equal_weights: bool = False
+) -> RoundFunction:
+    """Builds the jitted round `(federation, data, cohort, seed) -> (federation, metrics)`.
+
+    A client whose results are not all finite is left out: it has weight zero, and its state stays
+    as it was. If none is left, the server's state stays too.
+
+    Args:
+      task: What is learned.
+      method: How clients and server work together.
+      training: How clients train.
+      equal_weights: Weigh clients equally instead of by their number of examples.
+
+    Returns:
+      A function of the federation, the data, the identities of the cohort (int32 `[K]`, without
+      repetition) and the seed's key. It compiles once for all rounds and seeds.
+    """
 
     @jax.jit
     def round_function(
         federation: Federation, data: ClientData, cohort: jax.Array, seed: jax.Array
     ) -> tuple[Federation, RoundMetrics]:
         server, clients = federation
-        before = jax.tree.map(lambda x: x[cohort], clients)
-        start, trained, uploads, after, losses = jax.vmap(
-            of_client, in_axes=(None, 0, None, 0, None)
-        )(server, before, data, cohort, seed)
-
-        finite = _all_finite((trained, uploads, after))
-        weights = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
-        weights = jnp.where(finite, weights.astype(jnp.float32), 0)
-        somebody = jnp.any(finite)
-        changed, aggregated = method.aggregate(server, uploads, weights)
-        server = _select(somebody, changed, server)._replace(round=server.round + 1)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite.reshape(-1, *[1] * (new.ndim - 1)), new, old),
-            after,
-            before,
-        )
-        clients = jax.tree.map(lambda all_, new: all_.at[cohort].set(new), clients, kept)
-
-        total = jnp.maximum(jnp.sum(weights), 1e-30)
+        result = train_cohort(task, method, training, federation, data, cohort, seed)
+        finite = _all_finite((result.trained, result.uploads, result.clients))
+        counts = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
+        weights = jnp.where(finite, counts.astype(jnp.float32), 0)
+        changed, aggregated = method.aggregate(server, result.uploads, weights)
+        server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
         metrics = RoundMetrics(
-            loss=jnp.sum(jnp.where(weights > 0, losses, 0) * weights) / total,
-            client_loss=losses,
-            aggregation_error=jnp.asarray(jnp.nan)
-            if aggregated is None
-            else aggregation.error(jax.vmap(change)(start, trained), weights, aggregated),
+            loss=mean(result.loss, weights),
+            client_loss=result.loss,
+            aggregation_error=_error(result, weights, aggregated),
             excluded=jnp.sum(~finite, dtype=jnp.int32),
         )
-        return Federation(server, clients), metrics
+        return Federation(server, _put(clients, cohort, result.clients, finite)), metrics
 
     return round_function
+
+
+def _error(
+    result: CohortResult, weights: jax.Array, aggregated: aggregation.Aggregated | None
+) -> jax.Array:
+    if aggregated is None:
+        return jnp.asarray(jnp.nan)
+    changes = jax.vmap(change)(result.start, result.trained)
+    return aggregation.error(changes, weights, aggregated)
+
+
+def _put(clients: PyTree, cohort: jax.Array, new: PyTree, finite: jax.Array) -> PyTree:
+    """The states of all clients, with the new ones where they are finite."""
+
+    def put(stacked: jax.Array, values: jax.Array) -> jax.Array:
+        usable = finite.reshape(-1, *[1] * (values.ndim - 1))
+        return stacked.at[cohort].set(jnp.where(usable, values, stacked[cohort]))
+
+    return jax.tree.map(put, clients, new)
 
 
 def message_bytes(method: Method, federation: Federation) -> tuple[int, int]:

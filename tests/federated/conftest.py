@@ -61,6 +61,6 @@ def world() -> World:
         classification(Net(), lambda batch: (batch["x"],)),
         client_data(examples, parts),
         Server(backbone, Trainable(adapters, head), jnp.float32(SCALE), (), jnp.int32(0)),
-        LocalTraining(optimizer, steps=5, batch_size=6, schedule=lambda r: 1 / (1 + r)),
+        LocalTraining(optimizer, steps=3, batch_size=6, schedule=lambda r: 1 / (1 + r)),
         jax.random.key(3),
     )
