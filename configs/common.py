@@ -44,10 +44,9 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     return values
 
 
-def method_options() -> ml_collections.ConfigDict:
+def method_options(rounds: int) -> ml_collections.ConfigDict:
     """The hyperparameters of every method with their defaults: `config.options.<method>.<name>`."""
-    return ml_collections.ConfigDict(
-        {name: methods.defaults(name) for name in sorted(methods.REGISTRY)},
-        # An option whose default is None takes any type.
-        type_safe=False,
-    )
+    options = {name: methods.defaults(name) for name in sorted(methods.REGISTRY)}
+    options["fedsmooth_lora"]["rounds"] = rounds
+    # An option whose default is None takes any type.
+    return ml_collections.ConfigDict(options, type_safe=False)

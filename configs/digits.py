@@ -56,5 +56,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.clip_norm = 10.0
     config.local.schedule = "constant"  # or "cosine", over rounds
 
-    config.options = method_options()
+    config.options = method_options(config.get_ref("rounds"))
     return config

@@ -1,5 +1,6 @@
 """Local training: what one client does in one round, a pure function to be vmapped over clients."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fedlora_jax.federated.task import Batch, Task, outputs
-from fedlora_jax.lora import Params
+from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.methods import Start, Trainable
 
@@ -57,11 +58,7 @@ def train(
     """
     trained_mask = _mask(start)
     factor = training.schedule(round_index)
-
-    def loss(trainable: Trainable, batch: Batch, mask: jax.Array) -> jax.Array:
-        values = outputs(task, backbone, trainable, batch, scale=scale, offset=start.offset)
-        losses = jnp.where(mask > 0, task.loss(values, batch), 0.0)
-        return jnp.sum(losses) / jnp.maximum(jnp.sum(mask), 1.0)
+    loss = functools.partial(_loss, task, backbone, scale, start.offset)
 
     def step(
         carry: tuple[Trainable, optax.OptState], index: jax.Array
@@ -81,6 +78,41 @@ def train(
     first = (start.trainable, training.optimizer.init(start.trainable))
     (trained, _), losses = jax.lax.scan(step, first, jnp.arange(training.steps))
     return trained, losses
+
+
+def gradient(
+    task: Task,
+    backbone: Params,
+    scale: jax.Array,
+    trainable: Trainable,
+    offset: Adapters | None,
+    batch_of: BatchOf,
+    batches: int,
+) -> Trainable:
+    """The mean over batches of the gradient of the loss, without training anything."""
+    loss = functools.partial(_loss, task, backbone, scale, offset)
+
+    def add(total: Trainable, index: jax.Array) -> tuple[Trainable, None]:
+        slope = jax.grad(loss)(trainable, *batch_of(index))
+        return jax.tree.map(lambda x, y: x + y / batches, total, slope), None
+
+    zero = jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(add, zero, jnp.arange(batches))[0]
+
+
+def _loss(
+    task: Task,
+    backbone: Params,
+    scale: jax.Array,
+    offset: Adapters | None,
+    trainable: Trainable,
+    batch: Batch,
+    mask: jax.Array,
+) -> jax.Array:
+    """The mean loss over the examples of a batch that the mask keeps."""
+    values = outputs(task, backbone, trainable, batch, scale=scale, offset=offset)
+    losses = jnp.where(mask > 0, task.loss(values, batch), 0.0)
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(mask), 1.0)
 
 
 def _mask(start: Start) -> Trainable:

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from fedlora_jax import aggregation
 from fedlora_jax.data.clients import ClientData, local_batch
-from fedlora_jax.federated import randomness
-from fedlora_jax.federated.local import LocalTraining, train
+from fedlora_jax.federated import local, randomness
+from fedlora_jax.federated.local import BatchOf, LocalTraining
 from fedlora_jax.federated.task import Task
+from fedlora_jax.lora import Adapters
 from fedlora_jax.methods import Context, Method, Server, Start, Trainable, change, mean
 
 PyTree: TypeAlias = Any
@@ -101,15 +102,30 @@ def train_cohort(
         def key(name: str) -> jax.Array:
             return randomness.of_client(seed, name, server.round, identity)
 
-        rows, count, batches = data.indices[identity], data.counts[identity], key("batches")
+        def batches_of(stream: str) -> BatchOf:
+            rows, count, order = data.indices[identity], data.counts[identity], key(stream)
 
-        def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-            chosen, mask = local_batch(rows, count, batches, step, training.batch_size)
-            return {name: values[chosen] for name, values in data.examples.items()}, mask
+            def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+                chosen, mask = local_batch(rows, count, order, step, training.batch_size)
+                return {name: values[chosen] for name, values in data.examples.items()}, mask
 
-        start = method.start(server, client, Context(key("start")))
-        trained, losses = train(
-            task, training, server.backbone, server.scale, start, batch_of, server.round
+            return batch_of
+
+        def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
+            at = server.trainable._replace(adapters=adapters)
+            own = batches_of("calibration")
+            frozen = (task, server.backbone, server.scale)
+            return local.gradient(*frozen, at, offset, own, batches).adapters
+
+        start = method.start(server, client, Context(key("start"), gradient))
+        trained, losses = local.train(
+            task,
+            training,
+            server.backbone,
+            server.scale,
+            start,
+            batches_of("batches"),
+            server.round,
         )
         upload, client = method.finish(server, client, start, trained)
         return CohortResult(start, trained, upload, client, jnp.mean(losses))
@@ -183,7 +199,10 @@ def message_bytes(method: Method, federation: Federation) -> tuple[int, int]:
     client = jax.tree.map(lambda x: x[0], clients)
 
     def upload(server: Server, client: PyTree) -> PyTree:
-        start = method.start(server, client, Context(jax.random.key(0)))
+        def gradient(adapters: Adapters, **_: Any) -> Adapters:
+            return adapters
+
+        start = method.start(server, client, Context(jax.random.key(0), gradient))
         return method.finish(server, client, start, start.trainable)[0]
 
     if method.pooled:

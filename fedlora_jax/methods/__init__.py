@@ -1,8 +1,8 @@
 """Federated methods: who starts from what, trains what, sends what.
 
 A `Method` is a NamedTuple of pure functions, as an optax `GradientTransformation` is. The factories
-here close over hyperparameters: `methods.get("lora_fair")(steps=500)`. To add one, write one file with a
-factory and name it in `REGISTRY`.
+here close over hyperparameters: `methods.get("lora_fair")(steps=500)`. To add one, write one file
+with a factory and name it in `REGISTRY`.
 """
 
 import inspect
@@ -23,13 +23,15 @@ from fedlora_jax.methods._base import (
 )
 from fedlora_jax.methods._central import central
 from fedlora_jax.methods._fedit import fedit
+from fedlora_jax.methods._fedsmooth_lora import fedsmooth_lora
 from fedlora_jax.methods._flora_na import flora_na
 from fedlora_jax.methods._local import local
 from fedlora_jax.methods._lora_fair import lora_fair
 from fedlora_jax.names import lookup
 
 REGISTRY: dict[str, Callable[..., Method]] = {
-    factory.__name__: factory for factory in (central, fedit, flora_na, local, lora_fair)
+    factory.__name__: factory
+    for factory in (central, fedit, fedsmooth_lora, flora_na, local, lora_fair)
 }
 
 

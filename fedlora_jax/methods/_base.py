@@ -45,9 +45,13 @@ class Context(NamedTuple):
 
     Attributes:
       key: A random key that depends on the seed, the round and the client's identity alone.
+      gradient: `(adapters, *, offset, batches) -> adapters`: the gradient for these adapters, of
+        any rank, of the mean loss over so many batches of the client's own data, at the server's
+        backbone and head changed by them and by a frozen offset.
     """
 
     key: jax.Array
+    gradient: Callable[..., Adapters]
 
 
 class Start(NamedTuple):

@@ -43,6 +43,12 @@ def rounds(world, method, cohorts, **options):
     return federation, metrics
 
 
+def model(server):
+    """The parameters of the global model."""
+    merged = lora.merge(server.backbone, server.trainable.adapters, scale=server.scale)
+    return lora.join_head(merged, server.trainable.head)
+
+
 def train_by_hand(world, client, trainable, round_index=0):
     """One client's round as a Python loop over merged kernels."""
     server, training = world.server, world.training
@@ -115,8 +121,9 @@ def test_order_of_clients_does_not_matter(world, name):
     method = method_of(name)
     one, metrics = rounds(world, method, [COHORT, COHORT])
     two, permuted = rounds(world, method, [COHORT[order], COHORT[order]])
-    assert_close(two, one)
-    assert_close(permuted.client_loss, metrics.client_loss[order])
+    # Of the factors only the product is unique.
+    assert_close(model(two.server), model(one.server), rtol=1e-3, atol=1e-3)
+    assert_close(permuted.client_loss, metrics.client_loss[order], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(methods.REGISTRY))
