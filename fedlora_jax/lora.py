@@ -1,9 +1,9 @@
 """LoRA adapters on any Linen model, which does not know of them.
 
 An adapter tree here is a dict from module path (`'block_0/attention/query'`) to `Factors`. `apply`
-intercepts the call of each adapted `nn.Dense` or `nn.DenseGeneral` and adds `scale * (x a) b` to what
-it returns: no merged weight is built, so that under `vmap` a thousand clients share one backbone.
-Kernels with head axes are flattened to `[d_in, d_out]` at the point of use.
+intercepts the call of each adapted `nn.Dense` or `nn.DenseGeneral` and adds `scale * (x a) b` to
+what it returns: no merged weight is built, so that under `vmap` a thousand clients share one
+backbone. Kernels with head axes are flattened to `[d_in, d_out]` at the point of use.
 
 References:
   Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022, arXiv:2106.09685.
@@ -69,6 +69,17 @@ def kernel_shapes(params: Params) -> dict[str, KernelShape]:
     return shapes
 
 
+def kernels(params: Params) -> dict[str, jax.Array]:
+    """Every kernel that can take an adapter as a matrix `[d_in, d_out]`, by module path."""
+    flat = _flat(params)
+    return {
+        path: flat[(*path.split("/"), "kernel") if path else ("kernel",)].reshape(
+            shape.d_in, shape.d_out
+        )
+        for path, shape in kernel_shapes(params).items()
+    }
+
+
 def select(paths: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
     """The paths in which one of the regular expressions is found (`re.search`).
 
@@ -124,7 +135,7 @@ def init(
       ((3, 2), (2, 5))
     """
     shapes = kernel_shapes(params)
-    adapters = {}
+    like = {}
     for path in select(shapes, targets):
         d_in, d_out = shapes[path].d_in, shapes[path].d_out
         if not 1 <= rank <= min(d_in, d_out):
@@ -132,11 +143,20 @@ def init(
                 f"rank {rank} is impossible for layer {path!r} [{d_in}, {d_out}]: "
                 f"expected 1 to {min(d_in, d_out)}"
             )
-        bound = d_in**-0.5
+        like[path] = Factors(jnp.zeros((d_in, rank), dtype), jnp.zeros((rank, d_out), dtype))
+    return fresh(key, like)
+
+
+def fresh(key: jax.Array, like: Adapters) -> Adapters:
+    """New adapters, as `init` makes them, of the paths, shapes and types of `like`."""
+
+    def new(path: str, factors: Factors) -> Factors:
+        bound = factors.a.shape[-2] ** -0.5
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        a = jax.random.uniform(path_key, (d_in, rank), dtype, -bound, bound)
-        adapters[path] = Factors(a, jnp.zeros((rank, d_out), dtype))
-    return adapters
+        a = jax.random.uniform(path_key, factors.a.shape, factors.a.dtype, -bound, bound)
+        return Factors(a, jnp.zeros_like(factors.b))
+
+    return {path: new(path, factors) for path, factors in like.items()}
 
 
 def apply(

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -20,7 +21,7 @@ import numpy as np
 import optax
 
 from fedlora_jax import lora, methods, models
-from fedlora_jax.data import images, partition, sources
+from fedlora_jax.data import images, partition, python_docs, sources
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated import cohort, randomness, records
 from fedlora_jax.federated.evaluation import HeldOut, held_out, make_evaluate
@@ -35,7 +36,7 @@ from fedlora_jax.federated.round import (
 from fedlora_jax.federated.task import Batch, Task, classification
 from fedlora_jax.lora import Params
 from fedlora_jax.methods import Method, Server, Trainable
-from fedlora_jax.models import pretrain
+from fedlora_jax.models import pretrain, pretrained
 from fedlora_jax.names import lookup
 
 Progress = Callable[[], Any]
@@ -70,17 +71,36 @@ class Program(NamedTuple):
 
 def prepare(config: ml_collections.ConfigDict) -> Setting:
     """Reads the data and the pretrained backbone, which is made and kept on first use."""
-    name = config.data.name
-    train, test = (_examples(sources.load(name, split)) for split in ("federated", "test"))
+    train, test = (_load(config, split) for split in ("federated", "test"))
+    has_domains = "domain" in train
+    domains = tuple(sources.class_names(config.data.name, "domain")) if has_domains else ("all",)
     model = models.get(config.model.name, **config.model.options)
-    params = pretrain.cached(
+    inputs = _tokens if "tokens" in train else _images
+    params = _backbone(config, model, inputs({key: x[:1] for key, x in train.items()}))
+    return Setting(
+        classification(model, inputs), params, _examples(train), _examples(test), domains
+    )
+
+
+def _load(config: ml_collections.ConfigDict, split: str) -> dict[str, np.ndarray]:
+    if config.data.name == "python_docs":
+        return python_docs.load(split, pretrained.locate(config.data.tokenizer), config.data.length)
+    return sources.load(config.data.name, split)
+
+
+def _backbone(
+    config: ml_collections.ConfigDict, model: nn.Module, inputs: tuple[jax.Array, ...]
+) -> Params:
+    """Parameters read from `config.pretrained`, or made as `config.pretraining` says."""
+    if "pretrained" in config:
+        wanted = config.pretrained
+        return pretrained.load(model, wanted.source, *inputs, new=wanted.new, key=jax.random.key(0))
+    return pretrain.cached(
         _backbone_path(config),
         model,
-        sources.load(name, config.pretraining.split),
+        sources.load(config.data.name, config.pretraining.split),
         **config.pretraining.options,
     )
-    domains = tuple(sources.class_names(name, "domain")) if "domain" in train else ("all",)
-    return Setting(classification(model, _images), params, train, test, domains)
 
 
 def _backbone_path(config: ml_collections.ConfigDict) -> Path:
@@ -93,7 +113,12 @@ def _backbone_path(config: ml_collections.ConfigDict) -> Path:
 def _examples(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What training needs of a split; a data set without domains has one."""
     one_domain = np.zeros(len(arrays["label"]), np.int32)
-    return {name: arrays.get(name, one_domain) for name in ("image", "label", "domain")}
+    kind = "tokens" if "tokens" in arrays else "image"
+    return {name: arrays.get(name, one_domain) for name in (kind, "label", "domain")}
+
+
+def _tokens(batch: Batch) -> tuple[jax.Array]:
+    return (batch["tokens"],)
 
 
 def _images(batch: Batch) -> tuple[jax.Array]:
@@ -269,7 +294,6 @@ def run(
         advance()
     writer = records.MetricsWriter(workdir, first)
     seed = jax.random.key(config.seed)
-    up, down = message_bytes(program.method, federation)
     try:
         for index in range(first, config.rounds):
             began = time.perf_counter()
@@ -283,6 +307,7 @@ def run(
             jax.block_until_ready(federation)
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
+            up, down = message_bytes(program.method, federation, start.cohort_size, index)
             accuracy = np.asarray(program.evaluate(federation, start.test), np.float64)
             writer.write(
                 {

@@ -193,23 +193,27 @@ def _put(clients: PyTree, cohort: jax.Array, new: PyTree, finite: jax.Array) -> 
     return jax.tree.map(put, clients, new)
 
 
-def message_bytes(method: Method, federation: Federation) -> tuple[int, int]:
+def message_bytes(
+    method: Method, federation: Federation, cohort_size: int, round_index: int
+) -> tuple[int, int]:
     """Bytes that one client sends and receives in a round: of the arrays that cross, as stored."""
     server, clients = federation
     client = jax.tree.map(lambda x: x[0], clients)
 
-    def upload(server: Server, client: PyTree) -> PyTree:
-        def gradient(adapters: Adapters, **_: Any) -> Adapters:
-            return adapters
+    def gradient(adapters: Adapters, **_: Any) -> Adapters:
+        return adapters
 
+    def upload(server: Server, client: PyTree) -> PyTree:
         start = method.start(server, client, Context(jax.random.key(0), gradient))
         return method.finish(server, client, start, start.trainable)[0]
 
-    if method.pooled:
-        return 0, 0
-    sent = jax.eval_shape(upload, server, client)
-    received = jax.eval_shape(method.download, server)
-    return _bytes(sent), _bytes(received)
+    def received(server: Server, client: PyTree) -> PyTree:
+        stacked = jax.tree.map(lambda x: jnp.stack([x] * cohort_size), upload(server, client))
+        server, aggregated = method.aggregate(server, stacked, jnp.ones(cohort_size))
+        return method.received(server, aggregated, round_index)
+
+    sent = jax.eval_shape(lambda *x: method.sent(upload(*x), round_index), server, client)
+    return _bytes(sent), _bytes(jax.eval_shape(received, server, client))
 
 
 def _bytes(tree: PyTree) -> int:

@@ -22,16 +22,46 @@ from fedlora_jax.methods._base import (
     mean,
 )
 from fedlora_jax.methods._central import central
+from fedlora_jax.methods._fedex_lora import fedex_lora, oracle
 from fedlora_jax.methods._fedit import fedit
+from fedlora_jax.methods._fedrot_lora import fedrot_lora
+from fedlora_jax.methods._fedsa_lora import fedsa_lora
 from fedlora_jax.methods._fedsmooth_lora import fedsmooth_lora
+from fedlora_jax.methods._fedsvd import fedsvd
+from fedlora_jax.methods._ffa_lora import ffa_lora
+from fedlora_jax.methods._flexlora import flexlora
+from fedlora_jax.methods._flora import flora
 from fedlora_jax.methods._flora_na import flora_na
+from fedlora_jax.methods._frlora import frlora
+from fedlora_jax.methods._hetlora import hetlora
 from fedlora_jax.methods._local import local
 from fedlora_jax.methods._lora_fair import lora_fair
+from fedlora_jax.methods._rolora import rolora
+from fedlora_jax.methods._spectral import spectral
 from fedlora_jax.names import lookup
 
 REGISTRY: dict[str, Callable[..., Method]] = {
     factory.__name__: factory
-    for factory in (central, fedit, fedsmooth_lora, flora_na, local, lora_fair)
+    for factory in (
+        central,
+        fedex_lora,
+        fedit,
+        fedrot_lora,
+        fedsa_lora,
+        fedsmooth_lora,
+        fedsvd,
+        ffa_lora,
+        flexlora,
+        flora,
+        flora_na,
+        frlora,
+        hetlora,
+        local,
+        lora_fair,
+        oracle,
+        rolora,
+        spectral,
+    )
 }
 
 

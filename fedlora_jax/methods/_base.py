@@ -12,7 +12,8 @@ from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
 
 PyTree: TypeAlias = Any
-AggregationFunction: TypeAlias = Callable[[Adapters, jax.Array], Aggregated]
+
+BOTH = Factors(a=True, b=True)  # type: ignore[arg-type]
 
 
 class Trainable(NamedTuple):
@@ -64,7 +65,7 @@ class Start(NamedTuple):
     """
 
     trainable: Trainable
-    trains: Factors = Factors(a=True, b=True)  # type: ignore[arg-type]
+    trains: Factors = BOTH
     offset: Adapters | None = None
 
 
@@ -78,12 +79,14 @@ class Method(NamedTuple):
       init: `(key, server) -> (server, client)`: completes the server's state (its `memory`, or a
         changed backbone) and gives the state in which every client begins.
       start: `(server, client, context) -> Start`.
-      finish: `(server, client, start, trained) -> (upload, client)`: what a client sends, any
-        pytree of arrays, and what it keeps. The arrays of the upload are what is counted as sent.
+      finish: `(server, client, start, trained) -> (upload, client)`: what the server may read,
+        any pytree of arrays, and what the client keeps.
       aggregate: `(server, uploads, weights) -> (server, aggregated)` from uploads stacked along
         `[K]` and weights `[K]`, zero for a client to be left out. `aggregated` is what the error
         of the aggregation is measured on; None if the method does not aggregate.
-      download: `server -> pytree` of the arrays that a client receives at the start of a round.
+      sent: `(upload, round) -> pytree` of those arrays of an upload that cross in that round, an
+        int; `aggregate` depends on no others.
+      received: `(server, aggregated, round) -> pytree` of the arrays that each client then gets.
       personal: `(server, client) -> Trainable`, a client's own model, if the method is to be
         judged by that; None if by the global one.
       pooled: Whether all data lie with one client, as a reference.
@@ -93,23 +96,33 @@ class Method(NamedTuple):
     start: Callable[[Server, PyTree, Context], Start]
     finish: Callable[[Server, PyTree, Start, Trainable], tuple[PyTree, PyTree]]
     aggregate: Callable[[Server, PyTree, jax.Array], tuple[Server, Aggregated | None]]
-    download: Callable[[Server], PyTree]
+    sent: Callable[[PyTree, int], PyTree]
+    received: Callable[[Server, Aggregated | None, int], PyTree]
     personal: Callable[[Server, PyTree], Trainable] | None = None
     pooled: bool = False
 
 
-def averaging(aggregation_function: AggregationFunction) -> Method:
-    """A method whose clients start from the server's adapters, train both factors and send both.
+def averaging(
+    aggregate_adapters: Callable[[Adapters, jax.Array, Server], Aggregated],
+    *,
+    trains: Callable[[jax.Array], Factors] = lambda round_index: BOTH,
+    sends: Callable[[int], str] = lambda round_index: "ab",
+    receives: Callable[[int], str] = lambda round_index: "ab",
+) -> Method:
+    """A method whose clients start from the server's adapters and keep nothing of their own.
 
     Args:
-      aggregation_function: Of `(stacked, weights)`, hyperparameters bound.
+      aggregate_adapters: `(stacked, weights, server) -> Aggregated`.
+      trains: From the round, traced, to the sides of the factors that move.
+      sends: From the round, an int, to the sides that clients send.
+      receives: Likewise to the sides that clients receive, beside a residual.
     """
 
     def init(key: jax.Array, server: Server) -> tuple[Server, tuple[()]]:
         return server, ()
 
     def start(server: Server, client: PyTree, context: Context) -> Start:
-        return Start(server.trainable)
+        return Start(server.trainable, trains(server.round))
 
     def finish(
         server: Server, client: PyTree, start: Start, trained: Trainable
@@ -119,10 +132,23 @@ def averaging(aggregation_function: AggregationFunction) -> Method:
     def aggregate(
         server: Server, uploads: Trainable, weights: jax.Array
     ) -> tuple[Server, Aggregated]:
-        aggregated = aggregation_function(uploads.adapters, weights)
+        aggregated = aggregate_adapters(uploads.adapters, weights, server)
         return absorb(server, aggregated, mean(uploads.head, weights)), aggregated
 
-    return Method(init, start, finish, aggregate, download=lambda server: server.trainable)
+    def sent(upload: Trainable, round_index: int) -> PyTree:
+        return sides(upload.adapters, sends(round_index)), upload.head
+
+    def received(server: Server, aggregated: Aggregated | None, round_index: int) -> PyTree:
+        residual = None if aggregated is None else aggregated.residual
+        adapters = sides(server.trainable.adapters, receives(round_index))
+        return adapters, residual, server.trainable.head
+
+    return Method(init, start, finish, aggregate, sent, received)
+
+
+def sides(adapters: Adapters, names: str) -> PyTree:
+    """The factors `'a'`, `'b'` or `'ab'` of an adapter tree."""
+    return {path: [getattr(factors, name) for name in names] for path, factors in adapters.items()}
 
 
 def absorb(server: Server, aggregated: Aggregated, head: Params) -> Server:

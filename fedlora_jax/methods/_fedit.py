@@ -10,4 +10,4 @@ def fedit() -> Method:
     References:
       Zhang et al., *Towards Building the Federated GPT*, arXiv:2305.05644.
     """
-    return averaging(aggregation.fedit)
+    return averaging(lambda stacked, weights, server: aggregation.fedit(stacked, weights))

@@ -174,7 +174,8 @@ def fedsmooth_lora(
         begin,
         finish,
         aggregate,
-        download=lambda server: Trainable(server.memory, server.trainable.head),
+        sent=lambda upload, round_index: upload,
+        received=lambda server, aggregated, round_index: (server.memory, server.trainable.head),
     )
 
 

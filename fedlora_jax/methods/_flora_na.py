@@ -1,6 +1,5 @@
 """FLoRA-NA: coefficients over clients, fitted at the server."""
 
-import functools
 from typing import Any
 
 from fedlora_jax import aggregation
@@ -16,4 +15,6 @@ def flora_na(**hyperparameters: Any) -> Method:
     References:
       *FLoRA-NA*, arXiv:2509.26399.
     """
-    return averaging(functools.partial(aggregation.flora_na, **hyperparameters))
+    return averaging(
+        lambda stacked, weights, server: aggregation.flora_na(stacked, weights, **hyperparameters)
+    )

@@ -30,6 +30,7 @@ def local() -> Method:
         start,
         finish,
         aggregate,
-        download=lambda server: (),
+        sent=lambda upload, round_index: (),
+        received=lambda server, aggregated, round_index: (),
         personal=lambda server, client: client,
     )

@@ -1,6 +1,5 @@
 """LoRA-FAIR: the mean of one factor and a corrected other."""
 
-import functools
 from typing import Any
 
 from fedlora_jax import aggregation
@@ -18,4 +17,6 @@ def lora_fair(**hyperparameters: Any) -> Method:
     References:
       Bian et al., *LoRA-FAIR*, ICCV 2025, arXiv:2411.14961.
     """
-    return averaging(functools.partial(aggregation.lora_fair, **hyperparameters))
+    return averaging(
+        lambda stacked, weights, server: aggregation.lora_fair(stacked, weights, **hyperparameters)
+    )

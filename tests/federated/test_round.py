@@ -207,10 +207,10 @@ def test_bytes_are_those_of_what_crosses(world):
     assert expected == 4 * (2 * (6 + 10) + 2 * (10 + 7) + 7 * 3 + 3)
     for name in AVERAGING:
         method = method_of(name)
-        assert message_bytes(method, world.federation(method)) == (expected, expected)
+        assert message_bytes(method, world.federation(method), 4, 0) == (expected, expected)
     for name in ("local", "central"):
         method = method_of(name)
-        assert message_bytes(method, world.federation(method)) == (0, 0)
+        assert message_bytes(method, world.federation(method), 4, 0) == (0, 0)
 
 
 def test_trained_side_only(world):

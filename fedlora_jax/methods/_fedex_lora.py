@@ -1,0 +1,25 @@
+"""FedEx-LoRA: means, and what their product misses goes into the backbone."""
+
+from typing import Any
+
+from fedlora_jax import aggregation
+from fedlora_jax.methods._base import Method, averaging
+
+
+def fedex_lora(**hyperparameters: Any) -> Method:
+    """Clients start from the means; the backbone absorbs the residual, so that the mean is exact.
+
+    Args:
+      **hyperparameters: Of `aggregation.fedex_lora`.
+
+    References:
+      Singhal et al., *FedEx-LoRA*, ACL 2025, arXiv:2410.09432.
+    """
+    return averaging(
+        lambda stacked, weights, server: aggregation.fedex_lora(stacked, weights, **hyperparameters)
+    )
+
+
+def oracle() -> Method:
+    """A reference arm: FedEx-LoRA with all of its residual, whatever that costs to send."""
+    return fedex_lora()

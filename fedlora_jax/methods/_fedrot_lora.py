@@ -1,0 +1,24 @@
+"""FedRot-LoRA: clients' factors rotated to the last global ones before they are averaged."""
+
+from fedlora_jax import aggregation
+from fedlora_jax.methods._base import Method, averaging
+
+
+def fedrot_lora(*, strength: float = 1.0) -> Method:
+    """The server aligns `a` in odd rounds and `b` in even ones, then averages.
+
+    Args:
+      strength: From 0 (FedIT) to 1, as in `aggregation.fedrot_lora`.
+
+    References:
+      *FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA*, 2026.
+    """
+    return averaging(
+        lambda stacked, weights, server: aggregation.fedrot_lora(
+            stacked,
+            weights,
+            reference=server.trainable.adapters,
+            aligned=server.round % 2 == 0,
+            strength=strength,
+        )
+    )
