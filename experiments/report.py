@@ -30,8 +30,8 @@ _LEGEND = """\
 Accuracy: test accuracy in percent after the last round, the plain mean over domains, as mean ±
 sample standard deviation over seeds; then the mean over seeds for each domain. Agg. error: relative
 Frobenius distance of the server's update from the mean of the clients' updates, mean over rounds
-and seeds. MB: megabytes that the whole cohort sends and receives in a round. Seconds: median over all
-rounds, without evaluation."""
+and seeds. MB: megabytes that the whole cohort sends and receives in a round. Seconds: median over
+all rounds, without evaluation."""
 
 
 def table(runs: Runs) -> tuple[list[str], list[list[str]]]:

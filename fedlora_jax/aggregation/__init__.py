@@ -19,15 +19,43 @@ its upload, counts as absent, and if nobody is left the means are zero. The resu
 
 from collections.abc import Callable
 
-from fedlora_jax.aggregation._base import Aggregated, present_clients, stack
+from fedlora_jax.aggregation._base import Aggregated, cut, present_clients, stack
+from fedlora_jax.aggregation._diagnostics import Diagnostics, diagnostics
 from fedlora_jax.aggregation._error import error
+from fedlora_jax.aggregation._fedex_lora import fedex_lora
 from fedlora_jax.aggregation._fedit import fedit
+from fedlora_jax.aggregation._fedrot_lora import fedrot_lora
+from fedlora_jax.aggregation._fedsa_lora import fedsa_lora
+from fedlora_jax.aggregation._fedsvd import fedsvd
+from fedlora_jax.aggregation._ffa_lora import ffa_lora
+from fedlora_jax.aggregation._flexlora import flexlora
+from fedlora_jax.aggregation._flora import flora
 from fedlora_jax.aggregation._flora_na import flora_na
+from fedlora_jax.aggregation._frlora import frlora
+from fedlora_jax.aggregation._hetlora import hetlora, tail_penalty
 from fedlora_jax.aggregation._lora_fair import lora_fair
+from fedlora_jax.aggregation._rolora import rolora
+from fedlora_jax.aggregation._spectral import spectral
 from fedlora_jax.names import lookup
 
 REGISTRY: dict[str, Callable[..., Aggregated]] = {
-    function.__name__: function for function in (fedit, flora_na, lora_fair)
+    function.__name__: function
+    for function in (
+        fedex_lora,
+        fedit,
+        fedrot_lora,
+        fedsa_lora,
+        fedsvd,
+        ffa_lora,
+        flexlora,
+        flora,
+        flora_na,
+        frlora,
+        hetlora,
+        lora_fair,
+        rolora,
+        spectral,
+    )
 }
 
 
@@ -43,9 +71,13 @@ def get(name: str) -> Callable[..., Aggregated]:
 __all__ = [
     "REGISTRY",
     "Aggregated",
+    "Diagnostics",
+    "cut",
+    "diagnostics",
     "error",
     "get",
     "present_clients",
     "stack",
+    "tail_penalty",
     *sorted(REGISTRY),
 ]

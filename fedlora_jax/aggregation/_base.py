@@ -14,6 +14,9 @@ from fedlora_jax.lowrank import Factors
 PyTree: TypeAlias = Any
 Core: TypeAlias = Callable[..., "Aggregated"]
 
+# Bytes of the stacked factors of one kernel up to which kernels of a kind are copied together.
+_LARGEST_BATCHED = 1 << 20
+
 
 class Aggregated(NamedTuple):
     """What a server makes of its clients' adapters.
@@ -83,35 +86,6 @@ def map_factors(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> Py
     return jax.tree.map(function, tree, *rest, is_leaf=lowrank.is_factors)
 
 
-def map_kernels(function: Callable[..., Any], *trees: PyTree) -> list[Any]:
-    """`function(*factors)` for every kernel, kernels of equal shapes as one batch.
-
-    A model has few kinds of kernels and many of each. One vmapped call a kind compiles in the time
-    of one kernel and runs as a few batched operations.
-
-    Args:
-      function: From the `Factors` of one kernel, one for each tree, to any pytree of arrays.
-      *trees: Adapter trees of one structure.
-
-    Returns:
-      A list of results in the order of `leaves`.
-    """
-    rows = list(zip(*(leaves(tree) for tree in trees), strict=True))
-    kinds: dict[Hashable, list[int]] = {}
-    for index, row in enumerate(rows):
-        kinds.setdefault(tuple((x.shape, x.dtype) for x in jax.tree.leaves(row)), []).append(index)
-    results: list[Any] = [None] * len(rows)
-    for indices in kinds.values():
-        if len(indices) == 1:
-            results[indices[0]] = function(*rows[indices[0]])
-            continue
-        batch = jax.tree.map(lambda *x: jnp.stack(x), *(rows[i] for i in indices))
-        outputs = jax.vmap(function)(*batch)
-        for position, index in enumerate(indices):
-            results[index] = jax.tree.map(lambda x, p=position: x[p], outputs)
-    return results
-
-
 def unflatten(tree: PyTree, nodes: Sequence[Any]) -> PyTree:
     """A tree of the structure of `tree` with `nodes` in place of its `Factors`."""
     structure = jax.tree.structure(tree, is_leaf=lowrank.is_factors)
@@ -122,30 +96,136 @@ def run(
     core: Core,
     stacked: PyTree,
     weights: jax.Array,
+    *,
+    trees: Sequence[PyTree] = (),
     arrays: dict[str, Any] | None = None,
     **options: Hashable,
 ) -> Aggregated:
-    """Checks the input, then runs `core(stacked, weights, **arrays, **options)` under jit.
+    """`each_kernel` of a core that returns `Aggregated` for one kernel; the tree put together.
 
-    The core sees factors in float32 (float64 if they are), weights that sum to one, and zeros for
-    clients of weight zero. What it returns goes back to the storage type of the input.
+    What the core returns goes back to the storage type of the input.
+    """
+    nodes = each_kernel(core, stacked, weights, trees=trees, arrays=arrays, **options)
+
+    def together(parts: Sequence[Factors | None]) -> PyTree | None:
+        return None if parts[0] is None else unflatten(stacked, parts)
+
+    return Aggregated(
+        adapters=together([node.adapters for node in nodes]),
+        residual=together([node.residual for node in nodes]),
+    )
+
+
+def each_kernel(
+    core: Callable[..., Any],
+    stacked: PyTree,
+    weights: jax.Array,
+    *,
+    trees: Sequence[PyTree] = (),
+    arrays: dict[str, Any] | None = None,
+    **options: Hashable,
+) -> list[Any]:
+    """Checks the input, then runs `core(clients, weights, *nodes, **arrays, **options)`.
+
+    The core sees one kernel: its factors in float32 (float64 if they are), weights that sum to
+    one, and the nodes of `trees` that belong to it. A client of weight zero may hold anything
+    that is finite, so a core must not use a client's factors but through its weight.
+
+    A model has few kinds of kernels and many of each. Small ones of a kind run as one batch, large
+    ones in turn through one compiled program: what a batch would save, copying them into it costs
+    again. Inside somebody else's jit every kind is one batch.
 
     Args:
       core: A function at module level, so that a second call finds its compiled program.
       stacked: Adapter tree with a leading client axis K.
       weights: `[K]`.
-      arrays: Keyword arguments of the core that are pytrees of arrays.
+      trees: Further adapter trees of the same structure, to be passed by position.
+      arrays: Keyword arguments of the core that are arrays, the same for all kernels.
       **options: Keyword arguments of the core that are fixed at compile time.
+
+    Returns:
+      What the core returned for each kernel, in the order of `leaves`.
 
     Raises:
       ValueError: As described in the docstring of `fedlora_jax.aggregation`.
     """
-    weights = jnp.asarray(weights)
+    stacked = jax.tree.map(jnp.asarray, stacked)
+    weights, arrays = jnp.asarray(weights), arrays or {}
     check(stacked, weights)
-    result, finite = _run(stacked, weights, arrays or {}, core=core, options=tuple(options.items()))
-    if _concrete(finite) and not np.all(finite):
-        raise ValueError(_blame(stacked, np.flatnonzero(~np.asarray(finite))))
-    return result
+    for tree in trees:
+        check_fit(stacked, tree)
+    rows = list(zip(*(leaves(tree) for tree in (stacked, *trees)), strict=True))
+    run_rows = functools.partial(_run_rows, core, tuple(options.items()), rows, arrays)
+    if not all(map(_concrete, jax.tree.leaves((rows, weights, arrays)))):
+        finite = finite_everywhere(stacked)
+        present = finite & jnp.isfinite(weights) & (weights > 0)
+        return run_rows(normalized(weights, present), finite, largest=None)[0]
+    results, found = run_rows(normalized(weights, weights > 0), None, largest=_LARGEST_BATCHED)
+    healthy = np.all(np.asarray(jax.device_get(found)), axis=0)
+    if np.all(healthy):
+        return results
+    sick = np.flatnonzero(~healthy & (np.asarray(weights) > 0))
+    if len(sick):
+        raise ValueError(_blame(stacked, sick))
+    return run_rows(normalized(weights, weights > 0), healthy, largest=_LARGEST_BATCHED)[0]
+
+
+def _run_rows(
+    core: Callable[..., Any],
+    options: tuple[tuple[str, Hashable], ...],
+    rows: list[tuple[Factors, ...]],
+    arrays: dict[str, Any],
+    shares: jax.Array,
+    finite: jax.Array | None,
+    *,
+    largest: int | None,
+) -> tuple[list[Any], list[jax.Array]]:
+    """Results of the core and, if it is not given, which clients are `finite`, by kernel."""
+    kinds: dict[Hashable, list[int]] = {}
+    for index, row in enumerate(rows):
+        kind = tuple((x.shape, x.dtype) for x in jax.tree.leaves(row))
+        large = largest is not None and sum(x.nbytes for x in row[0]) > largest
+        kinds.setdefault((index, kind) if large else kind, []).append(index)
+    results: list[Any] = [None] * len(rows)
+    found: list[jax.Array] = [jnp.asarray(True)] * len(rows)
+    for indices in kinds.values():
+        batch = [rows[index] for index in indices]
+        outputs = _run_batch(batch, shares, finite, arrays, core=core, options=options)
+        for index, (result, healthy) in zip(indices, outputs, strict=True):
+            results[index], found[index] = result, healthy
+    return results, found
+
+
+@functools.partial(jax.jit, static_argnames=("core", "options"))
+def _run_batch(
+    batch: list[tuple[Factors, ...]],
+    shares: jax.Array,
+    finite: jax.Array | None,
+    arrays: dict[str, Any],
+    *,
+    core: Callable[..., Any],
+    options: tuple[tuple[str, Hashable], ...],
+) -> list[tuple[Any, jax.Array]]:
+    storage = jnp.result_type(*jax.tree.leaves(batch[0][0]))
+    compute = jnp.promote_types(storage, jnp.float32)
+    back = storage if jnp.issubdtype(storage, jnp.floating) else compute
+
+    def one(clients: Factors, *nodes: Factors) -> tuple[Any, jax.Array]:
+        if finite is None:
+            healthy = finite_clients(clients)
+        else:
+            healthy = finite
+            clients = jax.tree.map(lambda x: jnp.where(finite[:, None, None], x, 0), clients)
+        wide, others = jax.tree.map(lambda x: x.astype(compute), (clients, nodes))
+        result = core(wide, shares.astype(compute), *others, **arrays, **dict(options))
+        if isinstance(result, Aggregated):
+            result = jax.tree.map(lambda x: x.astype(back), result)
+        return result, healthy
+
+    if len(batch) == 1:
+        return [one(*batch[0])]
+    together = jax.vmap(one)(*jax.tree.map(lambda *x: jnp.stack(x), *batch))
+    return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(batch))]
 
 
 def check(stacked: PyTree, weights: jax.Array) -> None:
@@ -170,6 +250,35 @@ def check(stacked: PyTree, weights: jax.Array) -> None:
         )
 
 
+def check_fit(stacked: PyTree, tree: PyTree) -> None:
+    """Raises ValueError unless `tree` has the structure of `stacked` and its kernels' sizes."""
+    if names(stacked) != names(tree):
+        raise ValueError(
+            f"adapter trees of one structure expected, got kernels {names(stacked)} "
+            f"and {names(tree)}"
+        )
+    for name, node, other in zip(names(stacked), leaves(stacked), leaves(tree), strict=True):
+        a, b = jnp.shape(other.a), jnp.shape(other.b)
+        sizes = node.a.shape[-2], node.b.shape[-1]
+        if len(a) < 2 or len(b) < 2 or (a[-2], b[-1]) != sizes or a[-1] != b[-2]:
+            raise ValueError(
+                f"adapter {name!r} is of a kernel {list(sizes)}, but a factored matrix "
+                f"a {list(a)}, b {list(b)} was given for it"
+            )
+
+
+def finite_everywhere(stacked: PyTree) -> jax.Array:
+    """`finite_clients` of all kernels together."""
+    return functools.reduce(jnp.logical_and, map(finite_clients, leaves(stacked)))
+
+
+def finite_clients(clients: Factors) -> jax.Array:
+    """Which clients hold finite factors alone, `[K]`."""
+    # The largest absolute value is finite only if all are; this is much faster than `isfinite`.
+    a, b = (jnp.isfinite(jnp.max(jnp.abs(x), axis=(1, 2), initial=0)) for x in clients)
+    return jax.lax.stop_gradient(a & b)
+
+
 def present_clients(stacked: PyTree, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Which clients count, and which of positive weight must not: two `[K]` boolean arrays.
 
@@ -177,12 +286,35 @@ def present_clients(stacked: PyTree, weights: jax.Array) -> tuple[jax.Array, jax
       `present`: finite adapters and a finite weight above zero; and `finite`: False for a client
       of non-zero weight that is not present because something in it is not finite.
     """
-    finite = jnp.isfinite(weights)
-    for node in leaves(stacked):
-        for x in node:
-            finite &= jnp.all(jnp.isfinite(x), axis=(1, 2))
+    finite = finite_everywhere(stacked) & jnp.isfinite(weights)
     present = finite & (weights > 0)
     return present, finite | (weights == 0)
+
+
+def first_present(clients: Factors, weights: jax.Array) -> Factors:
+    """The factors of the first client of positive weight, to the bit; zero if there is none."""
+    first = jnp.argmax(weights > 0)
+    return jax.tree.map(lambda x: jnp.where(jnp.any(weights > 0), x[first], 0), clients)
+
+
+def check_rank(rank: int | None) -> None:
+    """Raises ValueError unless `rank` is None or a positive number."""
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+
+
+def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:
+    """What clients of unequal ranks continue from: the first `ranks[k]` columns of the adapters.
+
+    Args:
+      adapters: Adapter tree of `Factors(a [d_in, r], b [r, d_out])`, directions in descending order.
+      ranks: `[K]`.
+
+    Returns:
+      Stacked adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`, zero beyond `ranks[k]`.
+    """
+    ranks = jnp.asarray(ranks)
+    return map_factors(lambda factors: lowrank.cut(factors, ranks), adapters)
 
 
 def normalized(weights: jax.Array, present: jax.Array) -> jax.Array:
@@ -200,21 +332,6 @@ def prepared(stacked: PyTree, weights: jax.Array) -> tuple[PyTree, jax.Array, ja
     present, finite = present_clients(stacked, weights)
     clean = jax.tree.map(lambda x: jnp.where(present[:, None, None], x, 0).astype(compute), stacked)
     return clean, normalized(weights, present), finite
-
-
-@functools.partial(jax.jit, static_argnames=("core", "options"))
-def _run(
-    stacked: PyTree,
-    weights: jax.Array,
-    arrays: dict[str, Any],
-    *,
-    core: Core,
-    options: tuple[tuple[str, Hashable], ...],
-) -> tuple[Aggregated, jax.Array]:
-    clean, shares, finite = prepared(stacked, weights)
-    result = core(clean, shares, **arrays, **dict(options))
-    storage = jnp.result_type(*jax.tree.leaves(stacked))
-    return jax.tree.map(lambda x: x.astype(storage), result), finite
 
 
 def _concrete(x: Any) -> bool:

@@ -1,6 +1,5 @@
 """How far an aggregate is from the ideal: the weighted mean of the products."""
 
-import functools
 from typing import Any
 
 import jax
@@ -21,7 +20,8 @@ def error(
       \frac{\lVert M - (\text{residual} + \hat a \hat b) \rVert_F}{\lVert M \rVert_F},
       \qquad M = \sum_k p_k a_k b_k
 
-    over all kernels together; the scale cancels. Computed in factored form and without squaring
+    over all kernels together; the scale cancels. Of factors that stay with their clients
+    (`fedsa_lora`: a leading axis K) the weighted mean counts. Computed in factored form and without squaring
     what cancels, so that an exact method shows about 1e-7 in float32.
 
     Args:
@@ -35,7 +35,8 @@ def error(
       aggregate is zero too.
 
     Raises:
-      ValueError: On weights or factors that cannot be used, see `fedlora_jax.aggregation`.
+      ValueError: On weights or factors that cannot be used, see `fedlora_jax.aggregation`, or an
+        aggregate whose kernels are not those of `stacked`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -46,32 +47,29 @@ def error(
       >>> round(float(aggregation.error(stacked, weights, mean)), 6)
       0.2
     """
-    weights = jnp.asarray(weights)
-    _base.check(stacked, weights)
-    distances, sizes = _distances(stacked, weights, aggregated)
-    if per_kernel:
-        ratios = [_ratio(d, n) for d, n in zip(distances, sizes, strict=True)]
-        return dict(zip(_base.names(stacked), ratios, strict=True))
-    return _ratio(jnp.linalg.norm(distances), jnp.linalg.norm(sizes))
-
-
-@functools.partial(jax.jit)
-def _distances(
-    stacked: PyTree, weights: jax.Array, aggregated: Aggregated
-) -> tuple[jax.Array, jax.Array]:
-    """For each kernel `|M - aggregate|` and `|M|`, two arrays in the order of the leaves."""
-    clean, shares, _ = _base.prepared(stacked, weights)
     parts = [part for part in aggregated if part is not None]
+    pairs = _base.each_kernel(_distance, stacked, weights, trees=parts)
+    if per_kernel:
+        return dict(zip(_base.names(stacked), (_ratio(*pair) for pair in pairs), strict=True))
+    distances, sizes = (jnp.stack(x) for x in zip(*pairs, strict=True))
+    return _ratio(lowrank.vector_norm(distances), lowrank.vector_norm(sizes))
 
-    def measure(clients: Factors, *terms: Factors) -> tuple[jax.Array, jax.Array]:
-        ideal = lowrank.weighted_sum(clients, shares)
-        wide = [jax.tree.map(lambda x: x.astype(ideal.a.dtype), term) for term in terms]
-        reached = [lowrank.scaled(term, -1.0) for term in wide]
-        return lowrank.norm(lowrank.concatenate([ideal, *reached])), lowrank.norm(ideal)
 
-    pairs = _base.map_kernels(measure, clean, *parts)
-    distances, sizes = zip(*pairs, strict=True)
-    return jnp.stack(distances), jnp.stack(sizes)
+def _distance(clients: Factors, weights: jax.Array, *terms: Factors) -> tuple[jax.Array, jax.Array]:
+    """`|M - aggregate|` and `|M|` of one kernel."""
+    ideal = lowrank.weighted_sum(clients, weights)
+    reached = [lowrank.scaled(shared(term, weights), -1.0) for term in terms]
+    return lowrank.norm(lowrank.concatenate([ideal, *reached])), lowrank.norm(ideal)
+
+
+def shared(term: Factors, weights: jax.Array) -> Factors:
+    """A term without client axes: of factors that stay with their clients, the mean."""
+    return Factors(
+        *(
+            jnp.einsum("k,kij->ij", weights, x, precision="highest") if x.ndim > 2 else x
+            for x in term
+        )
+    )
 
 
 def _ratio(distance: jax.Array, size: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import jax
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.lowrank import Factors
 
 
 def fedit(stacked: PyTree, weights: jax.Array) -> Aggregated:
@@ -42,6 +43,5 @@ def fedit(stacked: PyTree, weights: jax.Array) -> Aggregated:
     return _base.run(_fedit, stacked, weights)
 
 
-def _fedit(stacked: PyTree, weights: jax.Array) -> Aggregated:
-    means = _base.map_factors(lambda factors: lowrank.mean(factors, weights), stacked)
-    return Aggregated(adapters=means, residual=None)
+def _fedit(clients: Factors, weights: jax.Array) -> Aggregated:
+    return Aggregated(adapters=lowrank.mean(clients, weights), residual=None)

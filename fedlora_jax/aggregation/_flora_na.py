@@ -1,5 +1,6 @@
 """FLoRA-NA: one coefficient a client for each factor, fitted to the mean of the products."""
 
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -79,7 +80,11 @@ def flora_na(
     lookup(dict.fromkeys(get_args(Solver)), solver, "solver")
     if sweeps < 0:
         raise ValueError(f"sweeps must not be negative, got {sweeps}")
-    return _base.run(_flora_na, stacked, weights, solver=solver, sweeps=sweeps, shared=shared)
+    if not shared:
+        return _base.run(_alone, stacked, weights, solver=solver, sweeps=sweeps)
+    pairs = _base.each_kernel(_grams_and_weights, stacked, weights)
+    p, q = _solve_shared([g for g, _ in pairs], pairs[0][1], solver=solver, sweeps=sweeps)
+    return _base.run(_combined, stacked, weights, arrays={"p": p, "q": q})
 
 
 class _Grams(NamedTuple):
@@ -94,32 +99,43 @@ class _Grams(NamedTuple):
     b: jax.Array
 
 
-def _flora_na(
-    stacked: PyTree, weights: jax.Array, *, solver: Solver, sweeps: int, shared: bool
-) -> Aggregated:
-    solve = {"als": _alternate, "gradient": _adam}[solver]
-
-    def combined(clients: Factors, p: jax.Array, q: jax.Array) -> Factors:
-        return Factors(lowrank.mean(clients, q).a, lowrank.mean(clients, p).b)
-
-    def alone(clients: Factors) -> Factors:
-        grams = [jax.tree.map(lambda x: x[None], _grams(clients))]
-        return combined(clients, *solve(grams, weights, sweeps))
-
-    if shared:
-        kinds = [jax.tree.map(lambda x: x[None], g) for g in _base.map_kernels(_grams, stacked)]
-        p, q = solve(kinds, weights, sweeps)
-        adapters = _base.map_factors(lambda clients: combined(clients, p, q), stacked)
-    else:
-        adapters = _base.unflatten(stacked, _base.map_kernels(alone, stacked))
-    return Aggregated(adapters=adapters, residual=None)
+def _alone(clients: Factors, weights: jax.Array, *, solver: Solver, sweeps: int) -> Aggregated:
+    grams = [jax.tree.map(lambda x: x[None], _grams(clients, weights))]
+    p, q = _SOLVERS[solver](grams, weights, sweeps)
+    return _combined(clients, weights, p=p, q=q)
 
 
-def _grams(clients: Factors) -> _Grams:
-    return _Grams(
-        a=einsum("xir,yis->xyrs", clients.a, clients.a),
-        b=einsum("xro,yso->xyrs", clients.b, clients.b),
-    )
+def _combined(clients: Factors, weights: jax.Array, *, p: jax.Array, q: jax.Array) -> Aggregated:
+    pair = Factors(lowrank.mean(clients, q).a, lowrank.mean(clients, p).b)
+    return Aggregated(adapters=pair, residual=None)
+
+
+def _grams(clients: Factors, weights: jax.Array) -> _Grams:
+    """Blocks of clients that are absent are zero: their factors must not serve the others."""
+    count, _, rank = clients.a.shape
+    rows = Factors(jnp.swapaxes(clients.a, 1, 2), clients.b)
+    here = (weights > 0).astype(clients.a.dtype)
+    pairs = (here[:, None] * here)[..., None, None]
+    blocks = []
+    for x in rows:
+        square = lowrank.gram(x.reshape(count * rank, -1)).reshape(count, rank, count, rank)
+        blocks.append(jnp.moveaxis(square, 1, 2) * pairs)
+    return _Grams(*blocks)
+
+
+def _grams_and_weights(clients: Factors, weights: jax.Array) -> tuple[_Grams, jax.Array]:
+    return _grams(clients, weights), weights
+
+
+@functools.partial(jax.jit, static_argnames=("solver", "sweeps"))
+def _solve_shared(
+    grams: Sequence[_Grams], weights: jax.Array, *, solver: Solver, sweeps: int
+) -> tuple[jax.Array, jax.Array]:
+    kinds: dict[int, list[_Grams]] = {}
+    for node in grams:
+        kinds.setdefault(node.a.shape[-1], []).append(node)
+    batches = [jax.tree.map(lambda *x: jnp.stack(x), *nodes) for nodes in kinds.values()]
+    return _SOLVERS[solver](batches, weights, sweeps)
 
 
 def _alternate(
@@ -191,3 +207,6 @@ def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax
     carry = (init(start), start, jnp.asarray(jnp.inf, weights.dtype))
     (_, best, _), _ = jax.lax.scan(step, carry, jnp.arange(count))
     return _scale_fixed(*coefficients(best))
+
+
+_SOLVERS = {"als": _alternate, "gradient": _adam}

@@ -105,7 +105,10 @@ def lora_fair(
         _lora_fair,
         stacked,
         weights,
-        {"regularization": regularization, "learning_rate": learning_rate},
+        arrays={
+            "regularization": jnp.asarray(regularization),
+            "learning_rate": jnp.asarray(learning_rate),
+        },
         similarity=similarity,
         closed_form=solver == "closed_form",
         steps=steps,
@@ -115,7 +118,7 @@ def lora_fair(
 
 
 def _lora_fair(
-    stacked: PyTree,
+    clients: Factors,
     weights: jax.Array,
     *,
     regularization: jax.Array,
@@ -126,24 +129,20 @@ def _lora_fair(
     xavier: bool,
     correct: Side,
 ) -> Aggregated:
-    def corrected(clients: Factors) -> Factors:
-        if correct == "a":
-            clients = lowrank.transpose(clients)
-        if closed_form:
-            b = _closed_form(clients, weights, regularization)
-        else:
-            start = _xavier(clients) if xavier else None
-            problem = {
-                "cosine": _cosine,
-                "frobenius": _frobenius,
-                "feature_cosine": _input_cosine if correct == "b" else _output_cosine,
-            }[similarity]
-            b = problem(clients, weights, start, regularization, learning_rate, steps)
-        result = Factors(lowrank.mean(clients, weights).a, b)
-        return lowrank.transpose(result) if correct == "a" else result
-
-    nodes = _base.map_kernels(corrected, stacked)
-    return Aggregated(adapters=_base.unflatten(stacked, nodes), residual=None)
+    if correct == "a":
+        clients = lowrank.transpose(clients)
+    if closed_form:
+        b = _closed_form(clients, weights, regularization)
+    else:
+        start = _xavier(clients) if xavier else None
+        problem = {
+            "cosine": _cosine,
+            "frobenius": _frobenius,
+            "feature_cosine": _input_cosine if correct == "b" else _output_cosine,
+        }[similarity]
+        b = problem(clients, weights, start, regularization, learning_rate, steps)
+    result = Factors(lowrank.mean(clients, weights).a, b)
+    return Aggregated(lowrank.transpose(result) if correct == "a" else result, None)
 
 
 def _closed_form(clients: Factors, weights: jax.Array, regularization: jax.Array) -> jax.Array:
@@ -234,7 +233,7 @@ def _input_cosine(
     rows = ideal.b if start is None else jnp.concatenate([ideal.b, start])
     wide = jnp.pad(ideal.a, [(0, 0), (0, extra)])
     metric = matmul(rows, rows.T)
-    sizes = _root(jnp.sum(matmul(wide, metric) * wide, axis=1))
+    sizes = lowrank.safe_sqrt(jnp.sum(matmul(wide, metric) * wide, axis=1))
 
     def gradient(c: jax.Array) -> jax.Array:
         half = matmul(metric, c.T)
@@ -259,7 +258,9 @@ def _output_cosine(
     average = lowrank.mean(clients, weights)
     gram, target = _normal_equations(clients, weights, average.a)
     ideal = lowrank.weighted_sum(clients, weights)
-    sizes = _root(jnp.sum(matmul(matmul(ideal.a.T, ideal.a), ideal.b) * ideal.b, axis=0))
+    sizes = lowrank.safe_sqrt(
+        jnp.sum(matmul(matmul(ideal.a.T, ideal.a), ideal.b) * ideal.b, axis=0)
+    )
 
     def gradient(b: jax.Array) -> jax.Array:
         image = matmul(gram, b)
@@ -302,16 +303,11 @@ def _cosine_slopes(
     alignment: jax.Array, square: jax.Array, size: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """With `f = <m, x> / (|m| |x|)`: u and v of `df/dx = u m - v x`; zero where m or x is."""
-    length = _root(square)
+    length = lowrank.safe_sqrt(square)
     product = length * size
     good = product > _TINY
     u = jnp.where(good, 1 / jnp.where(good, product, 1), 0)
     return u, u * alignment / jnp.where(good, square, 1)
-
-
-def _root(x: jax.Array) -> jax.Array:
-    """A square root with gradient zero, not infinite, at zero."""
-    return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
 def _xavier(clients: Factors) -> jax.Array:

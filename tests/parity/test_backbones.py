@@ -1,4 +1,4 @@
-"""Our backbones against the torch originals: logits, gradients of LoRA factors, generated tokens."""
+"""Our backbones against the torch originals: logits, LoRA gradients, generated tokens."""
 
 import flax.linen as nn
 import jax

@@ -1,0 +1,60 @@
+"""FedEx-LoRA: the means, and what they miss merged into the backbone."""
+
+import jax
+
+from fedlora_jax import lowrank
+from fedlora_jax.aggregation import _base
+from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.lowrank import Factors
+
+
+def fedex_lora(stacked: PyTree, weights: jax.Array, *, rank: int | None = None) -> Aggregated:
+    r"""Averages the factors and adds what the product of the means misses to the backbone.
+
+    .. math::
+      \text{adapters} = (\bar a, \bar b), \qquad
+      \text{residual} = M - \bar a \bar b = \sum_k p_k (a_k - \bar a)(b_k - \bar b)
+
+    Exact. Since :math:`\sum_k p_k (a_k - \bar a) = 0`, any matrix may stand for the second mean; we
+    take the last client's b, whose term then vanishes: rank (K - 1) r.
+
+    Cost: two passes over the factors, plus `lowrank.svd` of the residual if `rank` is given. Up a
+    kernel: :math:`r (d_{in} + d_{out})`; down: K times that, or :math:`(r + r')(d_{in} + d_{out})`.
+
+    Args:
+      stacked: Adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`.
+      weights: `[K]`, non-negative; normalised inside.
+      rank: Send only the best approximation of the residual at this rank r'. By default all.
+
+    Returns:
+      `Aggregated(adapters, residual)`; no residual if K = 1.
+
+    Raises:
+      ValueError: On an impossible rank, or weights or factors that cannot be used, see
+        `fedlora_jax.aggregation`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from fedlora_jax import Factors, aggregation
+      >>> stacked = {'dense': Factors(jnp.array([[[1.]], [[3.]]]), jnp.array([[[1.]], [[3.]]]))}
+      >>> residual = aggregation.fedex_lora(stacked, jnp.ones(2)).residual['dense']
+      >>> residual.a @ residual.b  # (1 + 9) / 2 - 2 * 2
+      Array([[1.]], dtype=float32)
+
+    References:
+      Singhal et al., *FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
+      Foundation Models*, ACL 2025, arXiv:2410.09432.
+    """
+    _base.check_rank(rank)
+    return _base.run(_fedex_lora, stacked, weights, rank=rank)
+
+
+def _fedex_lora(clients: Factors, weights: jax.Array, *, rank: int | None) -> Aggregated:
+    average = lowrank.mean(clients, weights)
+    if len(weights) == 1:
+        return Aggregated(adapters=average, residual=None)
+    changes = Factors(clients.a[:-1] - average.a, clients.b[:-1] - clients.b[-1])
+    residual = lowrank.weighted_sum(changes, weights[:-1])
+    if rank is not None:
+        residual = lowrank.truncate(residual, rank)
+    return Aggregated(adapters=average, residual=residual)

@@ -1,0 +1,150 @@
+"""Spectral selection: keep the singular directions of the mean product that carry signal."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from fedlora_jax import lowrank
+from fedlora_jax.aggregation import _base
+from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.lowrank import Factors
+from fedlora_jax.names import lookup
+
+Selection = Literal["energy", "noise"]
+
+_BISECTIONS = 50
+
+
+def spectral(
+    stacked: PyTree,
+    weights: jax.Array,
+    *,
+    selection: Selection = "energy",
+    threshold: jax.Array | float = 0.99,
+    rank: int | None = None,
+    key: jax.Array | None = None,
+) -> Aggregated:
+    r"""The truncated SVD of the mean product, at a rank that the spectrum of each kernel decides.
+
+    .. math::
+      M = U S V^T, \qquad \text{adapters} = (U_{r^*},\; S_{r^*} V_{r^*}^T)
+
+    * `selection='energy'` (FLoRIST): the fewest directions with
+      :math:`\sum_{i \le r^*} \sigma_i^2 \ge \tau \lVert M \rVert_F^2`.
+    * `selection='noise'`: those above ScreeNOT's threshold, which estimates the noise's spectrum
+      from the singular values beyond `rank` and minimises the error of the denoised matrix.
+      It sees the K r singular values of M, so it needs K r > 2 `rank` to have something to look at.
+
+    Arrays cannot change their shape with the data: the result has the fixed rank `rank`. Columns
+    beyond :math:`r^*` are Gaussian in `a` (of norm about one, as the others) and zero in `b`, free
+    for the next round; count :math:`r^*` columns as sent.
+
+    Cost: as `flexlora`; `'noise'` needs all K r singular values. Up a kernel:
+    :math:`r_k (d_{in} + d_{out})`; down: :math:`r^* (d_{in} + d_{out})`.
+
+    Args:
+      stacked: Adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`.
+      weights: `[K]`, non-negative; normalised inside.
+      selection: `'energy'` or `'noise'`.
+      threshold: tau of `'energy'`, in (0, 1].
+      rank: Rank of the result and most directions that are kept; by default that of `stacked`.
+      key: Random key of the Gaussian columns, the same for every kernel; a fixed one by default.
+
+    Returns:
+      `Aggregated(adapters, None)`.
+
+    Raises:
+      ValueError: On an unknown selection or an impossible rank, or weights or factors that cannot
+        be used, see `fedlora_jax.aggregation`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from fedlora_jax import Factors, aggregation
+      >>> client = Factors(jnp.eye(4)[:, :2], jnp.array([[9., 0., 0.], [0., 1., 0.]]))
+      >>> stacked = aggregation.stack([{'dense': client}])
+      >>> kept = aggregation.spectral(stacked, jnp.ones(1), threshold=0.9).adapters['dense']
+      >>> print(jnp.round(jnp.linalg.norm(kept.b, axis=1), 4))
+      [9. 0.]
+
+    References:
+      *FLoRIST: Singular Value Thresholding for Efficient and Accurate Federated Fine-Tuning of
+      Large Language Models*, arXiv:2506.09199. Donoho, Gavish, Romanov, *ScreeNOT: Exact
+      MSE-optimal singular value thresholding in correlated noise*, Annals of Statistics 2023.
+    """
+    lookup(dict.fromkeys(get_args(Selection)), selection, "selection")
+    _base.check_rank(rank)
+    key = jax.random.key(0) if key is None else key
+    return _base.run(
+        _spectral,
+        stacked,
+        weights,
+        arrays={"threshold": jnp.asarray(threshold, jnp.float32), "key": key},
+        selection=selection,
+        rank=rank,
+    )
+
+
+def _spectral(
+    clients: Factors,
+    weights: jax.Array,
+    *,
+    threshold: jax.Array,
+    key: jax.Array,
+    selection: Selection,
+    rank: int | None,
+) -> Aggregated:
+    ideal = lowrank.weighted_sum(clients, weights)
+    rank = clients.rank if rank is None else rank
+    if selection == "energy":
+        best, s = _padded(lowrank.svd(ideal, rank), rank)
+        # |M|^2 by Gram blocks may fall short of the energy of the directions by rounding.
+        total = jnp.maximum(lowrank.inner(ideal, ideal), jnp.sum(s**2))
+        before = jnp.cumsum(s**2) - s**2
+        keep = (before < threshold.astype(s.dtype) * total) & (s > 0)
+    else:
+        triplets = lowrank.svd(ideal)
+        best, s = _padded(lowrank.SVD(*triplets), rank)
+        keep = s > _screenot(triplets.s, max(clients.a.shape[1], clients.b.shape[2]), rank)
+    d_in = best.a.shape[0]
+    noise = jax.random.normal(key, best.a.shape, best.a.dtype) * d_in**-0.5
+    kept = Factors(jnp.where(keep, best.a, noise), jnp.where(keep[:, None], best.b, 0))
+    return Aggregated(adapters=kept, residual=None)
+
+
+def _padded(triplets: lowrank.SVD, rank: int) -> tuple[Factors, jax.Array]:
+    count = min(rank, len(triplets.s))
+    u, s, v = triplets.u[:, :count], triplets.s[:count], triplets.v[:count]
+    return lowrank.pad(Factors(u, s[:, None] * v), rank), jnp.pad(s, (0, rank - count))
+
+
+def _screenot(s: jax.Array, columns: int, bound: int) -> jax.Array:
+    """ScreeNOT's threshold for singular values `s`, descending, of which `bound` may be signal.
+
+    The leading values are replaced by what noise would show there; then the threshold T is the
+    root of `Psi(T) = -4`, Psi being the logarithmic derivative of the noise's D-transform.
+    """
+    count = len(s)
+    bound = min(bound, (count - 1) // 2)
+    if bound:
+        step = (s[bound] - s[2 * bound]) / (2 ** (2 / 3) - 1)
+        imputed = s[bound] + step * (1 - (jnp.arange(bound) / bound) ** (2 / 3))
+        s = jnp.concatenate([imputed.astype(s.dtype), s[bound:]])
+    unit = jnp.where(s[0] > 0, s[0], 1)
+    z = s / unit
+    gamma = count / max(columns, count)
+
+    def psi(y: jax.Array) -> jax.Array:
+        phi = jnp.mean(y / (y**2 - z**2))
+        slope = -jnp.mean((y**2 + z**2) / (y**2 - z**2) ** 2)
+        other = gamma * phi + (1 - gamma) / y
+        return y * (slope / phi + (gamma * slope - (1 - gamma) / y**2) / other)
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        below = psi(middle) < -4
+        return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+    ends = jnp.asarray(1 + 1e-5, s.dtype), jnp.asarray(10.0, s.dtype)
+    return jax.lax.fori_loop(0, _BISECTIONS, halve, ends)[1] * jnp.where(s[0] > 0, unit, 0)

@@ -1,0 +1,1 @@
+"""Data: sources (embedded and TFDS), partitions over clients, and batches on the device."""

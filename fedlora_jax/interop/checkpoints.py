@@ -1,0 +1,285 @@
+"""A server's step on adapter checkpoints that were trained elsewhere, without their backbone."""
+
+import inspect
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedlora_jax import aggregation, lowrank
+from fedlora_jax.aggregation import Aggregated
+from fedlora_jax.interop import peft
+from fedlora_jax.interop.peft import Checkpoint
+from fedlora_jax.lora import Adapters
+from fedlora_jax.lowrank import Factors
+from fedlora_jax.models import pretrained, pretrained_names
+from fedlora_jax.models.pretrained_files import (
+    PathLike,
+    StoredTensor,
+    empty,
+    files_of,
+    open_tensors,
+    write_safetensors,
+)
+from fedlora_jax.names import lookup
+
+# How many layers an error lists.
+_LISTED = 4
+
+
+class Combined(NamedTuple):
+    """What the server makes of its clients' checkpoints.
+
+    Attributes:
+      checkpoint: The new global adapters. If the method leaves a residual to be merged into the
+        backbone, they hold it too, exactly, at a larger rank.
+      error: Relative distance of the update from the weighted mean of the clients' updates.
+      layer_errors: The same for each layer.
+      spectra: Singular values of each layer's update, without the scale, descending.
+    """
+
+    checkpoint: Checkpoint
+    error: float
+    layer_errors: dict[str, float]
+    spectra: dict[str, np.ndarray]
+
+
+def combine(
+    sources: Sequence[PathLike],
+    weights: Sequence[float],
+    method: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    rescale: bool = False,
+) -> Combined:
+    """Aggregates adapter checkpoints of PEFT.
+
+    Parameters trained as a whole (`modules_to_save`) are averaged with the same weights.
+
+    Args:
+      sources: One checkpoint a client, all for the same backbone and layers; ranks may differ.
+      weights: One a client, e.g. its number of examples.
+      method: Name of an aggregation function that needs no more than adapters and weights.
+      options: Its hyperparameters.
+      rescale: Accept clients of different scales, such as one alpha for all ranks, and fold their
+        ratios into the factors, so that products stay what they were.
+
+    Raises:
+      ValueError: If checkpoints do not belong together (it names the difference), the method or an
+        option is unknown, or the method needs what checkpoints do not have.
+    """
+    function = _function(method, options or {})
+    if len(sources) != len(weights):
+        raise ValueError(f"{len(sources)} checkpoints, but {len(weights)} weights")
+    clients = [peft.load(source) for source in sources]
+    for source, client in zip(sources, clients, strict=True):
+        _check_alike((sources[0], clients[0]), (source, client), rescale)
+    scale = clients[0].scale
+    trees = [_at_scale(client, scale) for client in clients]
+    stacked, shares = aggregation.stack(trees), jnp.asarray(weights, jnp.float32)
+    aggregated = function(stacked, shares, **(options or {}))
+    adapters = _whole(aggregated)
+    layer_errors = aggregation.error(stacked, shares, aggregated, per_kernel=True)
+    layer_errors = {name: float(layer_errors[name]) for name in adapters}
+    saved = _mean([client.saved for client in clients], weights)
+    return Combined(
+        Checkpoint(adapters, scale, saved, clients[0].config),
+        _total(layer_errors, trees, weights),
+        layer_errors,
+        {name: singular_values(factors) for name, factors in adapters.items()},
+    )
+
+
+def singular_values(factors: Factors) -> np.ndarray:
+    """All singular values of a product, descending, from float64 Gram blocks of r x r."""
+    a, b = np.asarray(factors.a, np.float64), np.asarray(factors.b, np.float64)
+    squares, vectors = np.linalg.eigh(a.T @ a)
+    root = vectors * np.sqrt(np.maximum(squares, 0))
+    return np.sqrt(np.maximum(np.linalg.eigvalsh(root.T @ (b @ b.T) @ root), 0))[::-1]
+
+
+def _total(
+    layer_errors: Mapping[str, float], trees: Sequence[Adapters], weights: Sequence[float]
+) -> float:
+    """The relative distance over all layers, from those of the layers, as `aggregation.error`."""
+    shares = np.asarray(weights, np.float64) / np.sum(weights)
+    sizes = {}
+    for name in layer_errors:
+        b = [share * np.asarray(tree[name].b) for share, tree in zip(shares, trees, strict=True)]
+        a = [np.asarray(tree[name].a) for tree in trees]
+        ideal = Factors(np.concatenate(a, axis=1), np.concatenate(b))
+        sizes[name] = float(np.linalg.norm(singular_values(ideal)))
+    distance = np.linalg.norm([error * (sizes[n] or 1) for n, error in layer_errors.items()])
+    return float(distance / (np.linalg.norm(list(sizes.values())) or 1))
+
+
+def _function(method: str, options: Mapping[str, Any]) -> Any:
+    function = aggregation.get(method)
+    parameters = inspect.signature(function).parameters.values()
+    known = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+    for name in options:
+        lookup(known, name, f"option of {method}")
+    missing = [n for n, p in known.items() if p.default is p.empty and n not in options]
+    if missing:
+        raise ValueError(
+            f"{method} needs {', '.join(missing)}: a state between rounds, which adapter "
+            "checkpoints do not have"
+        )
+    return function
+
+
+def _check_alike(
+    first: tuple[PathLike, Checkpoint], other: tuple[PathLike, Checkpoint], rescale: bool
+) -> None:
+    """Raises ValueError unless two checkpoints are adapters of the same layers of one backbone."""
+    (first_name, one), (other_name, two) = first, other
+
+    def differ(what: str, of_one: Any, of_two: Any, hint: str = "") -> None:
+        raise ValueError(
+            f"the adapters do not belong together: {what} is {of_one} in {first_name}, "
+            f"{of_two} in {other_name}{hint}"
+        )
+
+    for key in ("base_model_name_or_path", "fan_in_fan_out"):
+        mine, theirs = one.config.get(key), two.config.get(key)
+        if mine != theirs and None not in (mine, theirs):
+            differ(key, repr(mine), repr(theirs))
+    for what, mine, theirs in (
+        ("the set of adapted layers", one.adapters, two.adapters),
+        ("the set of saved parameters", one.saved, two.saved),
+    ):
+        if mine.keys() != theirs.keys():
+            differ(what, _only(mine, theirs), _only(theirs, mine))
+    for name, factors in one.adapters.items():
+        mine, theirs = _dimensions(factors), _dimensions(two.adapters[name])
+        if mine != theirs:
+            differ(f"[d_in, d_out] of {name}", mine, theirs)
+    for name, value in one.saved.items():
+        if value.shape != two.saved[name].shape:
+            differ(f"the shape of {name}", list(value.shape), list(two.saved[name].shape))
+    if not rescale and not np.isclose(one.scale, two.scale):
+        hint = "; one scale for all is alpha in proportion to r (or to its root under rsLoRA)"
+        differ("the scale", _scale_of(one), _scale_of(two), hint)
+
+
+def _only(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    extra = [name for name in mine if name not in theirs]
+    if not extra:
+        return "less"
+    more = f" and {len(extra) - _LISTED} more" if len(extra) > _LISTED else ""
+    return f"more by {', '.join(extra[:_LISTED])}{more}"
+
+
+def _dimensions(factors: Factors) -> list[int]:
+    return [factors.a.shape[0], factors.b.shape[1]]
+
+
+def _scale_of(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    root = ", rsLoRA" if config.get("use_rslora") else ""
+    return f"{checkpoint.scale:g} (alpha {config['lora_alpha']}, r {config['r']}{root})"
+
+
+def _at_scale(client: Checkpoint, scale: float) -> Adapters:
+    """The client's adapters, their `b` such that the products are right under `scale`."""
+    if client.scale == scale:
+        return client.adapters
+    ratio = client.scale / scale
+    return {name: lowrank.scaled(factors, ratio) for name, factors in client.adapters.items()}
+
+
+def _whole(aggregated: Aggregated) -> Adapters:
+    """Adapters and residual in one tree."""
+    trees = [tree for tree in aggregated if tree is not None]
+    return {name: lowrank.concatenate([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def _mean(trees: Sequence[dict[str, jax.Array]], weights: Sequence[float]) -> dict[str, jax.Array]:
+    shares = np.asarray(weights, np.float64) / np.sum(weights)
+    return {
+        name: sum(share * tree[name] for share, tree in zip(shares, trees, strict=True))
+        for name in trees[0]
+    }
+
+
+def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
+    """Writes a backbone with the adapters merged in, tensor by tensor, in the files it came in.
+
+    Works on any safetensors checkpoint whose names are those of the adapters, or others that
+    `pretrained_names` knows for the same layers; shards, their index, the configuration and the
+    tokenizer stay as they are.
+
+    Args:
+      base: The backbone: a file, a directory, or a name on the hub.
+      checkpoint: Adapters with torch's names.
+      out: A directory, made if it is not there.
+
+    Raises:
+      ValueError: If the backbone has no such layer, or it has other dimensions.
+    """
+    source, out = pretrained.locate(base), Path(out)
+    tensors, files = open_tensors(source), files_of(source)
+    changed = {
+        _name_in(tensors, name): (name, factors) for name, factors in checkpoint.adapters.items()
+    }
+    transposed = not checkpoint.config.get("fan_in_fan_out")
+    merged = {
+        theirs: _merged(tensors[theirs], name, factors, checkpoint.scale, transposed)
+        for theirs, (name, factors) in changed.items()
+    }
+    saved = {name: np.asarray(value) for name, value in checkpoint.saved.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        new = merged | saved
+        content: dict[str, Any] = {
+            name: new.get(name, tensor) for name, tensor in open_tensors(path).items()
+        }
+        if path == files[-1]:
+            content |= {name: value for name, value in saved.items() if name not in tensors}
+        write_safetensors(out / path.name, content)
+    _copy_the_rest(source, out, files[-1].name, saved)
+
+
+def _name_in(tensors: Mapping[str, StoredTensor], module: str) -> str:
+    for name in (module, *pretrained_names.aliases(module)):
+        if f"{name}.weight" in tensors:
+            return f"{name}.weight"
+    raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")
+
+
+def _merged(
+    tensor: StoredTensor, name: str, factors: Factors, scale: float, transposed: bool
+) -> StoredTensor:
+    """The tensor `W + scale * a b`, computed when it is read; in torch's order if `transposed`."""
+    wanted = _dimensions(factors)[::-1] if transposed else _dimensions(factors)
+    if list(tensor.shape) != wanted:
+        raise ValueError(
+            f"{name}: the adapter is for a weight {wanted}, the backbone has {list(tensor.shape)}"
+        )
+
+    def read_into(out: np.ndarray, first: int) -> None:
+        weight = empty(tensor.shape, np.float32)
+        tensor.read_into(weight, 0)
+        a, b = np.asarray(factors.a, np.float32), np.asarray(factors.b, np.float32)
+        weight += scale * (b.T @ a.T if transposed else a @ b)
+        out[...] = weight[first : first + len(out)]
+
+    return StoredTensor(tensor.shape, tensor.dtype, read_into)
+
+
+def _copy_the_rest(source: Path, out: Path, last: str, saved: Mapping[str, Any]) -> None:
+    """Configuration, tokenizer, and the index, in which saved parameters lie in the last shard."""
+    if not source.is_dir():
+        return
+    for path in source.iterdir():
+        if path.suffix in (".json", ".txt", ".model") and path.is_file():
+            shutil.copy(path, out / path.name)
+    for path in out.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text())
+        index["weight_map"] = dict.fromkeys(saved, last) | index["weight_map"]
+        path.write_text(json.dumps(index, indent=2))

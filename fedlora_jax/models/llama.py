@@ -1,0 +1,275 @@
+"""Llama decoder, written to be read.
+
+The architecture of Touvron et al., "LLaMA" (arXiv:2302.13971) and "Llama 2" (arXiv:2307.09288), and
+of Grattafiori et al., "The Llama 3 Herd of Models" (arXiv:2407.21783): RMSNorm, rotary position
+embeddings, grouped-query attention and SwiGLU, as Hugging Face's `LlamaForCausalLM` computes them;
+its released weights fit parameter by parameter. `fedlora_jax.models.generate` generates with it.
+
+Every projection is a plain `nn.Dense` without head axes and with a fixed name, so that an adapter
+can be addressed as `block_0/attention/query`.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3's stretching of the rotary wavelengths to contexts longer than it was trained on.
+
+    Attributes:
+      factor: By how much wavelengths longer than the original context are stretched.
+      low_frequency_factor: Wavelengths above `original_context / low_frequency_factor` are
+        stretched in full.
+      high_frequency_factor: Those below `original_context / high_frequency_factor` are kept;
+        between the two there is a smooth transition.
+      original_context: Context length of the pretraining.
+    """
+
+    factor: float
+    low_frequency_factor: float
+    high_frequency_factor: float
+    original_context: int
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer for S positions, `[B, S, num_kv_heads, head_dim]` each."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Cache(NamedTuple):
+    """What the layers remember of a text, in the order of the blocks."""
+
+    layers: tuple[LayerCache, ...]
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * scale` over the last axis, the mean of squares in float32."""
+
+    epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., width] -> [..., width]`."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
+        return wide.astype(self.dtype) * scale.astype(self.dtype)
+
+
+def rotary_frequencies(head_dim: int, base: float, scaling: RopeScaling | None) -> jax.Array:
+    """Radians a position by which each pair of channels turns, `[head_dim // 2]`, float32."""
+    frequency = base ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is None:
+        return frequency
+    turns = scaling.original_context * frequency / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return (kept + (1 - kept) / scaling.factor) * frequency
+
+
+def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
+    """Turns channel i of each head and channel `i + head_dim / 2`, as a pair, by an angle.
+
+    Args:
+      x: `[B, T, heads, head_dim]`.
+      angle: `[B, T, head_dim // 2]`, float32.
+    """
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, angle: jax.Array, positions: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, T, width] -> [B, T, width]`, and the cache with these tokens in it."""
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+        def project(heads: int, name: str) -> jax.Array:
+            return dense(heads * self.head_dim, name)(x).reshape(*x.shape[:2], heads, self.head_dim)
+
+        query = rotate(project(self.num_heads, "query"), angle)
+        key = rotate(project(self.num_kv_heads, "key"), angle)
+        value = project(self.num_kv_heads, "value")
+        if cache is None:
+            visible = positions[:, None, :] <= positions[:, :, None]
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            cache = LayerCache(
+                cache.key.at[rows, positions].set(key.astype(cache.key.dtype)),
+                cache.value.at[rows, positions].set(value.astype(cache.value.dtype)),
+            )
+            key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+            visible = jnp.arange(key.shape[1]) <= positions[:, :, None]
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+        return dense(x.shape[-1], "out")(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    hidden_dim: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, T, width] -> [B, T, width]`."""
+
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, name=name)
+
+        hidden = nn.silu(dense(self.hidden_dim, "gate")(x)) * dense(self.hidden_dim, "up")(x)
+        return dense(x.shape[-1], "down")(hidden)
+
+
+class Block(nn.Module):
+    """A pre-RMSNorm Transformer block."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm_epsilon: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, angle: jax.Array, positions: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """`[B, T, width] -> [B, T, width]`, and the cache with these tokens in it."""
+
+        def normalise(x: jax.Array, name: str) -> jax.Array:
+            return RMSNorm(self.norm_epsilon, self.dtype, name=name)(x)
+
+        attention = Attention(
+            self.num_heads, self.num_kv_heads, self.head_dim, self.dtype, name="attention"
+        )
+        attended, cache = attention(normalise(x, "norm1"), angle, positions, cache)
+        x = x + attended
+        return x + SwiGLU(self.mlp_dim, self.dtype, name="mlp")(normalise(x, "norm2")), cache
+
+
+class Llama(nn.Module):
+    """Llama language model.
+
+    Attributes:
+      vocab_size: Number of token ids.
+      width: Size of a token.
+      depth: Number of blocks.
+      num_heads: Query heads a block.
+      num_kv_heads: Key and value heads a block; divides `num_heads`.
+      mlp_dim: Hidden units of a block's MLP.
+      head_dim: Size of a head; `width // num_heads` when None.
+      rope_base: Base of the rotary wavelengths.
+      rope_scaling: How they are stretched, or None.
+      norm_epsilon: Added to mean squares.
+      tied: Whether the logits come from the embedding table instead of a head of their own.
+      dtype: Type of the arithmetic. Logits are float32 whatever it is.
+      remat: Recompute each block in the backward pass instead of storing its activations.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_dim: int
+    head_dim: int | None = None
+    rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_epsilon: float = 1e-5
+    tied: bool = False
+    dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        only: jax.Array | None = None,
+    ) -> jax.Array | tuple[jax.Array, Cache]:
+        """The logits of each next token.
+
+        A token sees those at positions up to its own, so padding on the right needs no mask: what
+        is computed there is not seen from the left.
+
+        Args:
+          tokens: Token ids `[B, T]`.
+          positions: `[B, T]`; by default 0 .. T-1.
+          cache: Keys and values of S positions, from `empty_cache` or an earlier call; tokens are
+            written at their positions, each below S, and see all positions up to their own.
+          only: `[B]`, the one token of each text whose logits are wanted.
+
+        Returns:
+          Logits `[B, T, vocab_size]`, or `[B, 1, vocab_size]` with `only`; float32. With a cache
+          `(logits, cache)`.
+
+        Raises:
+          ValueError: If tokens are not `[B, T]` or the heads do not divide.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [B, T], not of shape {tokens.shape}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_kv_heads} key heads do not divide {self.num_heads} heads")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        frequency = rotary_frequencies(self._head_dim, self.rope_base, self.rope_scaling)
+        angle = positions[..., None].astype(jnp.float32) * frequency
+
+        embedding = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name="embedding")
+        x = embedding(tokens)
+        block = nn.remat(Block) if self.remat else Block
+        layers: list[Any] = []
+        for i in range(self.depth):
+            x, layer = block(
+                self.num_heads,
+                self.num_kv_heads,
+                self._head_dim,
+                self.mlp_dim,
+                self.norm_epsilon,
+                self.dtype,
+                name=f"block_{i}",
+            )(x, angle, positions, None if cache is None else cache.layers[i])
+            layers.append(layer)
+
+        if only is not None:
+            x = jnp.take_along_axis(x, only[:, None, None], axis=1)
+        x = RMSNorm(self.norm_epsilon, self.dtype, name="norm")(x)
+        if self.tied:
+            logits = embedding.attend(x)
+        else:
+            logits = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x)
+        logits = logits.astype(jnp.float32)
+        return logits if cache is None else (logits, Cache(tuple(layers)))
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache of zeros for `batch` texts of up to `length` tokens, in the type `dtype`."""
+        shape = (batch, length, self.num_kv_heads, self._head_dim)
+        zeros = jnp.zeros(shape, self.dtype)
+        return Cache(tuple(LayerCache(zeros, zeros) for _ in range(self.depth)))
+
+    @property
+    def _head_dim(self) -> int:
+        return self.head_dim or self.width // self.num_heads

@@ -1,0 +1,125 @@
+"""Ordinary training of a whole image classifier: a backbone where none can be downloaded."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from tqdm.auto import tqdm
+
+from fedlora_jax.data import images
+
+Params: TypeAlias = dict[str, Any]
+
+WEIGHT_DECAY = 0.05
+SHIFT = 1.0  # pixels
+DISTORTION = 0.15
+_STEPS_PER_CALL = 25
+
+
+def pretrain(
+    model: nn.Module,
+    examples: Mapping[str, np.ndarray],
+    *,
+    steps: int = 1000,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> Params:
+    """Trains a classifier from random weights, with AdamW and small affine distortions.
+
+    Args:
+      model: From images `[B, H, W, C]` to logits.
+      examples: `image` uint8 `[M, H, W, C]` and `label` int `[M]`.
+      steps: Optimisation steps.
+      batch_size: Examples a step, drawn with replacement.
+      learning_rate: At the start; it falls to zero along half a cosine.
+      seed: Of the weights, the batches and the distortions.
+      progress: Shows a progress bar if the standard error is a terminal.
+
+    Returns:
+      The parameters, a nested dict of float32 arrays.
+    """
+    images_, labels = jnp.asarray(examples["image"]), jnp.asarray(examples["label"])
+    init_key, train_key = jax.random.split(jax.random.key(seed))
+    params = jax.jit(model.init)(init_key, images.normalize(images_[:1]))["params"]
+    schedule = optax.cosine_decay_schedule(learning_rate, steps)
+    optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+
+    def loss(params: Params, batch: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, batch)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def step(index: jax.Array, carry: tuple[Params, optax.OptState]) -> Any:
+        params, state = carry
+        batch_key, affine_key = jax.random.split(jax.random.fold_in(train_key, index))
+        chosen = jax.random.randint(batch_key, (batch_size,), 0, len(labels))
+        batch = images.random_affine(
+            affine_key, images.normalize(images_[chosen]), shift=SHIFT, distortion=DISTORTION
+        )
+        gradient = jax.grad(loss)(params, batch, labels[chosen])
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def run(start: int, stop: int, carry: tuple[Params, optax.OptState]) -> Any:
+        return jax.lax.fori_loop(start, stop, step, carry)
+
+    carry = (params, jax.jit(optimizer.init)(params))
+    hidden = not (progress and sys.stderr.isatty())
+    with tqdm(total=steps, desc="Pretraining", unit="step", disable=hidden) as bar:
+        for start in range(0, steps, _STEPS_PER_CALL):
+            stop = min(start + _STEPS_PER_CALL, steps)
+            carry = jax.block_until_ready(run(start, stop, carry))
+            bar.update(stop - start)
+    return carry[0]
+
+
+def save(path: str | os.PathLike[str], params: Params) -> None:
+    """Writes parameters as an Orbax checkpoint that is either complete or not there.
+
+    Raises:
+      ValueError: If there is something at `path` already.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), params)
+
+
+def restore(path: str | os.PathLike[str], like: Params) -> Params:
+    """Reads what `save` wrote.
+
+    Args:
+      path: The checkpoint.
+      like: A tree of arrays or `jax.ShapeDtypeStruct` that says what to expect.
+
+    Raises:
+      FileNotFoundError: If there is no checkpoint at `path`.
+      ValueError: If it holds another tree.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(Path(path).absolute(), like)
+
+
+def cached(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    examples: Mapping[str, np.ndarray],
+    **options: Any,
+) -> Params:
+    """Restores the backbone at `path`, or pretrains it with these options and saves it there.
+
+    The path should name what the parameters depend on: nothing but the shapes is checked.
+    """
+    if not Path(path).exists():
+        save(path, pretrain(model, examples, **options))
+    image = jax.ShapeDtypeStruct((1, *examples["image"].shape[1:]), jnp.float32)
+    like = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    return restore(path, like)

@@ -1,0 +1,128 @@
+"""What is refused, and in which words."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlora_jax import Factors, aggregation
+from tests.aggregation import cases
+
+every = pytest.mark.parametrize("name", sorted(aggregation.REGISTRY))
+
+
+def call(name, stacked, weights):
+    return cases.bound((name, 0))(stacked, weights)
+
+
+@every
+@pytest.mark.parametrize("weights", [[1, -1, 1], [0, 0, 0], [1, np.nan, 1], [1, np.inf, 1]])
+def test_unusable_weights(name, weights):
+    with pytest.raises(ValueError, match="non-negative and not all zero"):
+        call(name, cases.clients(), np.array(weights, np.float32))
+
+
+@every
+@pytest.mark.parametrize("side", ["a", "b"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_sick_upload_is_named(name, side, bad):
+    stacked = cases.clients()
+    getattr(stacked["block/value"], side)[2, 1, 1] = bad
+    with pytest.raises(ValueError, match=f"client 2 .*{side}.*block/value") as info:
+        call(name, stacked, cases.WEIGHTS)
+    assert "weight 0" in str(info.value)
+
+
+def test_several_sick_uploads_are_counted():
+    stacked = cases.clients()
+    stacked["block/up"].a[1:] = np.nan
+    with pytest.raises(ValueError, match="client 1 .and of 1 more"):
+        aggregation.fedit(stacked, cases.WEIGHTS)
+
+
+@every
+def test_a_large_but_finite_upload_is_not_sick(name):
+    stacked = cases.clients()
+    stacked["block/up"].a[0] = 3e30
+    stacked["block/up"].b[:] = 0
+    call(name, stacked, cases.WEIGHTS)
+
+
+@every
+def test_wrong_shapes(name):
+    stacked = cases.clients()
+    with pytest.raises(ValueError, match="one axis"):
+        call(name, stacked, np.ones((3, 1), np.float32))
+    with pytest.raises(ValueError, match="K=2.*for 2 weights"):
+        call(name, stacked, np.ones(2, np.float32))
+    crooked = stacked | {"block/up": Factors(stacked["block/up"].a, stacked["block/up"].b[:, :1])}
+    with pytest.raises(ValueError, match="block/up.*expected a"):
+        call(name, crooked, cases.WEIGHTS)
+    with pytest.raises(ValueError, match="Factors"):
+        call(name, {"dense": np.ones((3, 2, 2), np.float32)}, cases.WEIGHTS)
+    with pytest.raises(ValueError, match="nothing"):
+        call(name, {}, cases.WEIGHTS)
+
+
+def test_unknown_names_suggest_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'lora_fair'.*fedit, fedrot_lora"):
+        aggregation.get("lora_fiar")
+    stacked, weights = cases.clients(), cases.WEIGHTS
+    for name, options in {
+        "lora_fair": {"similarity": "cosin"},
+        "flora_na": {"solver": "adam"},
+        "flexlora": {"split": "both"},
+        "hetlora": {"per": "layer"},
+        "rolora": {"trained": "c"},
+        "spectral": {"selection": "energi"},
+        "fedrot_lora": {"aligned": "c", "reference": cases.extra()},
+    }.items():
+        with pytest.raises(ValueError, match="unknown .* Valid names"):
+            aggregation.get(name)(stacked, weights, **options)
+
+
+def test_options_that_contradict():
+    with pytest.raises(ValueError, match="no closed form"):
+        aggregation.lora_fair(cases.clients(), cases.WEIGHTS, solver="closed_form")
+    with pytest.raises(ValueError, match="sweeps"):
+        aggregation.flora_na(cases.clients(), cases.WEIGHTS, sweeps=-1)
+    for name in ("flexlora", "fedex_lora", "spectral"):
+        with pytest.raises(ValueError, match="rank must be at least 1"):
+            aggregation.get(name)(cases.clients(), cases.WEIGHTS, rank=0)
+
+
+def test_trees_that_do_not_fit():
+    stacked, other = cases.clients(), cases.extra()
+    missing = {name: x for name, x in other.items() if name != "block/up"}
+    with pytest.raises(ValueError, match="structure"):
+        aggregation.frlora(stacked, cases.WEIGHTS, initial=missing)
+    wrong = other | {"block/up": other["block/query"]}
+    with pytest.raises(ValueError, match=r"block/up.*\[17, 29\]"):
+        aggregation.fedrot_lora(stacked, cases.WEIGHTS, reference=wrong)
+    with pytest.raises(ValueError, match="rank 3 to the smaller rank 2"):
+        aggregation.fedrot_lora(stacked, cases.WEIGHTS, reference=cases.extra(rank=3))
+
+
+def test_stack_pads_unequal_ranks_and_keeps_products():
+    small = cases.extra(1, rank=1)
+    large = cases.extra(2, rank=3)
+    stacked = aggregation.stack([small, large])
+    assert stacked["block/up"].a.shape == (2, 17, 3)
+    for index, client in enumerate((small, large)):
+        for name, x in client.items():
+            np.testing.assert_allclose(
+                stacked[name].a[index] @ stacked[name].b[index], x.a @ x.b, atol=1e-5
+            )
+    with pytest.raises(ValueError, match="no clients"):
+        aggregation.stack([])
+    with pytest.raises(ValueError, match="smaller rank"):
+        aggregation.stack([small, large], rank=2)
+
+
+def test_any_pytree_of_factors_will_do():
+    node = cases.clients()["block/up"]
+    tree = [node, {"deep": (Factors(jnp.asarray(node.a), jnp.asarray(node.b)),)}]
+    mean = aggregation.fedit(tree, cases.WEIGHTS).adapters
+    assert isinstance(mean, list) and mean[1]["deep"][0].a.shape == (17, 2)
+    names = aggregation.error(tree, cases.WEIGHTS, aggregation.fedit(tree, cases.WEIGHTS),
+                              per_kernel=True)
+    assert list(names) == ["0", "1/deep/0"]

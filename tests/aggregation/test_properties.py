@@ -1,0 +1,279 @@
+"""One property suite over every registered function and variant; `cases.CASES` drives it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlora_jax import Factors, aggregation, lowrank
+from fedlora_jax.aggregation import _base
+from tests.aggregation import cases
+
+every = pytest.mark.parametrize("pair", cases.ALL, ids=cases.label)
+WEIGHTS = cases.WEIGHTS
+
+
+def case_of(pair) -> cases.Case:
+    return cases.CASES[pair[0]][pair[1]]
+
+
+def clients_of(pair, **options):
+    return cases.prepared(case_of(pair), cases.clients(**options))
+
+
+def products(pair, stacked, weights=WEIGHTS):
+    return cases.product(cases.bound(pair)(stacked, weights), weights)
+
+
+def test_every_function_has_a_case():
+    assert set(cases.CASES) == set(aggregation.REGISTRY)
+
+
+@every
+def test_agrees_with_its_oracle(pair):
+    stacked = clients_of(pair)
+    want = cases.expected(pair, stacked, WEIGHTS)
+    cases.close(products(pair, stacked), want, case_of(pair).tolerance)
+
+
+@every
+def test_exact_methods_are_exact_and_no_other_claims_to_be(pair):
+    stacked = clients_of(pair)
+    error = float(aggregation.error(stacked, WEIGHTS, cases.bound(pair)(stacked, WEIGHTS)))
+    assert (error < 1e-6) if case_of(pair).exact else (error > 1e-4)
+
+
+@every
+def test_numpy_and_jax_input_agree(pair):
+    stacked = clients_of(pair)
+    cases.close(
+        products(pair, jax.tree.map(jnp.asarray, stacked)), products(pair, stacked), 1e-12
+    )
+
+
+@every
+def test_order_of_clients_does_not_matter(pair):
+    stacked, order = clients_of(pair), np.array([2, 0, 1])
+    shuffled = jax.tree.map(lambda x: x[order], stacked)
+    aggregated = cases.bound(pair)(shuffled, WEIGHTS[order])
+    got = cases.product(aggregated, WEIGHTS[order])
+    cases.close(got, products(pair, stacked), 5e-5)
+
+
+@every
+def test_scale_of_weights_does_not_matter(pair):
+    stacked = clients_of(pair)
+    cases.close(products(pair, stacked, 100 * WEIGHTS), products(pair, stacked), 1e-5)
+
+
+@every
+@pytest.mark.parametrize("held", [0.0, 1.0, np.nan, np.inf], ids=["zero", "other", "nan", "inf"])
+def test_weight_zero_is_absence(pair, held):
+    """Whatever the absent client holds, and by whatever way it is called."""
+    case = case_of(pair)
+    stacked = clients_of(pair)
+    weights = np.array([1.0, 0.0, 2.0], np.float32)
+
+    def disturb(x):
+        x = x.copy()
+        x[1] = x[1] if held == 1 else held
+        return x
+
+    def without(x):
+        return np.delete(x, 1, axis=0)
+
+    got = cases.product(cases.bound(pair)(jax.tree.map(disturb, stacked), weights), weights)
+    if case.options.get("selection") == "noise":  # it counts the singular values
+        return
+    if pair[0] == "fedsa_lora" and not np.isfinite(held):
+        aggregated = cases.bound(pair)(jax.tree.map(disturb, stacked), weights)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(aggregated))
+    kept = jax.tree.map(without, stacked)
+    want = cases.product(cases.bound(pair)(kept, weights[[0, 2]]), weights[[0, 2]])
+    cases.close(got, want, 5e-5)
+
+
+@every
+def test_a_single_client_keeps_its_product(pair):
+    case = case_of(pair)
+    stacked = clients_of(pair, count=1)
+    weights = np.array([0.3], np.float32)
+    got = cases.product(cases.bound(pair)(stacked, weights), weights)
+    if case.reproduces:
+        nodes = jax.tree.leaves(stacked, is_leaf=lowrank.is_factors)
+        cases.close(got, [x.a[0] @ x.b[0] for x in nodes], 1e-4)
+
+
+@every
+def test_identical_clients_keep_their_product(pair):
+    case = case_of(pair)
+    stacked = clients_of(pair)
+    same = jax.tree.map(lambda x: np.repeat(x[:1], cases.CLIENTS, axis=0), stacked)
+    got = products(pair, same)
+    assert all(np.all(np.isfinite(x)) for x in got)
+    if case.reproduces:
+        nodes = jax.tree.leaves(same, is_leaf=lowrank.is_factors)
+        cases.close(got, [x.a[0] @ x.b[0] for x in nodes], 1e-4)
+
+
+@every
+def test_padding_by_zero_ranks_changes_nothing(pair):
+    case = case_of(pair)
+    if case.options.get("selection") == "noise":  # it counts the singular values
+        pytest.skip("the number of singular values is an input of ScreeNOT")
+    stacked = clients_of(pair)
+    padded = {name: lowrank.pad(Factors(*x), cases.RANK + 1) for name, x in stacked.items()}
+    changed = {}
+    if pair[0] in ("flexlora", "spectral") and "rank" not in case.options:
+        changed = {"rank": cases.RANK}
+    if pair[0] == "fedrot_lora" and case.options.get("strength", 1.0) == 1.0:
+        got = cases.bound(pair)(padded, WEIGHTS)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+    got = cases.product(cases.bound(pair, **changed)(padded, WEIGHTS), WEIGHTS)
+    cases.close(got, products(pair, stacked), 1e-4)
+
+
+@every
+def test_jit_agrees(pair):
+    stacked = clients_of(pair)
+    got = cases.product(jax.jit(cases.bound(pair))(stacked, WEIGHTS), WEIGHTS)
+    cases.close(got, products(pair, stacked), 5e-5)
+
+
+@every
+def test_inside_jit_a_sick_client_is_absent(pair):
+    function = jax.jit(cases.bound(pair))
+    stacked = clients_of(pair)
+    sick = jax.tree.map(lambda x: x.copy(), stacked)
+    sick["block/up"].b[1, 0, 3] = np.nan
+    got = function(sick, WEIGHTS)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+    without = WEIGHTS * np.array([1, 0, 1], np.float32)
+    zeroed = jax.tree.map(lambda x: np.where(np.arange(3)[:, None, None] == 1, 0, x), stacked)
+    want = cases.product(function(zeroed, without), without)
+    cases.close(cases.product(got, without), want, 5e-5)
+    nan_weight = np.array([1, np.nan, 2], np.float32)
+    cases.close(cases.product(function(stacked, nan_weight), without), want, 5e-5)
+    nobody = function(stacked, np.full(3, np.nan, np.float32))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(nobody))
+
+
+@every
+def test_vmap_agrees_with_a_loop(pair):
+    function = cases.bound(pair)
+    stacked = [clients_of(pair, seed=seed) for seed in (0, 1)]
+    weights = np.stack([WEIGHTS, WEIGHTS[::-1]])
+    together = jax.tree.map(lambda *x: np.stack(x), *stacked)
+    got = jax.jit(jax.vmap(function))(together, weights)
+    for index in range(2):
+        one = cases.product(jax.tree.map(lambda x: x[index], got), weights[index])
+        cases.close(one, products(pair, stacked[index], weights[index]), 1e-4)
+
+
+def loss_of(pair, shape_weights):
+    """A smooth function of the new products of every kernel."""
+    function = cases.bound(pair)
+
+    def loss(stacked, weights):
+        aggregated = function(stacked, weights)
+        total = 0.0
+        for part in aggregated:
+            if part is None:
+                continue
+            for node, matrix in zip(_base.leaves(part), shape_weights):
+                a, b = node
+                b = b[0] if b.ndim == 3 else b
+                total += jnp.sum(jnp.asarray(matrix) * lowrank.matmul(a, b))
+        return total
+
+    return loss
+
+
+@every
+def test_gradient_is_finite_and_right(pair):
+    rng = np.random.default_rng(3)
+    stacked = jax.tree.map(jnp.asarray, clients_of(pair))
+    matrices = [rng.standard_normal(shape) for shape in cases.KERNELS.values()]
+    gradient = jax.jit(jax.grad(loss_of(pair, matrices)))
+    slope = gradient(stacked, WEIGHTS)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(slope))
+    zero = jax.tree.map(jnp.zeros_like, stacked)
+    same = jax.tree.map(lambda x: jnp.repeat(x[:1], cases.CLIENTS, axis=0), stacked)
+    for hard in (zero, same, stacked | {"block/up": zero["block/up"]}):
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient(hard, WEIGHTS)))
+    if not case_of(pair).smooth or case_of(pair).frozen:
+        return
+    direction = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), stacked)
+
+    def value(step):
+        moved = jax.tree.map(lambda x, d: np.asarray(x + step * d), stacked, direction)
+        matrices_at = cases.expected(pair, moved, WEIGHTS)
+        if pair[0] == "fedsa_lora":
+            nodes = _base.leaves(moved)
+            p = WEIGHTS / WEIGHTS.sum()
+            matrices_at = [np.tensordot(p, x.a, 1) @ x.b[0] for x in nodes]
+        return sum(np.sum(m * x) for m, x in zip(matrices, matrices_at))
+
+    got = sum(np.sum(s * d) for s, d in zip(*map(jax.tree.leaves, (slope, direction))))
+    want = (value(1e-3) - value(-1e-3)) / 2e-3
+    assert got == pytest.approx(want, rel=2e-2, abs=2e-2)
+
+
+@every
+def test_nothing_is_compiled_again_when_weights_or_values_change(pair):
+    function = cases.bound(pair)
+    function(clients_of(pair), WEIGHTS)
+    before = _base._run_batch._cache_size()
+    function(clients_of(pair, seed=1), WEIGHTS[::-1])
+    function(clients_of(pair, seed=2), np.array([1, 0, 1], np.float32))
+    assert _base._run_batch._cache_size() == before
+
+
+@every
+def test_bfloat16_storage(pair):
+    """Storage is bfloat16 on both sides; arithmetic is as good as on the rounded input."""
+    stacked = clients_of(pair)
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), stacked)
+    aggregated = cases.bound(pair)(half, WEIGHTS)
+    for part in aggregated:
+        assert part is None or {x.dtype for x in jax.tree.leaves(part)} == {jnp.bfloat16.dtype}
+    rounded = jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32)), half)
+    size = sum(np.sum(x**2) for x in products(pair, rounded)) ** 0.5
+    terms = [_base.leaves(part) for part in cases.bound(pair)(rounded, WEIGHTS) if part]
+    scale = max(
+        float(jnp.linalg.norm(x.a) * jnp.linalg.norm(x.b)) for part in terms for x in part
+    )
+    got, want = cases.product(aggregated, WEIGHTS), products(pair, rounded)
+    distance = sum(np.sum((x - y) ** 2) for x, y in zip(got, want)) ** 0.5
+    assert distance < 2**-7 * max(size, scale)
+
+
+@every
+def test_degenerate_clients_give_finite_results(pair):
+    stacked = clients_of(pair)
+    first_round = {name: x._replace(b=np.zeros_like(x.b)) for name, x in stacked.items()}
+    nothing = jax.tree.map(np.zeros_like, stacked)
+    deficient = jax.tree.map(lambda x: x.copy(), stacked)
+    for x in deficient.values():
+        x.a[:, :, 1] = x.a[:, :, 0]
+        x.b[2] = 0
+    tiny = {name: x._replace(b=1e-12 * x.b) for name, x in stacked.items()}
+    for hard in (first_round, nothing, deficient, tiny):
+        got = cases.bound(pair)(hard, WEIGHTS)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+        error = aggregation.error(hard, WEIGHTS, got)
+        assert np.isfinite(error)
+
+
+@every
+def test_a_product_that_is_zero_leaves_something_to_train(pair):
+    """Factors that are both zero have no gradient: training from there would stand still."""
+    case = case_of(pair)
+    stacked = clients_of(pair)
+    start = {name: x._replace(b=np.zeros_like(x.b)) for name, x in stacked.items()}
+    adapters = cases.bound(pair)(start, WEIGHTS).adapters
+    if adapters is None or case.options.get("correct") == "a" or case.options.get("rank") == 6:
+        return
+    for node in _base.leaves(adapters):
+        alive = np.any(np.asarray(node.a) != 0, axis=-2) | np.any(np.asarray(node.b) != 0, axis=-1)
+        assert np.all(alive)

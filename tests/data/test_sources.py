@@ -1,0 +1,119 @@
+import io
+import re
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from fedlora_jax.data import sources
+
+
+def _image(i, size=4):
+    return np.full((size, size, 3), 10 * i, np.uint8)
+
+
+class ToyImages(tfds.core.GeneratorBasedBuilder):
+    """Images stored as PNG, as the public data sets have them."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    SIZES = (4, 4, 4)
+    url_infos = {}
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["cat", "dog"]),
+            "id": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, size in enumerate(self.SIZES):
+            png = io.BytesIO()
+            Image.fromarray(_image(i, size)).save(png, "png")
+            png.seek(0)
+            yield i, {"image": png, "label": i % 2, "id": f"number {i}"}
+
+
+class RaggedImages(ToyImages):
+    """The same in different sizes."""
+
+    SIZES = (4, 5)
+
+
+def _prepare(builder_type, data_dir, file_format="array_record"):
+    builder_type(data_dir=data_dir, file_format=file_format).download_and_prepare()
+
+
+def test_prepared_data_set_is_read_without_its_builder(tmp_path):
+    _prepare(ToyImages, tmp_path)
+    examples = sources.load("toy_images", "train", tmp_path)
+    assert set(examples) == {"image", "label"}  # text is left out
+    np.testing.assert_array_equal(examples["image"], np.stack([_image(i) for i in range(3)]))
+    assert examples["image"].dtype == np.uint8
+    assert examples["label"].dtype == np.int32 and examples["label"].tolist() == [0, 1, 0]
+    assert len(sources.load("toy_images", "train[:2]", tmp_path)["label"]) == 2
+
+
+def test_class_names(tmp_path, data_dir):
+    _prepare(ToyImages, tmp_path)
+    assert sources.class_names("toy_images", data_dir=tmp_path) == ["cat", "dog"]
+    domains = sources.class_names("digits_domains", "domain", data_dir)
+    assert domains == ["original", "inverted", "transposed", "sheared", "outlined", "noisy"]
+    with pytest.raises(ValueError, match="Did you mean 'label'"):
+        sources.class_names("toy_images", "labels", tmp_path)
+
+
+def test_images_of_unequal_size_are_refused(tmp_path):
+    _prepare(RaggedImages, tmp_path)
+    with pytest.raises(ValueError, match="'ragged_images' differ in the shape of 'image'"):
+        sources.load("ragged_images", "train", tmp_path)
+
+
+def test_unprepared_data_set_names_the_command(tmp_path):
+    command = f"python -m experiments.prepare_data --dataset=cifar100 --data_dir={tmp_path}"
+    with pytest.raises(FileNotFoundError, match=re.escape(command)):
+        sources.load("cifar100", "train", tmp_path)
+
+
+def test_unknown_names(tmp_path, data_dir):
+    with pytest.raises(ValueError, match="Did you mean 'digits_domains'"):
+        sources.load("digit_domain", "train", tmp_path)
+    with pytest.raises(ValueError, match="pretrain.*federated.*test"):
+        sources.load("digits_domains", "train", data_dir)
+
+
+def test_directory_comes_from_the_environment(tmp_path, monkeypatch):
+    _prepare(ToyImages, tmp_path)
+    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path))
+    assert len(sources.load("toy_images", "train")["label"]) == 3
+
+
+def test_a_killed_preparation_leaves_nothing_in_the_way(tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tfds.core.DatasetInfo, "write_to_directory", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sources.load("digits_domains", "test", tmp_path)
+    assert not (tmp_path / "digits_domains" / "1.0.0").exists()
+    assert len(sources.load("digits_domains", "test", tmp_path)["label"]) == 1200
+
+
+def test_losing_the_race_to_prepare_is_no_error(tmp_path, monkeypatch):
+    builder_type = sources._EMBEDDED["digits_domains"]
+    prepare = builder_type.download_and_prepare
+
+    def overtaken(self):
+        prepare(builder_type(data_dir=tmp_path, file_format="array_record"))
+        raise OSError("Directory not empty")
+
+    monkeypatch.setattr(builder_type, "download_and_prepare", overtaken)
+    assert len(sources.load("digits_domains", "test", tmp_path)["label"]) == 1200

@@ -1,0 +1,164 @@
+"""Aggregating and merging adapter checkpoints."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedlora_jax import Factors, aggregation, lowrank
+from fedlora_jax.interop import checkpoints, peft
+from fedlora_jax.models.pretrained_files import open_tensors, write_safetensors
+
+LAYERS = {"model.layers.0.q_proj": (6, 5), "model.layers.1.q_proj": (6, 5), "model.down": (7, 6)}
+
+
+def client(path, seed, rank=2, scale=1.5, layers=LAYERS, head=None, **config):
+    rng = np.random.default_rng(seed)
+    adapters = {
+        name: Factors(
+            jnp.asarray(rng.normal(size=(d_in, rank)), jnp.float32),
+            jnp.asarray(rng.normal(size=(rank, d_out)), jnp.float32),
+        )
+        for name, (d_in, d_out) in layers.items()
+    }
+    head = head or {"classifier.weight": np.full((2, 6), seed, np.float32)}
+    config = {"base_model_name_or_path": "somebody/model"} | config
+    peft.save(path, adapters, scale=scale, head=head, config=config)
+    return adapters
+
+
+@pytest.fixture
+def two(tmp_path):
+    sources = [tmp_path / "one", tmp_path / "two"]
+    return sources, [client(source, seed) for seed, source in enumerate(sources)]
+
+
+def product(factors):
+    return np.asarray(factors.a @ factors.b)
+
+
+def test_combine_is_the_aggregation_function(two):
+    sources, trees = two
+    combined = checkpoints.combine(sources, [1, 3], "lora_fair", {"regularization": 0.1})
+    stacked, weights = aggregation.stack(trees), jnp.array([1.0, 3.0])
+    expected = aggregation.lora_fair(stacked, weights, regularization=0.1)
+    for name, factors in combined.checkpoint.adapters.items():
+        np.testing.assert_allclose(product(factors), product(expected.adapters[name]), rtol=1e-4)
+        dense = np.linalg.svd(product(factors), compute_uv=False)[:2]
+        np.testing.assert_allclose(combined.spectra[name], dense, rtol=1e-4)
+    error = aggregation.error(stacked, weights, expected)
+    np.testing.assert_allclose(combined.error, error, rtol=1e-4)
+    np.testing.assert_allclose(combined.checkpoint.saved["classifier.weight"], 0.75)
+
+
+def test_a_residual_is_part_of_the_adapters(two, monkeypatch):
+    def all_of_it(stacked, weights):
+        sums = {n: lowrank.weighted_sum(f, weights / weights.sum()) for n, f in stacked.items()}
+        return aggregation.Aggregated(adapters=None, residual=sums)
+
+    monkeypatch.setitem(aggregation.REGISTRY, "all_of_it", all_of_it)
+    sources, trees = two
+    combined = checkpoints.combine(sources, [1, 1], "all_of_it")
+    for name, factors in combined.checkpoint.adapters.items():
+        expected = (product(trees[0][name]) + product(trees[1][name])) / 2
+        np.testing.assert_allclose(product(factors), expected, rtol=1e-4, atol=1e-5)
+    assert combined.error < 1e-6
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(base_model_name_or_path="else"), "base_model_name_or_path is 'somebody/model' in"),
+        (
+            dict(layers={"model.down": (7, 6)}),
+            r"layers is more by model.layers.0.q_proj, .*less in",
+        ),
+        (dict(layers=LAYERS | {"model.down": (7, 9)}), r"of model.down is \[7, 6\] in .* \[7, 9\]"),
+        (dict(scale=3.0), r"scale is 1.5 \(alpha 3, r 2\) in .* 3 \(alpha 6, r 2\) in .*alpha in"),
+        (dict(fan_in_fan_out=True), "fan_in_fan_out is False"),
+        (dict(head={"score.weight": np.ones((2, 6))}), "saved parameters is more by classifier"),
+        (
+            dict(head={"classifier.weight": np.ones((3, 6))}),
+            r"shape of classifier.weight is \[2, 6",
+        ),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change, message, tmp_path):
+    sources = [tmp_path / "one", tmp_path / "two"]
+    client(sources[0], 0, fan_in_fan_out=False)
+    client(sources[1], 1, **change)
+    with pytest.raises(ValueError, match=message):
+        checkpoints.combine(sources, [1, 1], "fedit")
+
+
+def test_rescale_keeps_the_products(tmp_path):
+    sources = [tmp_path / "one", tmp_path / "two"]
+    trees = [client(sources[0], 0, rank=2, scale=2.0), client(sources[1], 1, rank=4, scale=1.0)]
+    with pytest.raises(ValueError, match=r"2 \(alpha 4, r 2\).*1 \(alpha 4, r 4\)"):
+        checkpoints.combine(sources, [1, 1], "fedit")
+    combined = checkpoints.combine(sources, [0, 1], "fedit", rescale=True)
+    assert combined.checkpoint.scale == 2.0
+    for name, factors in combined.checkpoint.adapters.items():
+        np.testing.assert_allclose(2.0 * product(factors), product(trees[1][name]), rtol=1e-4)
+
+
+def test_methods_and_options(two, monkeypatch):
+    sources, _ = two
+
+    def needy(stacked, weights, *, reference):
+        """Needs a state."""
+
+    monkeypatch.setitem(aggregation.REGISTRY, "needy", needy)
+    with pytest.raises(ValueError, match="needy needs reference: a state between rounds"):
+        checkpoints.combine(sources, [1, 1], "needy")
+    with pytest.raises(ValueError, match="option of lora_fair 'step'. Did you mean 'steps'"):
+        checkpoints.combine(sources, [1, 1], "lora_fair", {"step": 3})
+    with pytest.raises(ValueError, match="2 checkpoints, but 1 weights"):
+        checkpoints.combine(sources, [1], "fedit")
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_merge(two, tmp_path, transposed):
+    sources, _ = two
+    checkpoint = checkpoints.combine(sources, [1, 1], "fedit").checkpoint
+    if not transposed:
+        checkpoint = checkpoint._replace(config={"fan_in_fan_out": True})
+    base = tmp_path / "base"
+    base.mkdir()
+    rng = np.random.default_rng(0)
+    kernels = {name: rng.normal(size=shape).astype(np.float32) for name, shape in LAYERS.items()}
+    tensors = {
+        f"{n}.weight": np.ascontiguousarray(k.T if transposed else k) for n, k in kernels.items()
+    }
+    tensors["norm.weight"] = np.ones(3, np.float32)
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[:2], "b.safetensors": names[2:]}
+    for file, part in shards.items():
+        write_safetensors(base / file, {name: tensors[name] for name in part})
+    index = {name: file for file, part in shards.items() for name in part}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (base / "config.json").write_text("{}")
+
+    out = tmp_path / "merged"
+    checkpoints.merge(base, checkpoint, out)
+    merged = {name: tensor.read() for name, tensor in open_tensors(out).items()}
+    assert merged.keys() == tensors.keys() | {"classifier.weight"}
+    assert (out / "config.json").exists()
+    np.testing.assert_array_equal(merged["norm.weight"], tensors["norm.weight"])
+    for name, kernel in kernels.items():
+        expected = kernel + 1.5 * product(checkpoint.adapters[name])
+        found = merged[f"{name}.weight"].T if transposed else merged[f"{name}.weight"]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_into_another_backbone(two, tmp_path):
+    sources, _ = two
+    checkpoint = checkpoints.combine(sources, [1, 1], "fedit").checkpoint
+    write_safetensors(tmp_path / "x.safetensors", {"else.weight": np.ones((2, 2))})
+    with pytest.raises(ValueError, match="no layer 'model.down'"):
+        checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
+    wrong = {f"{name}.weight": np.ones((2, 2)) for name in LAYERS}
+    write_safetensors(tmp_path / "x.safetensors", wrong)
+    with pytest.raises(ValueError, match=r"for a weight \[6, 7\], the backbone has \[2, 2\]"):
+        checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
