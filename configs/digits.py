@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.method = args["method"]
     config.seed = 0
-    config.rounds = 2 if args["runlocal"] else 12
+    config.rounds = 2 if args["runlocal"] else 15
     config.clients_per_round = 18
     config.weights = "examples"  # or "equal"
 
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.pretraining.split = "pretrain"
     config.pretraining.options = {
         "steps": 50 if args["runlocal"] else 1000,
-        "batch_size": 64,
+        "batch_size": 32,
         "learning_rate": 2e-3,
         "seed": 0,
     }
@@ -47,14 +47,14 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.lora.head = "head"
 
     config.local = ml_collections.ConfigDict()
-    config.local.steps = 10
-    config.local.batch_size = 32
-    config.local.optimizer = "sgd"  # or "adamw"
-    config.local.learning_rate = 0.1
-    config.local.momentum = 0.9
+    config.local.steps = 8
+    config.local.batch_size = 16
+    config.local.optimizer = "adamw"  # or "sgd"
+    config.local.learning_rate = 2e-2
+    config.local.momentum = 0.9  # of sgd
     config.local.weight_decay = 1e-5
     config.local.clip_norm = 10.0
-    config.local.schedule = "constant"  # or "cosine", over rounds
+    config.local.schedule = "cosine"  # over rounds; or "constant"
 
     config.options = method_options(config.get_ref("rounds"))
     return config

@@ -23,16 +23,16 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.method = args["method"]
     config.seed = 0
-    config.rounds = 1 if args["runlocal"] else 8
+    config.rounds = 1 if args["runlocal"] else 10
     config.clients_per_round = 2 if args["runlocal"] else 5
     config.weights = "examples"  # or "equal"
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "python_docs"
     config.data.tokenizer = f"{_MODEL}/tokenizer.json"
-    config.data.length = 16 if args["runlocal"] else 40
+    config.data.length = 16 if args["runlocal"] else 32
     config.data.partition = "dirichlet"
-    config.data.partition_options = {"num_clients": 10, "alpha": 0.3}
+    config.data.partition_options = {"num_clients": 10, "alpha": 0.5}
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "minilm_l6"
@@ -49,14 +49,17 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.lora.head = "^head$"
 
     config.local = ml_collections.ConfigDict()
-    config.local.steps = 1 if args["runlocal"] else 4
-    config.local.batch_size = 4 if args["runlocal"] else 16
+    config.local.steps = 1 if args["runlocal"] else 8
+    config.local.batch_size = 4 if args["runlocal"] else 8
     config.local.optimizer = "adamw"  # or "sgd"
-    config.local.learning_rate = 5e-3
+    config.local.learning_rate = 1e-2
     config.local.momentum = 0.9
     config.local.weight_decay = 1e-4
     config.local.clip_norm = 1.0
     config.local.schedule = "cosine"  # over rounds; or "constant"
 
-    config.options = method_options(config.rounds)
+    config.options = method_options(config.get_ref("rounds"))
+    # The paper's value for language; one batch, because six passes over each are taken.
+    config.options.fedsmooth_lora.gamma = 64.0
+    config.options.fedsmooth_lora.calibration_batches = 1
     return config

@@ -1,17 +1,19 @@
 """Low-rank matrices in factored form, and the algebra that never multiplies the factors out.
 
-A matrix `[d_in, d_out]` of rank at most r is held as `Factors(a [d_in, r], b [r, d_out])`, its product
-being `a @ b`. Every function here costs O(r^2 (d_in + d_out)) at most and forms nothing of size
-d_in x d_out. Functions of one `Factors` accept leading batch axes unless they say otherwise.
+A matrix `[d_in, d_out]` of rank at most r is held as `Factors(a [d_in, r], b [r, d_out])`, its
+product being `a @ b`. Every function here costs O(r^2 (d_in + d_out)) at most and forms nothing of
+size d_in x d_out. Functions of one `Factors` accept leading batch axes unless they say otherwise.
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from fedlora_jax.names import lookup
 
 Scalar: TypeAlias = jax.Array
 Split: TypeAlias = Literal["right", "balanced", "left"]
@@ -24,10 +26,10 @@ _OVERSAMPLING = 8
 _SWEEPS = 4
 # Relative eigenvalue of a Gram matrix (singular value squared) under which it is noisy.
 _POOR = 1e-4
-# Multiple of the rounding error that keeps a Cholesky decomposition alive; the relative length of
-# a column under which nothing but rounding is left of it; rows from which `gram` uses symmetry.
+# Multiple of the rounding error that keeps a Cholesky decomposition alive; the square of what must
+# be new in a column for it to count; rows from which `gram` uses symmetry.
 _SHIFT = 16.0
-_DEAD = 1e-6
+_SMALL = 1e-4
 _HALVED = 256
 
 
@@ -172,7 +174,7 @@ def _norm_jvp(primals: tuple[Factors], tangents: tuple[Factors]) -> tuple[Scalar
 
 
 def vector_norm(x: jax.Array) -> Scalar:
-    """The root of the sum of squares of all entries, safe against overflow, with gradient zero (not NaN) at zero."""
+    """The root of the sum of squares of all entries; no overflow, and gradient zero at zero."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0.0))
     unit = jnp.where(largest > 0, largest, 1.0)
     square = jnp.sum(jnp.square(x / unit))
@@ -208,8 +210,8 @@ def svd(factors: Factors, rank: int | None = None) -> SVD:
     R is the number of columns of `a`, k the wanted rank, l = k + 8 (or the largest rank there can
     be, if that is less).
 
-    * R <= min(d_in, d_out, 1024): **exact** to the precision of the arithmetic. With the Gram blocks
-      :math:`G_a = a^T a = L L^T` and :math:`G_b = b b^T`, the eigenvectors of
+    * R <= min(d_in, d_out, 1024): **exact** to the precision of the arithmetic. With the Gram
+      blocks :math:`G_a = a^T a = L L^T` and :math:`G_b = b b^T`, the eigenvectors of
       :math:`L^T G_b L` are the coordinates of the singular vectors. A Gram matrix squares the
       condition number; so it only supplies the start, from which the triplets come by orthogonal
       projection of the product itself, and directions below :math:`10^{-2}` of the largest are
@@ -220,8 +222,8 @@ def svd(factors: Factors, rank: int | None = None) -> SVD:
       per cent above the optimum at worst, for a flat spectrum. Cost:
       :math:`O(R\, l\, (d_{in} + d_{out}))`, so linear in R.
 
-    Vectors of zero singular values are orthonormal too, completed arbitrarily. The derivative is
-    right for every function of the truncated product, and finite always.
+    Vectors of zero singular values are orthonormal too, completed arbitrarily. The derivative of
+    the values is right, and finite always; for functions of the product differentiate `truncate`.
 
     Args:
       factors: Without batch axes (`jax.vmap` adds them).
@@ -242,17 +244,14 @@ def svd(factors: Factors, rank: int | None = None) -> SVD:
       Halko, Martinsson, Tropp, *Finding structure with randomness*, SIAM Review 2011.
     """
     chex.assert_rank([factors.a, factors.b], 2)
+    return _svd(factors, _possible(factors, rank))
+
+
+def _possible(factors: Factors, rank: int | None) -> int:
     limit = min(*factors.a.shape, factors.b.shape[1])
-    rank = limit if rank is None else rank
-    if rank < 1:
+    if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    rank = min(rank, limit)
-    dtype = jnp.promote_types(jnp.result_type(*factors), jnp.float32)
-    factors = jax.tree.map(lambda x: x.astype(dtype), factors)
-    if factors.a.shape[0] < factors.b.shape[1]:
-        u, s, v = _svd(transpose(factors), rank)
-        return SVD(v.T, s, u.T)
-    return _svd(factors, rank)
+    return limit if rank is None else min(rank, limit)
 
 
 def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
@@ -262,11 +261,16 @@ def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
       factors: Without batch axes.
       rank: The rank of the result; beyond what the product can have it is padded by zeros.
       split: Where the singular values go: `'right'`, on `b`, so that `a` is orthonormal;
-        `'balanced'`, their roots on both; `'left'`, on `a`.
+        `'balanced'`, their roots on both (a direction that is zero stays a unit one of `a`, so
+        that training can go on from it); `'left'`, on `a`.
 
     Returns:
       `Factors(a [d_in, rank], b [rank, d_out])`, directions in descending order, so that the
-      first q columns and rows are the best approximation at rank q.
+      first q columns and rows are the best approximation at rank q. Its derivative is right for
+      every function of the product, and finite always.
+
+    Raises:
+      ValueError: If `rank` is less than one, or the split unknown.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -275,7 +279,9 @@ def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
       >>> print(jnp.abs(jnp.round((best.a @ best.b)[0], 4)))
       [5. 0. 0. 0.]
     """
-    return pad(_split(svd(factors, rank), split), rank)
+    chex.assert_rank([factors.a, factors.b], 2)
+    lookup(dict.fromkeys(get_args(Split)), split, "split")
+    return pad(_truncate(factors, _possible(factors, rank), split), rank)
 
 
 def truncated_sum(terms: Sequence[Factors], rank: int, *, split: Split = "right") -> Factors:
@@ -300,33 +306,63 @@ def cut(factors: Factors, rank: jax.Array | int) -> Factors:
     )
 
 
-def _split(triplets: SVD, split: Split) -> Factors:
-    u, s, v = triplets
-    if split == "right":
-        return Factors(u, s[:, None] * v)
-    if split == "left":
-        return Factors(u * s, v)
-    if split == "balanced":
-        root = safe_sqrt(s)
-        return Factors(u * root, root[:, None] * v)
-    raise ValueError(f"unknown split {split!r}. Valid names: balanced, left, right.")
+class _Frame(NamedTuple):
+    """A product as `p @ core @ q`: orthonormal columns, an l x l core, orthonormal rows."""
+
+    p: jax.Array
+    core: jax.Array
+    q: jax.Array
 
 
-def _svd(factors: Factors, rank: int) -> SVD:
-    """`svd` where d_in >= d_out: the basis that is made first is the one of the short side."""
+def _frame(factors: Factors, rank: int) -> _Frame:
+    """A product within subspaces that hold its leading `rank` singular vectors, descending."""
+    dtype = jnp.promote_types(jnp.result_type(*factors), jnp.float32)
+    factors = jax.tree.map(lambda x: x.astype(dtype), factors)
+    if factors.a.shape[0] < factors.b.shape[1]:
+        p, core, q = _tall_frame(transpose(factors), rank)
+        return _Frame(q.T, core.T, p.T)
+    return _tall_frame(factors, rank)
+
+
+def _tall_frame(factors: Factors, rank: int) -> _Frame:
+    """`_frame` where d_in >= d_out: the basis that is made first is the one of the short side."""
     columns, d_out = factors.rank, factors.b.shape[1]
     limit = min(columns, d_out)
     if columns <= min(d_out, _EXACT):
-        basis = _start(factors, min(limit, rank + _OVERSAMPLING))
+        width = min(limit, rank + _OVERSAMPLING)
+        basis = _start(factors, width)
     else:
         width = min(limit, 2 * rank + _OVERSAMPLING)
-        noise = jax.random.normal(jax.random.key(0), (factors.a.shape[0], width), factors.a.dtype)
+        noise = _noise(factors.a.shape[0], width, factors.a.dtype)
         basis = orthonormal(matmul(factors.b.T, matmul(factors.a.T, noise)))
         if width < d_out:
             basis = jax.lax.fori_loop(0, _SWEEPS, lambda _, q: _sweep(factors, q), basis)
-    q, triangle = _qr(matmul(factors.a, matmul(factors.b, basis)))
-    left, s, right = _small_svd(triangle, rank)
-    return SVD(matmul(q, left), s, matmul(right, basis.T))
+    image = matmul(factors.a, matmul(factors.b, basis))
+    # Columns in descending order and nearly orthogonal: now QR is accurate for small ones too.
+    turn = _eigh(gram(image.T), width)[1]
+    p, core = _qr(matmul(image, turn))
+    return _Frame(p, core, matmul(basis, turn).T)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _svd(factors: Factors, rank: int) -> SVD:
+    p, core, q = _frame(factors, rank)
+    left, s, right = _small_svd(core, rank)
+    return SVD(matmul(p, left), s, matmul(right, q))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _truncate(factors: Factors, rank: int, split: Split) -> Factors:
+    p, core, q = _frame(factors, rank)
+    left, s, right = _small_svd(core, rank)
+    # A projection on one side's singular vectors, which `_eigh` knows how to differentiate.
+    if split == "left":
+        return Factors(matmul(p, matmul(core, right.T)), matmul(right, q))
+    result = Factors(matmul(p, left), matmul(matmul(left.T, core), q))
+    if split == "right":
+        return result
+    root = jnp.where(s > 0, safe_sqrt(s), 1)
+    return Factors(result.a * root, result.b / root[:, None])
 
 
 def _sweep(factors: Factors, basis: jax.Array) -> jax.Array:
@@ -363,29 +399,40 @@ def gram(x: jax.Array) -> jax.Array:
 def orthonormal(x: jax.Array) -> jax.Array:
     """An orthonormal basis `[d, l]`, l <= d, of the columns of `x`, as Q of a QR decomposition.
 
-    Columns that depend on the ones before are replaced by arbitrary new directions. Three rounds
-    of Cholesky QR: tall matrices are only multiplied, and only an l x l core is decomposed.
+    A column that depends on those before it, to 1% of its length, is replaced by a new direction.
+    Three rounds of Cholesky QR: tall matrices are only multiplied, and only an l x l core is
+    decomposed.
     """
     return _qr(x)[0]
 
 
 def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q orthonormal and R upper triangular with `x = Q R` to rounding, whatever the rank of `x`."""
-    noise = jax.random.normal(jax.random.key(1), x.shape, x.dtype)
-    noise /= jnp.sqrt(jnp.sum(noise**2, axis=0))
-    q, r, dead = x, jnp.eye(x.shape[1], dtype=x.dtype), 0.0
-    for shift in (_SHIFT, _SHIFT, 0.0):
+    """Q orthonormal and R upper triangular; `x = Q R` but for columns that were replaced."""
+    noise = _noise(*x.shape, x.dtype)
+
+    def again(pair: tuple[jax.Array, jax.Array], shift: jax.Array) -> tuple[Any, None]:
+        q, r = pair
         size = safe_sqrt(jnp.sum(q**2, axis=0))
-        size = jnp.where(size > dead, size, 0)
         q = jnp.where(size > 0, q / jnp.where(size > 0, size, 1), noise)
         root = _cholesky(gram(q.T), shift)
         q = jax.scipy.linalg.solve_triangular(root, q.T, lower=True).T
-        r = matmul(root.T, size[:, None] * r)
-        dead = _DEAD
-    return q, r
+        new = jnp.square(jnp.diagonal(root)) > _SMALL * (shift > 0)
+        # A zero column is taken for a new direction next time.
+        return (jnp.where(new, q, 0), new[:, None] * matmul(root.T, size[:, None] * r)), None
+
+    # The last round has no shift, and neither finds nor needs one.
+    rounds = jnp.asarray([_SHIFT, _SHIFT, 0.0], x.dtype)
+    return jax.lax.scan(again, (x, jnp.eye(x.shape[1], dtype=x.dtype)), rounds)[0]
 
 
-def _cholesky(x: jax.Array, shift: float) -> jax.Array:
+def _noise(rows: int, columns: int, dtype: jnp.dtype) -> jax.Array:
+    """Always the same noise in unit columns; made so as to compile in no time."""
+    index = jax.lax.iota(dtype, rows)[:, None] + rows * jax.lax.iota(dtype, columns)
+    noise = (jnp.sin(index + 1) * 43758.5453) % 1 - 0.5
+    return noise / jnp.sqrt(jnp.sum(noise**2, axis=0))
+
+
+def _cholesky(x: jax.Array, shift: jax.Array | float) -> jax.Array:
     """Of `x` of about unit diagonal, shifted by as much as its rounding may have taken away."""
     size = len(x)
     return jnp.linalg.cholesky(x + shift * size**0.5 * jnp.finfo(x.dtype).eps * jnp.eye(size))
@@ -399,8 +446,8 @@ def _small_svd(core: jax.Array, rank: int) -> SVD:
     """
     zero = jnp.zeros_like(core)
     values, vectors = _eigh(jnp.block([[zero, core], [core.T, zero]]), rank)
-    size = len(core)
-    return SVD(orthonormal(vectors[:size]), jnp.maximum(values, 0), orthonormal(vectors[size:]).T)
+    left, right = jax.vmap(orthonormal)(jnp.stack(jnp.split(vectors, 2)))
+    return SVD(left, jnp.maximum(values, 0), right.T)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -408,7 +455,7 @@ def _eigh(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """The `count` largest eigenvalues of a symmetric matrix, descending, and their vectors.
 
     The derivative leaves out rotations among the vectors returned. They are what divides by
-    zero when eigenvalues coincide, and no function of the spanned product depends on them.
+    zero when eigenvalues coincide, and no function of the space that they span depends on them.
     """
     values, vectors = jnp.linalg.eigh(x)
     return values[::-1][:count], vectors[:, ::-1][:, :count]

@@ -42,7 +42,9 @@ def test_the_small_functions():
     cut = lowrank.cut(x, jnp.array([1, 4]))
     for index, rank in enumerate((1, 4)):
         want = dense(Factors(x.a[:, :rank], x.b[:rank]))
-        np.testing.assert_allclose(dense(jax.tree.map(lambda z: z[index], cut)), want, atol=1e-5)
+        np.testing.assert_allclose(
+            dense(jax.tree.map(lambda z, i=index: z[i], cut)), want, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("rank", [6, 29, 40, 80])

@@ -4,10 +4,10 @@ Every function has one signature:
 
     aggregated = aggregation.lora_fair(stacked, weights, **hyperparameters)
 
-`stacked` is any pytree whose leaves are `Factors(a [K, d_in, r], b [K, r, d_out])`, K clients on the
-leading axis (`stack` makes one from a list of clients, also of unequal ranks). `weights` is `[K]`,
-non-negative, normalised inside; weight 0 is the same as absence. The result is
-`Aggregated(adapters, residual)`: the new global model is `backbone + scale * (residual + adapters)`.
+`stacked` is any pytree whose leaves are `Factors(a [K, d_in, r], b [K, r, d_out])`, K clients on
+the leading axis (`stack` makes one from a list of clients, also of unequal ranks). `weights` is
+`[K]`, non-negative, normalised inside; weight 0 is the same as absence. The result is
+`Aggregated(adapters, residual)`; the new global model is `backbone + scale (residual + adapters)`.
 Nothing of size d_in x d_out is ever formed, and arithmetic is in float32 at the least, whatever the
 storage type. All functions can be called under `jit`, `vmap` and `grad`.
 

@@ -307,7 +307,8 @@ def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:
     """What clients of unequal ranks continue from: the first `ranks[k]` columns of the adapters.
 
     Args:
-      adapters: Adapter tree of `Factors(a [d_in, r], b [r, d_out])`, directions in descending order.
+      adapters: Adapter tree of `Factors(a [d_in, r], b [r, d_out])`, directions in descending
+        order.
       ranks: `[K]`.
 
     Returns:

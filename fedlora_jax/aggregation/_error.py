@@ -21,8 +21,8 @@ def error(
       \qquad M = \sum_k p_k a_k b_k
 
     over all kernels together; the scale cancels. Of factors that stay with their clients
-    (`fedsa_lora`: a leading axis K) the weighted mean counts. Computed in factored form and without squaring
-    what cancels, so that an exact method shows about 1e-7 in float32.
+    (`fedsa_lora`: a leading axis K) the weighted mean counts. Computed in factored form and without
+    squaring what cancels, so that an exact method shows about 1e-7 in float32.
 
     Args:
       stacked: Adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`.

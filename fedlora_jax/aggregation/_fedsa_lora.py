@@ -25,9 +25,9 @@ def fedsa_lora(stacked: PyTree, weights: jax.Array) -> Aggregated:
       weights: `[K]`, non-negative; normalised inside.
 
     Returns:
-      `Aggregated(adapters, None)` with `a [d_in, r]` for all and `b [K, r, d_out]`, each client's own
-      as it came (also of weight 0; zero if it is not finite). `aggregation.error` takes the mean
-      of :math:`\bar a b_k` over clients, which is FedIT's product.
+      `Aggregated(adapters, None)` with `a [d_in, r]` for all and `b [K, r, d_out]`, each client's
+      own as it came (also of weight 0; zero if it is not finite). `aggregation.error` takes the
+      mean of :math:`\bar a b_k` over clients, which is FedIT's product.
 
     Raises:
       ValueError: On weights or factors that cannot be used, see `fedlora_jax.aggregation`.

@@ -5,7 +5,7 @@ import jax
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
-from fedlora_jax.aggregation._ffa_lora import _ffa_lora
+from fedlora_jax.aggregation._ffa_lora import common
 from fedlora_jax.lowrank import Factors
 
 
@@ -51,5 +51,6 @@ def fedsvd(stacked: PyTree, weights: jax.Array, *, initial: PyTree | None = None
 
 
 def _fedsvd(clients: Factors, weights: jax.Array, *initial: Factors) -> Aggregated:
-    exact = _ffa_lora(clients, weights, *initial).adapters
+    a = common(clients, weights, *initial)
+    exact = Factors(a, lowrank.mean(clients, weights).b)
     return Aggregated(adapters=lowrank.truncate(exact, clients.rank), residual=None)

@@ -48,5 +48,10 @@ def ffa_lora(stacked: PyTree, weights: jax.Array, *, initial: PyTree | None = No
 
 
 def _ffa_lora(clients: Factors, weights: jax.Array, *initial: Factors) -> Aggregated:
-    a = initial[0].a if initial else _base.first_present(clients, weights).a
+    a = common(clients, weights, *initial)
     return Aggregated(Factors(a, lowrank.mean(clients, weights).b), residual=None)
+
+
+def common(clients: Factors, weights: jax.Array, *initial: Factors) -> jax.Array:
+    """The frozen `a` that all clients share: the given one, or the first client's."""
+    return initial[0].a if initial else _base.first_present(clients, weights).a

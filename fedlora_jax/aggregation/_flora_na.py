@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def _alternate(
 ) -> tuple[jax.Array, jax.Array]:
     swapped = [_Grams(a=grams.b, b=grams.a) for grams in kinds]
 
-    def sweep(pair: tuple[jax.Array, jax.Array], _: None) -> tuple[tuple[jax.Array, ...], None]:
+    def sweep(pair: tuple[jax.Array, jax.Array], _: None) -> Any:
         p, q = pair
         p = _improve(p, *_normal_equations(kinds, weights, q))
         q = _improve(q, *_normal_equations(swapped, weights, p))

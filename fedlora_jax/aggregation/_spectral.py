@@ -97,25 +97,27 @@ def _spectral(
     ideal = lowrank.weighted_sum(clients, weights)
     rank = clients.rank if rank is None else rank
     if selection == "energy":
-        best, s = _padded(lowrank.svd(ideal, rank), rank)
+        best = lowrank.truncate(ideal, rank)
+        s = _sizes(best)
         # |M|^2 by Gram blocks may fall short of the energy of the directions by rounding.
         total = jnp.maximum(lowrank.inner(ideal, ideal), jnp.sum(s**2))
         before = jnp.cumsum(s**2) - s**2
         keep = (before < threshold.astype(s.dtype) * total) & (s > 0)
     else:
-        triplets = lowrank.svd(ideal)
-        best, s = _padded(lowrank.SVD(*triplets), rank)
-        keep = s > _screenot(triplets.s, max(clients.a.shape[1], clients.b.shape[2]), rank)
+        limit = min(*ideal.a.shape, ideal.b.shape[1])
+        whole = lowrank.truncate(ideal, max(limit, rank))
+        values = _sizes(whole)
+        best, s = Factors(whole.a[:, :rank], whole.b[:rank]), values[:rank]
+        keep = s > _screenot(values[:limit], max(clients.a.shape[1], clients.b.shape[2]), rank)
     d_in = best.a.shape[0]
     noise = jax.random.normal(key, best.a.shape, best.a.dtype) * d_in**-0.5
     kept = Factors(jnp.where(keep, best.a, noise), jnp.where(keep[:, None], best.b, 0))
     return Aggregated(adapters=kept, residual=None)
 
 
-def _padded(triplets: lowrank.SVD, rank: int) -> tuple[Factors, jax.Array]:
-    count = min(rank, len(triplets.s))
-    u, s, v = triplets.u[:, :count], triplets.s[:count], triplets.v[:count]
-    return lowrank.pad(Factors(u, s[:, None] * v), rank), jnp.pad(s, (0, rank - count))
+def _sizes(best: Factors) -> jax.Array:
+    """The singular values of a truncation whose `a` is orthonormal."""
+    return lowrank.safe_sqrt(jnp.sum(best.b**2, axis=1))
 
 
 def _screenot(s: jax.Array, columns: int, bound: int) -> jax.Array:

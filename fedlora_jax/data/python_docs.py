@@ -11,13 +11,10 @@ import re
 import zlib
 from collections.abc import Iterator
 from pydoc_data.topics import topics as _PAGES
-from typing import Literal
 
 import numpy as np
 
 from fedlora_jax.names import lookup
-
-Split = Literal["federated", "test"]
 
 # The pages of each class; pages that a version of Python does not have are passed over.
 _GROUPS = {
@@ -49,7 +46,7 @@ def class_names() -> list[str]:
     return list(_GROUPS)
 
 
-def passages(split: Split) -> tuple[list[str], np.ndarray]:
+def passages(split: str) -> tuple[list[str], np.ndarray]:
     """The passages of a split and their classes.
 
     Which split a passage is in depends on its text alone.
@@ -72,9 +69,7 @@ def passages(split: Split) -> tuple[list[str], np.ndarray]:
     return [text for text, _ in found], np.array([label for _, label in found], np.int32)
 
 
-def load(
-    split: Split, tokenizer: str | os.PathLike[str], length: int = 64
-) -> dict[str, np.ndarray]:
+def load(split: str, tokenizer: str | os.PathLike[str], length: int = 64) -> dict[str, np.ndarray]:
     """The passages of a split as token ids.
 
     Args:

@@ -76,7 +76,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     domains = tuple(sources.class_names(config.data.name, "domain")) if has_domains else ("all",)
     model = models.get(config.model.name, **config.model.options)
     inputs = _tokens if "tokens" in train else _images
-    params = _backbone(config, model, inputs({key: x[:1] for key, x in train.items()}))
+    params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
     return Setting(
         classification(model, inputs), params, _examples(train), _examples(test), domains
     )
@@ -128,10 +128,10 @@ def _images(batch: Batch) -> tuple[jax.Array]:
 def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Program:
     """Builds the functions of `config.method`; they compile when first called."""
     method = methods.get(config.method)(**config.options[config.method])
-    # A pooled method sees as many examples a round as the cohort of any other.
-    steps = config.local.steps * (config.clients_per_round if method.pooled else 1)
+    # A pooled method sees as many examples a step as the cohort of any other.
+    batch_size = config.local.batch_size * (config.clients_per_round if method.pooled else 1)
     training = LocalTraining(
-        optimizer(config.local), steps, config.local.batch_size, schedule(config)
+        optimizer(config.local), config.local.steps, batch_size, schedule(config)
     )
     equal = lookup({"examples": False, "equal": True}, config.weights, "weighting of clients")
     return Program(

@@ -133,10 +133,18 @@ def train_cohort(
     return jax.vmap(of_client)(jax.tree.map(lambda x: x[cohort], clients), cohort)
 
 
-def make_round(
-    task: Task, method: Method, training: LocalTraining, *, equal_weights: bool = False
-) -> RoundFunction:
-    """Builds the jitted round `(federation, data, cohort, seed) -> (federation, metrics)`.
+def run_round(
+    task: Task,
+    method: Method,
+    training: LocalTraining,
+    federation: Federation,
+    data: ClientData,
+    cohort: jax.Array,
+    seed: jax.Array,
+    *,
+    equal_weights: bool = False,
+) -> tuple[Federation, RoundMetrics, CohortResult]:
+    """One round: train a cohort, aggregate, and go on.
 
     A client whose results are not all finite is left out: it has weight zero, and its state stays
     as it was. If none is left, the server's state stays too.
@@ -145,31 +153,45 @@ def make_round(
       task: What is learned.
       method: How clients and server work together.
       training: How clients train.
+      federation: The state before the round.
+      data: The data of all clients.
+      cohort: Identities, int32 `[K]`, without repetition.
+      seed: The seed's key.
       equal_weights: Weigh clients equally instead of by their number of examples.
 
     Returns:
-      A function of the federation, the data, the identities of the cohort (int32 `[K]`, without
-      repetition) and the seed's key. It compiles once for all rounds and seeds.
+      The state after the round, its metrics, and what the clients did.
+    """
+    server, clients = federation
+    result = train_cohort(task, method, training, federation, data, cohort, seed)
+    finite = _all_finite((result.trained, result.uploads, result.clients))
+    counts = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
+    weights = jnp.where(finite, counts.astype(jnp.float32), 0)
+    changed, aggregated = method.aggregate(server, result.uploads, weights)
+    server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
+    metrics = RoundMetrics(
+        loss=mean(result.loss, weights),
+        client_loss=result.loss,
+        aggregation_error=_error(result, weights, aggregated),
+        excluded=jnp.sum(~finite, dtype=jnp.int32),
+    )
+    return Federation(server, _put(clients, cohort, result.clients, finite)), metrics, result
+
+
+def make_round(
+    task: Task, method: Method, training: LocalTraining, *, equal_weights: bool = False
+) -> RoundFunction:
+    """Builds the jitted round `(federation, data, cohort, seed) -> (federation, metrics)`.
+
+    See `run_round`. It compiles once for all rounds and seeds.
     """
 
     @jax.jit
     def round_function(
         federation: Federation, data: ClientData, cohort: jax.Array, seed: jax.Array
     ) -> tuple[Federation, RoundMetrics]:
-        server, clients = federation
-        result = train_cohort(task, method, training, federation, data, cohort, seed)
-        finite = _all_finite((result.trained, result.uploads, result.clients))
-        counts = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
-        weights = jnp.where(finite, counts.astype(jnp.float32), 0)
-        changed, aggregated = method.aggregate(server, result.uploads, weights)
-        server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
-        metrics = RoundMetrics(
-            loss=mean(result.loss, weights),
-            client_loss=result.loss,
-            aggregation_error=_error(result, weights, aggregated),
-            excluded=jnp.sum(~finite, dtype=jnp.int32),
-        )
-        return Federation(server, _put(clients, cohort, result.clients, finite)), metrics
+        state = (federation, data, cohort, seed)
+        return run_round(task, method, training, *state, equal_weights=equal_weights)[:2]
 
     return round_function
 

@@ -83,7 +83,7 @@ def combine(
     trees = [_at_scale(client, scale) for client in clients]
     stacked, shares = aggregation.stack(trees), jnp.asarray(weights, jnp.float32)
     aggregated = function(stacked, shares, **(options or {}))
-    adapters = _whole(aggregated)
+    adapters = _whole(aggregated, method)
     layer_errors = aggregation.error(stacked, shares, aggregated, per_kernel=True)
     layer_errors = {name: float(layer_errors[name]) for name in adapters}
     saved = _mean([client.saved for client in clients], weights)
@@ -110,10 +110,10 @@ def _total(
     shares = np.asarray(weights, np.float64) / np.sum(weights)
     sizes = {}
     for name in layer_errors:
-        b = [share * np.asarray(tree[name].b) for share, tree in zip(shares, trees, strict=True)]
-        a = [np.asarray(tree[name].a) for tree in trees]
-        ideal = Factors(np.concatenate(a, axis=1), np.concatenate(b))
-        sizes[name] = float(np.linalg.norm(singular_values(ideal)))
+        terms = [
+            lowrank.scaled(tree[name], share) for share, tree in zip(shares, trees, strict=True)
+        ]
+        sizes[name] = float(np.linalg.norm(singular_values(lowrank.concatenate(terms))))
     distance = np.linalg.norm([error * (sizes[n] or 1) for n, error in layer_errors.items()])
     return float(distance / (np.linalg.norm(list(sizes.values())) or 1))
 
@@ -193,8 +193,10 @@ def _at_scale(client: Checkpoint, scale: float) -> Adapters:
     return {name: lowrank.scaled(factors, ratio) for name, factors in client.adapters.items()}
 
 
-def _whole(aggregated: Aggregated) -> Adapters:
+def _whole(aggregated: Aggregated, method: str) -> Adapters:
     """Adapters and residual in one tree."""
+    if any(x.ndim != 2 for x in jax.tree.leaves(aggregated)):
+        raise ValueError(f"{method} leaves each client with adapters of its own: nothing to write")
     trees = [tree for tree in aggregated if tree is not None]
     return {name: lowrank.concatenate([tree[name] for tree in trees]) for name in trees[0]}
 

@@ -77,7 +77,8 @@ def load(
     """
     directory = pretrained.locate(source)
     config = read_config(directory)
-    stored = open_tensors(directory)
+    file = directory / WEIGHTS_FILE
+    stored = open_tensors(file if file.is_file() else directory)
     pairs, others = _sorted_out(stored)
     scale = _scale(config, config["lora_alpha"], config["r"])
     adapters = {}
@@ -180,12 +181,12 @@ def _head_to_ours(form: Format, saved: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in saved.items():
         module, _, leaf = name.rpartition(".")
         (row,) = pretrained_names.to_ours(form, module)
-        if leaf == "weight" and value.ndim == 2:
-            flat[f"{row.ours}/kernel"] = value.T
-        elif leaf == "bias":
-            flat[f"{row.ours}/bias"] = value
-        else:
-            raise ValueError(f"saved parameter {name!r}: only linear layers can be read")
+        if leaf == "weight" and value.ndim <= 2:
+            kind = "scale" if value.ndim == 1 else "kernel"
+            leaf = "embedding" if row.ours.endswith("embedding") else kind
+        elif leaf != "bias":
+            raise ValueError(f"saved parameter {name!r} {list(value.shape)} cannot be read")
+        flat[f"{row.ours}/{leaf}"] = value.T if leaf == "kernel" else value
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -295,5 +296,5 @@ def _head_to_theirs(form: Format, head: Params) -> dict[str, np.ndarray]:
     for path, value in traverse_util.flatten_dict(dict(head), sep="/").items():
         module, _, leaf = path.rpartition("/")
         name = f"{_their_name(form, module)}.{pretrained_names.TORCH_LEAVES[leaf]}"
-        tensors[name] = np.asarray(value).T
+        tensors[name] = np.asarray(value).T if leaf == "kernel" else np.asarray(value)
     return tensors

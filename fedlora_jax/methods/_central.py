@@ -5,7 +5,7 @@ from fedlora_jax.methods._fedit import fedit
 
 
 def central() -> Method:
-    """One client holds all the data and sees as many examples a round as a cohort together."""
+    """One client holds all the data and sees as many examples a step as a cohort together."""
     return fedit()._replace(
         pooled=True,
         sent=lambda upload, round_index: (),

@@ -1,10 +1,13 @@
 """RoLoRA: one factor at a time."""
 
 import jax
+import jax.numpy as jnp
 
 from fedlora_jax import aggregation
+from fedlora_jax.aggregation import Aggregated
+from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.methods._base import Method, Server, averaging
 
 
 def rolora() -> Method:
@@ -21,10 +24,19 @@ def rolora() -> Method:
     def side(round_index: int) -> str:
         return "ba"[round_index % 2]
 
+    def aggregate(stacked: Adapters, weights: jax.Array, server: Server) -> Aggregated:
+        """The resting factor is not sent: it is the server's own."""
+        now = b_trained(server.round)
+        sent = {
+            path: Factors(
+                a=jnp.where(now, own.a, stacked[path].a), b=jnp.where(now, stacked[path].b, own.b)
+            )
+            for path, own in server.trainable.adapters.items()
+        }
+        return aggregation.rolora(sent, weights, trained=now)
+
     return averaging(
-        lambda stacked, weights, server: aggregation.rolora(
-            stacked, weights, trained=b_trained(server.round)
-        ),
+        aggregate,
         trains=lambda round_index: Factors(a=~b_trained(round_index), b=b_trained(round_index)),
         sends=side,
         receives=side,

@@ -214,10 +214,11 @@ def _plan(
             misshapen.append(readings[-1])
     known = {reading.row.theirs for reading in readings}
     known |= {row.theirs for path in fresh if (row := pretrained_names.parameter(form, path))}
+    ignored = [form.ignored, form.before_head if "head/kernel" in fresh else None]
     surplus = [
         name
         for name in tensors
-        if name not in known and not (form.ignored and re.search(form.ignored, name))
+        if name not in known and not any(re.search(p, name) for p in ignored if p)
     ]
     if missing or misshapen or surplus:
         raise ValueError(_complaint(form, missing, misshapen, surplus))

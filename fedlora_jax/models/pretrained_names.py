@@ -43,6 +43,8 @@ class Format(NamedTuple):
       prefix: The start of names which a checkpoint of the bare encoder does not have.
       ignored: A regular expression for tensors that are no parameters, or belong to the
         pretraining.
+      before_head: One for layers before the head that ours does not have: ignored if the head
+        starts afresh, left over if it does not.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Format(NamedTuple):
     torch: bool = True
     prefix: str = ""
     ignored: str | None = None
+    before_head: str | None = None
 
 
 def _blocks(ours: str, theirs: str, pairs: Iterable[tuple[str, str]]) -> Iterator[Row]:
@@ -133,7 +136,7 @@ _VIT_TIMM = Format(
 _VIT_ORIGINAL = Format(
     name="original ViT release (.npz)",
     torch=False,
-    ignored=r"^pre_logits/",
+    before_head=r"^pre_logits/",
     rows=(
         Row("class_token", "cls"),
         Row("position_embedding", "Transformer/posembed_input/pos_embedding"),

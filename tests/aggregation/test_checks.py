@@ -123,6 +123,7 @@ def test_any_pytree_of_factors_will_do():
     tree = [node, {"deep": (Factors(jnp.asarray(node.a), jnp.asarray(node.b)),)}]
     mean = aggregation.fedit(tree, cases.WEIGHTS).adapters
     assert isinstance(mean, list) and mean[1]["deep"][0].a.shape == (17, 2)
-    names = aggregation.error(tree, cases.WEIGHTS, aggregation.fedit(tree, cases.WEIGHTS),
-                              per_kernel=True)
+    names = aggregation.error(
+        tree, cases.WEIGHTS, aggregation.fedit(tree, cases.WEIGHTS), per_kernel=True
+    )
     assert list(names) == ["0", "1/deep/0"]

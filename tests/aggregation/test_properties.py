@@ -1,4 +1,10 @@
-"""One property suite over every registered function and variant; `cases.CASES` drives it."""
+"""One property suite over every registered function and variant; `cases.CASES` drives it.
+
+Compiling takes the time here: checks outside jit share the programs of one tree, those that need
+programs of their own use the tree of one kernel, and oracles stand in for further shapes.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,18 @@ from tests.aggregation import cases
 
 every = pytest.mark.parametrize("pair", cases.ALL, ids=cases.label)
 WEIGHTS = cases.WEIGHTS
+ONE = {"block/up": cases.KERNELS["block/up"]}
+
+
+@functools.cache
+def jitted(pair):
+    return jax.jit(cases.bound(pair, ONE))
+
+
+def unlike_elsewhere(pair):
+    """ScreeNOT looks at the number of singular values, so absence and padding do change it."""
+    if case_of(pair).options.get("selection") == "noise":
+        pytest.skip("the number of singular values is an input of ScreeNOT")
 
 
 def case_of(pair) -> cases.Case:
@@ -46,9 +64,7 @@ def test_exact_methods_are_exact_and_no_other_claims_to_be(pair):
 @every
 def test_numpy_and_jax_input_agree(pair):
     stacked = clients_of(pair)
-    cases.close(
-        products(pair, jax.tree.map(jnp.asarray, stacked)), products(pair, stacked), 1e-12
-    )
+    cases.close(products(pair, jax.tree.map(jnp.asarray, stacked)), products(pair, stacked), 1e-12)
 
 
 @every
@@ -70,6 +86,7 @@ def test_scale_of_weights_does_not_matter(pair):
 @pytest.mark.parametrize("held", [0.0, 1.0, np.nan, np.inf], ids=["zero", "other", "nan", "inf"])
 def test_weight_zero_is_absence(pair, held):
     """Whatever the absent client holds, and by whatever way it is called."""
+    unlike_elsewhere(pair)
     case = case_of(pair)
     stacked = clients_of(pair)
     weights = np.array([1.0, 0.0, 2.0], np.float32)
@@ -79,26 +96,22 @@ def test_weight_zero_is_absence(pair, held):
         x[1] = x[1] if held == 1 else held
         return x
 
-    def without(x):
-        return np.delete(x, 1, axis=0)
-
-    got = cases.product(cases.bound(pair)(jax.tree.map(disturb, stacked), weights), weights)
-    if case.options.get("selection") == "noise":  # it counts the singular values
-        return
-    if pair[0] == "fedsa_lora" and not np.isfinite(held):
-        aggregated = cases.bound(pair)(jax.tree.map(disturb, stacked), weights)
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(aggregated))
-    kept = jax.tree.map(without, stacked)
-    want = cases.product(cases.bound(pair)(kept, weights[[0, 2]]), weights[[0, 2]])
-    cases.close(got, want, 5e-5)
+    disturbed = jax.tree.map(disturb, stacked)
+    aggregated = cases.bound(pair)(disturbed, weights)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(aggregated))
+    want = cases.expected(pair, jax.tree.map(lambda x: x[[0, 2]], stacked), weights[[0, 2]])
+    if not np.isfinite(held) and pair[0] == "fedsa_lora":  # that client's own is gone
+        assert not np.any(aggregated.adapters["block/up"].b[1])
+    cases.close(cases.product(aggregated, weights), want, 2 * case.tolerance)
 
 
 @every
 def test_a_single_client_keeps_its_product(pair):
     case = case_of(pair)
-    stacked = clients_of(pair, count=1)
+    stacked = clients_of(pair, count=1, kernels=ONE)
     weights = np.array([0.3], np.float32)
-    got = cases.product(cases.bound(pair)(stacked, weights), weights)
+    got = cases.product(cases.bound(pair, ONE)(stacked, weights), weights)
+    assert all(np.all(np.isfinite(x)) for x in got)
     if case.reproduces:
         nodes = jax.tree.leaves(stacked, is_leaf=lowrank.is_factors)
         cases.close(got, [x.a[0] @ x.b[0] for x in nodes], 1e-4)
@@ -118,61 +131,55 @@ def test_identical_clients_keep_their_product(pair):
 
 @every
 def test_padding_by_zero_ranks_changes_nothing(pair):
+    unlike_elsewhere(pair)
     case = case_of(pair)
-    if case.options.get("selection") == "noise":  # it counts the singular values
-        pytest.skip("the number of singular values is an input of ScreeNOT")
-    stacked = clients_of(pair)
+    stacked = clients_of(pair, kernels=ONE)
     padded = {name: lowrank.pad(Factors(*x), cases.RANK + 1) for name, x in stacked.items()}
     changed = {}
     if pair[0] in ("flexlora", "spectral") and "rank" not in case.options:
         changed = {"rank": cases.RANK}
-    if pair[0] == "fedrot_lora" and case.options.get("strength", 1.0) == 1.0:
-        got = cases.bound(pair)(padded, WEIGHTS)
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
-    got = cases.product(cases.bound(pair, **changed)(padded, WEIGHTS), WEIGHTS)
-    cases.close(got, products(pair, stacked), 1e-4)
+    got = cases.product(cases.bound(pair, ONE, **changed)(padded, WEIGHTS), WEIGHTS)
+    cases.close(got, cases.expected(pair, stacked, WEIGHTS), 2 * case.tolerance)
 
 
 @every
-def test_jit_agrees(pair):
-    stacked = clients_of(pair)
-    got = cases.product(jax.jit(cases.bound(pair))(stacked, WEIGHTS), WEIGHTS)
-    cases.close(got, products(pair, stacked), 5e-5)
-
-
-@every
-def test_inside_jit_a_sick_client_is_absent(pair):
-    function = jax.jit(cases.bound(pair))
-    stacked = clients_of(pair)
-    sick = jax.tree.map(lambda x: x.copy(), stacked)
-    sick["block/up"].b[1, 0, 3] = np.nan
-    got = function(sick, WEIGHTS)
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+def test_jit_agrees_and_there_a_sick_client_is_absent(pair):
+    function = jitted(pair)
+    stacked = clients_of(pair, kernels=ONE)
+    tolerance = case_of(pair).tolerance
+    got = cases.product(function(stacked, WEIGHTS), WEIGHTS)
+    cases.close(got, cases.expected(pair, stacked, WEIGHTS), 2 * tolerance)
+    unlike_elsewhere(pair)
     without = WEIGHTS * np.array([1, 0, 1], np.float32)
-    zeroed = jax.tree.map(lambda x: np.where(np.arange(3)[:, None, None] == 1, 0, x), stacked)
-    want = cases.product(function(zeroed, without), without)
-    cases.close(cases.product(got, without), want, 5e-5)
+    want = cases.expected(pair, jax.tree.map(lambda x: x[[0, 2]], stacked), WEIGHTS[[0, 2]])
+    for side in "ab":
+        sick = jax.tree.map(lambda x: x.copy(), stacked)
+        getattr(sick["block/up"], side)[1, 0, 1] = np.nan
+        got = function(sick, WEIGHTS)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
+        cases.close(cases.product(got, without), want, 2 * tolerance)
     nan_weight = np.array([1, np.nan, 2], np.float32)
-    cases.close(cases.product(function(stacked, nan_weight), without), want, 5e-5)
+    cases.close(cases.product(function(stacked, nan_weight), without), want, 2 * tolerance)
     nobody = function(stacked, np.full(3, np.nan, np.float32))
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(nobody))
 
 
 @every
 def test_vmap_agrees_with_a_loop(pair):
-    function = cases.bound(pair)
-    stacked = [clients_of(pair, seed=seed) for seed in (0, 1)]
+    stacked = [clients_of(pair, seed=seed, kernels=ONE) for seed in (0, 1)]
     weights = np.stack([WEIGHTS, WEIGHTS[::-1]])
     together = jax.tree.map(lambda *x: np.stack(x), *stacked)
-    got = jax.jit(jax.vmap(function))(together, weights)
+    got = jax.jit(jax.vmap(cases.bound(pair, ONE)))(together, weights)
     for index in range(2):
-        one = cases.product(jax.tree.map(lambda x: x[index], got), weights[index])
-        cases.close(one, products(pair, stacked[index], weights[index]), 1e-4)
+        here = jax.tree.map(lambda x, i=index: x[i], got)
+        one = cases.product(here, weights[index])
+        want = cases.expected(pair, stacked[index], weights[index])
+        cases.close(one, want, 2 * case_of(pair).tolerance)
 
 
 def loss_of(pair, shape_weights):
     """A smooth function of the new products of every kernel."""
-    function = cases.bound(pair)
+    function = cases.bound(pair, ONE)
 
     def loss(stacked, weights):
         aggregated = function(stacked, weights)
@@ -192,14 +199,14 @@ def loss_of(pair, shape_weights):
 @every
 def test_gradient_is_finite_and_right(pair):
     rng = np.random.default_rng(3)
-    stacked = jax.tree.map(jnp.asarray, clients_of(pair))
-    matrices = [rng.standard_normal(shape) for shape in cases.KERNELS.values()]
+    stacked = jax.tree.map(jnp.asarray, clients_of(pair, kernels=ONE))
+    matrices = [rng.standard_normal(shape) for shape in ONE.values()]
     gradient = jax.jit(jax.grad(loss_of(pair, matrices)))
     slope = gradient(stacked, WEIGHTS)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(slope))
     zero = jax.tree.map(jnp.zeros_like, stacked)
     same = jax.tree.map(lambda x: jnp.repeat(x[:1], cases.CLIENTS, axis=0), stacked)
-    for hard in (zero, same, stacked | {"block/up": zero["block/up"]}):
+    for hard in (zero, same):
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient(hard, WEIGHTS)))
     if not case_of(pair).smooth or case_of(pair).frozen:
         return
@@ -232,20 +239,17 @@ def test_nothing_is_compiled_again_when_weights_or_values_change(pair):
 @every
 def test_bfloat16_storage(pair):
     """Storage is bfloat16 on both sides; arithmetic is as good as on the rounded input."""
-    stacked = clients_of(pair)
+    stacked = clients_of(pair, kernels=ONE)
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), stacked)
-    aggregated = cases.bound(pair)(half, WEIGHTS)
+    aggregated = cases.bound(pair, ONE)(half, WEIGHTS)
     for part in aggregated:
         assert part is None or {x.dtype for x in jax.tree.leaves(part)} == {jnp.bfloat16.dtype}
     rounded = jax.tree.map(lambda x: np.asarray(x.astype(jnp.float32)), half)
-    size = sum(np.sum(x**2) for x in products(pair, rounded)) ** 0.5
-    terms = [_base.leaves(part) for part in cases.bound(pair)(rounded, WEIGHTS) if part]
-    scale = max(
-        float(jnp.linalg.norm(x.a) * jnp.linalg.norm(x.b)) for part in terms for x in part
-    )
-    got, want = cases.product(aggregated, WEIGHTS), products(pair, rounded)
-    distance = sum(np.sum((x - y) ** 2) for x, y in zip(got, want)) ** 0.5
-    assert distance < 2**-7 * max(size, scale)
+    want = cases.expected(pair, rounded, WEIGHTS)
+    terms = [_base.leaves(part)[0] for part in aggregated if part]
+    scale = max(float(jnp.linalg.norm(x.a) * jnp.linalg.norm(x.b)) for x in terms)
+    distance = np.linalg.norm(cases.product(aggregated, WEIGHTS)[0] - want[0])
+    assert distance < 2**-7 * scale + case_of(pair).tolerance * np.linalg.norm(want[0])
 
 
 @every
@@ -272,7 +276,7 @@ def test_a_product_that_is_zero_leaves_something_to_train(pair):
     stacked = clients_of(pair)
     start = {name: x._replace(b=np.zeros_like(x.b)) for name, x in stacked.items()}
     adapters = cases.bound(pair)(start, WEIGHTS).adapters
-    if adapters is None or case.options.get("correct") == "a" or case.options.get("rank") == 6:
+    if adapters is None or case.options.get("correct") == "a":
         return
     for node in _base.leaves(adapters):
         alive = np.any(np.asarray(node.a) != 0, axis=-2) | np.any(np.asarray(node.b) != 0, axis=-1)

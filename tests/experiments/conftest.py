@@ -31,7 +31,12 @@ class Program:
     def __init__(self, directory: Path):
         self.config = directory / "tiny.py"
         self.config.write_text(CONFIG.format(backbones=str(directory / "backbones")))
-        self.environment = {**os.environ, "FEDLORA_DATA_DIR": str(directory / "data")}
+        self.environment = {
+            **os.environ,
+            "FEDLORA_DATA_DIR": str(directory / "data"),
+            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        }
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
         """Starts it."""

@@ -11,10 +11,10 @@ import pytest
 from fedlora_jax import lora, methods
 from fedlora_jax.data.clients import local_batch
 from fedlora_jax.federated import randomness
-from fedlora_jax.federated.round import make_round, message_bytes
+from fedlora_jax.federated.round import make_round, message_bytes, run_round
 from fedlora_jax.methods import Trainable
+from tests.world import COHORT, method_of
 
-COHORT = jnp.array([0, 2, 3, 6])
 AVERAGING = ["fedit", "lora_fair", "flora_na"]
 
 
@@ -26,20 +26,9 @@ def assert_equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-# One object a method and one function a method: what is compiled for one test serves the others.
-method_of = functools.cache(lambda name: methods.get(name)())
-functions = {}
-
-
-def rounds(world, method, cohorts, **options):
+def rounds(world, name, cohorts, **options):
     """Runs a round for each cohort; returns the federation and the metrics of the last round."""
-    key = (method, *options)
-    if key not in functions:
-        functions[key] = make_round(world.task, method, world.training, **options)
-    function = functions[key]
-    federation, metrics = world.federation(method), None
-    for cohort in cohorts:
-        federation, metrics = function(federation, world.data, cohort, world.seed)
+    _, federation, metrics, _ = world.run(name, cohorts, **options)
     return federation, metrics
 
 
@@ -76,7 +65,7 @@ def train_by_hand(world, client, trainable, round_index=0):
 
 
 def test_round_is_training_by_hand_and_averaging(world):
-    federation, metrics = rounds(world, method_of("fedit"), [COHORT])
+    federation, metrics = rounds(world, "fedit", [COHORT])
     trained = [train_by_hand(world, client, world.server.trainable) for client in COHORT]
     shares = world.data.counts[COHORT] / world.data.counts[COHORT].sum()
     mean = jax.tree.map(lambda *x: sum(p * y for p, y in zip(shares, x, strict=True)), *trained)
@@ -87,14 +76,14 @@ def test_round_is_training_by_hand_and_averaging(world):
 
 
 def test_equal_weights(world):
-    federation, _ = rounds(world, method_of("fedit"), [COHORT], equal_weights=True)
+    federation, _ = rounds(world, "fedit", [COHORT], equal_weights=True)
     trained = [train_by_hand(world, client, world.server.trainable) for client in COHORT]
     assert_close(federation.server.trainable, jax.tree.map(lambda *x: sum(x) / len(x), *trained))
 
 
 def test_second_round_starts_from_the_first_with_its_own_rate_and_batches(world):
-    federation, _ = rounds(world, method_of("fedit"), [COHORT, COHORT[:1]])
-    first, _ = rounds(world, method_of("fedit"), [COHORT])
+    federation, _ = rounds(world, "fedit", [COHORT, COHORT[:1]])
+    first, _ = rounds(world, "fedit", [COHORT])
     assert_close(
         federation.server.trainable, train_by_hand(world, 0, first.server.trainable, round_index=1)
     )
@@ -102,7 +91,7 @@ def test_second_round_starts_from_the_first_with_its_own_rate_and_batches(world)
 
 @pytest.mark.parametrize("name", AVERAGING)
 def test_one_client_is_its_own_aggregate(world, name):
-    federation, metrics = rounds(world, method_of(name), [COHORT[:1]])
+    federation, metrics = rounds(world, name, [COHORT[:1]])
     trained = train_by_hand(world, 0, world.server.trainable)
     for path, (a, b) in federation.server.trainable.adapters.items():
         start, end = world.server.trainable.adapters[path], trained.adapters[path]
@@ -118,15 +107,14 @@ def test_one_client_is_its_own_aggregate(world, name):
 @pytest.mark.parametrize("name", sorted(methods.REGISTRY))
 def test_order_of_clients_does_not_matter(world, name):
     order = jnp.array([2, 0, 3, 1])
-    method = method_of(name)
-    one, metrics = rounds(world, method, [COHORT, COHORT])
-    two, permuted = rounds(world, method, [COHORT[order], COHORT[order]])
+    one, metrics = rounds(world, name, [COHORT, COHORT])
+    two, permuted = rounds(world, name, [COHORT[order], COHORT[order]])
     # Of the factors only the product is unique.
     assert_close(model(two.server), model(one.server), rtol=1e-3, atol=1e-3)
     assert_close(permuted.client_loss, metrics.client_loss[order], rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(methods.REGISTRY))
+@pytest.mark.parametrize("name", AVERAGING)
 def test_nothing_recompiles_after_the_first_round(world, name, caplog):
     method = method_of(name)
     function = make_round(world.task, method, world.training)
@@ -141,10 +129,12 @@ def test_nothing_recompiles_after_the_first_round(world, name, caplog):
 
 
 def test_jit_equals_no_jit(world):
-    method = methods.lora_fair(steps=3)
-    jitted, _ = rounds(world, method, [COHORT[:2]])
+    method, cohort = methods.lora_fair(steps=3), COHORT[:2]
+    step = functools.partial(run_round, world.task, method, world.training)
+    state = (world.federation(method), world.data, cohort, world.seed)
+    jitted, _, _ = jax.jit(step)(*state)
     with jax.disable_jit():
-        plain, _ = rounds(world, method, [COHORT[:2]])
+        plain, _, _ = step(*state)
     assert_close(plain, jitted)
 
 
@@ -153,9 +143,8 @@ def test_diverged_client_is_left_out(world, name):
     poisoned = int(world.data.indices[2, 0])
     x = world.data.examples["x"].at[poisoned].set(jnp.nan)
     bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
-    method = method_of(name)
-    with_it, metrics = rounds(bad, method, [COHORT])
-    without, _ = rounds(world, method, [jnp.array([0, 3, 6])])
+    with_it, metrics = rounds(bad, name, [COHORT])
+    without, _ = rounds(world, name, [jnp.array([0, 3, 6])])
     assert int(metrics.excluded) == 1
     assert np.isfinite(metrics.loss) and np.isfinite(metrics.aggregation_error)
     assert_close(with_it.server.trainable, without.server.trainable)
@@ -165,7 +154,7 @@ def test_diverged_client_keeps_its_last_state(world):
     poisoned = int(world.data.indices[2, 0])
     x = world.data.examples["x"].at[poisoned].set(jnp.nan)
     bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
-    federation, _ = rounds(bad, method_of("local"), [COHORT])
+    federation, _ = rounds(bad, "local", [COHORT])
     kept = jax.tree.map(lambda x: x[2], federation.clients)
     assert_equal(kept, world.server.trainable)
 
@@ -173,13 +162,13 @@ def test_diverged_client_keeps_its_last_state(world):
 def test_if_all_diverge_the_server_keeps_its_state(world):
     x = jnp.full_like(world.data.examples["x"], jnp.nan)
     bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
-    federation, metrics = rounds(bad, method_of("fedit"), [COHORT])
+    federation, metrics = rounds(bad, "fedit", [COHORT])
     assert int(metrics.excluded) == len(COHORT)
     assert_equal(federation.server.trainable, world.server.trainable)
 
 
 def test_local_clients_train_alone_and_absent_ones_stay(world):
-    federation, metrics = rounds(world, method_of("local"), [COHORT])
+    federation, metrics = rounds(world, "local", [COHORT])
     for client in range(len(world.data.counts)):
         got = jax.tree.map(lambda x, c=client: x[c], federation.clients)
         if client in COHORT:
@@ -196,8 +185,8 @@ def test_padding_never_moves_anything(world):
     beyond = columns >= world.data.counts[:, None]
     other = world.data._replace(indices=jnp.where(beyond, 1, world.data.indices))
     assert not bool(jnp.all(other.indices == world.data.indices))
-    one, _ = rounds(world, method_of("fedit"), [COHORT])
-    two, _ = rounds(world._replace(data=other), method_of("fedit"), [COHORT])
+    one, _ = rounds(world, "fedit", [COHORT])
+    two, _ = rounds(world._replace(data=other), "fedit", [COHORT])
     assert_equal(one, two)
 
 
@@ -211,25 +200,6 @@ def test_bytes_are_those_of_what_crosses(world):
     for name in ("local", "central"):
         method = method_of(name)
         assert message_bytes(method, world.federation(method), 4, 0) == (0, 0)
-
-
-def test_trained_side_only(world):
-    """A method that trains `b` alone leaves `a` as it was, to the bit, whatever the optimiser."""
-    fedit = method_of("fedit")
-
-    def start(server, client, context):
-        return fedit.start(server, client, context)._replace(trains=lora.Factors(a=False, b=True))
-
-    federation, _ = rounds(world, fedit._replace(start=start), [COHORT, COHORT])
-    for path, factors in federation.server.trainable.adapters.items():
-        before = world.server.trainable.adapters[path]
-        np.testing.assert_allclose(factors.a, before.a, rtol=1e-6)
-        assert not np.allclose(factors.b, before.b)
-
-
-def test_unknown_method_names_the_nearest():
-    with pytest.raises(ValueError, match="'lora_fair'"):
-        methods.get("lorafair")
 
 
 def test_trainable_is_adapters_and_head(world):

@@ -112,6 +112,8 @@ def test_methods_and_options(two, monkeypatch):
     monkeypatch.setitem(aggregation.REGISTRY, "needy", needy)
     with pytest.raises(ValueError, match="needy needs reference: a state between rounds"):
         checkpoints.combine(sources, [1, 1], "needy")
+    with pytest.raises(ValueError, match="fedsa_lora leaves each client with adapters of its own"):
+        checkpoints.combine(sources, [1, 1], "fedsa_lora")
     with pytest.raises(ValueError, match="option of lora_fair 'step'. Did you mean 'steps'"):
         checkpoints.combine(sources, [1, 1], "lora_fair", {"step": 3})
     with pytest.raises(ValueError, match="2 checkpoints, but 1 weights"):

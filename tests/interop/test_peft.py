@@ -101,6 +101,20 @@ def test_the_head(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, head)
 
 
+def test_saved_embeddings_and_norms(tmp_path):
+    adapters = {"block_0/attention/query": factors(16, 2, 16)}
+    saved = {
+        "embedding": {"embedding": normal(20, 16)},
+        "head": {"kernel": normal(16, 20)},
+        "norm": {"scale": normal(16)},
+    }
+    peft.save(tmp_path, adapters, scale=1.0, model=LLAMA, head=saved)
+    names = ["lm_head", "model.embed_tokens", "model.norm"]
+    assert peft.read_config(tmp_path)["modules_to_save"] == names
+    assert open_tensors(tmp_path)["base_model.model.lm_head.weight"].shape == (20, 16)
+    jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, LLAMA).saved, saved)
+
+
 def test_modules_of_a_classification_head(tmp_path):
     model = Bert(vocab_size=9, width=16, depth=1, num_heads=2, num_classes=3, variant="roberta")
     adapters = {"block_0/attention/query": factors(16, 2, 16)}

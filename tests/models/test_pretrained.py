@@ -228,6 +228,25 @@ def test_a_hub_name_is_downloaded(monkeypatch, tmp_path):
     assert pretrained.locate("somebody/something") == tmp_path
 
 
+def test_a_release_with_a_layer_before_the_head(tmp_path):
+    """ImageNet-21k's original ViTs: their head is of no use without it."""
+    params = initialised(VIT, IMAGES)
+    form = next(f for f in pretrained_names.formats(VIT) if not f.torch)
+    arrays = {
+        "opt/target/" + pretrained_names.parameter(form, path).theirs: np.asarray(value)
+        for path, value in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    np.savez(tmp_path / "vit.npz", **arrays)
+    equal(pretrained.load(VIT, tmp_path / "vit.npz", IMAGES), params)
+    arrays |= {"pre_logits/kernel": np.ones((16, 16)), "pre_logits/bias": np.ones(16)}
+    np.savez(tmp_path / "vit.npz", **arrays)
+    with pytest.raises(ValueError, match=r"left over \(2\)(.|\n)*pre_logits/kernel"):
+        pretrained.load(VIT, tmp_path / "vit.npz", IMAGES)
+    key = jax.random.key(0)
+    loaded = pretrained.load(VIT, tmp_path / "vit.npz", IMAGES, new="^head$", key=key)
+    equal({**loaded, "head": 0}, {**params, "head": 0})
+
+
 MEASURE = """
     import sys
     import jax, jax.numpy as jnp, numpy as np

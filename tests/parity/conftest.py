@@ -12,6 +12,14 @@ def pytest_ignore_collect(collection_path, config):
     return True if _MISSING and collection_path.name.startswith("test_") else None
 
 
+def pytest_terminal_summary(terminalreporter):
+    if _MISSING:
+        terminalreporter.write_line(
+            f"tests/parity left out, {', '.join(_MISSING)} not installed: "
+            "pip install 'fedlora-jax[parity]'"
+        )
+
+
 @pytest.fixture(autouse=True)
 def few_threads():
     import torch

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from fedlora_jax import Factors, lora
-from fedlora_jax.interop import peft
+from fedlora_jax.interop import checkpoints, peft
 from fedlora_jax.models import lora_targets, pretrained
 from tests.parity import originals
 
@@ -167,3 +167,25 @@ def test_a_bare_tree_round_trips_through_peft(directory, tmp_path):
         assert distance(originals.forward(reloaded.eval(), inputs), expected) < 1e-6
     ours = peft.load(tmp_path / "second", model)
     assert distance(apply(model, params, ours.adapters, inputs, ours.scale), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "vit"])
+def test_transformers_loads_a_merged_backbone(name, tmp_path):
+    """Of the ViT, transformers 5 names modules otherwise than the files do."""
+    make, inputs, pad = MODELS[name]
+    make().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        config = original_peft.LoraConfig(
+            r=3, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+        )
+        wrapped = original_peft.get_peft_model(make(), config).eval()
+        wrapped.save_pretrained(tmp_path / f"client_{seed}")
+    sources = [tmp_path / "client_0", tmp_path / "client_1"]
+    combined = checkpoints.combine(sources, [0, 1], "fedit")
+    assert combined.error < 1e-6
+    checkpoints.merge(tmp_path / "base", combined.checkpoint, tmp_path / "merged")
+    merged = type(make()).from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = originals.forward(wrapped, inputs, pad)
+        assert distance(originals.forward(merged, inputs, pad), expected) < TOLERANCE

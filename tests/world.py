@@ -1,5 +1,6 @@
 """A federation small enough to be checked by hand: seven unequal clients, an MLP, three classes."""
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -7,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 
 from fedlora_jax import lora, methods
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import Federation, create
+from fedlora_jax.federated.round import Federation, create, run_round
 from fedlora_jax.federated.task import Task, classification
 from fedlora_jax.methods import Server, Trainable
 
+COHORT = jnp.array([0, 2, 3, 6])
 COUNTS = (3, 9, 4, 17, 8, 5, 12)
 SCALE = 1.5
 
@@ -38,12 +39,28 @@ class World(NamedTuple):
     training: LocalTraining
     seed: jax.Array
 
+    def run(self, name: str, cohorts, **options):
+        """A round for each cohort; the state before the last one, after it, and what came of it."""
+        method = method_of(name)
+        federation = before = self.federation(method)
+        metrics = result = None
+        for cohort in cohorts:
+            before = federation
+            federation, metrics, result = _compiled(name, self.task, self.training, *options)(
+                federation, self.data, cohort, self.seed
+            )
+        return before, federation, metrics, result
+
+    def go_on(self, name: str, federation: Federation) -> Federation:
+        """The state after one more round."""
+        function = _compiled(name, self.task, self.training)
+        return function(federation, self.data, COHORT, self.seed)[0]
+
     def federation(self, method: methods.Method) -> Federation:
         return create(jax.random.key(5), method, self.server, len(COUNTS))
 
 
-@pytest.fixture(scope="session")
-def world() -> World:
+def make_world() -> World:
     generator = np.random.default_rng(0)
     total = sum(COUNTS)
     examples = {
@@ -64,3 +81,16 @@ def world() -> World:
         LocalTraining(optimizer, steps=3, batch_size=6, schedule=lambda r: 1 / (1 + r)),
         jax.random.key(3),
     )
+
+
+# One object a method and one program a method, for all tests of a process.
+@functools.cache
+def method_of(name: str) -> methods.Method:
+    """The method with its default hyperparameters."""
+    return methods.get(name)()
+
+
+@functools.cache
+def _compiled(name, task, training, *options):
+    function = functools.partial(run_round, task, method_of(name), training)
+    return jax.jit(functools.partial(function, **dict.fromkeys(options, True)))

@@ -1,0 +1,71 @@
+"""The floor of a study: a linear classifier on what the frozen pretrained backbone gives.
+
+    python -m experiments.linear_probe --config=configs/python_docs_minilm.py
+
+All training examples in one place, no adapters: what any federated fine-tuning has to beat. The
+regularisation is chosen by cross-validation on the training examples.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.preprocessing import StandardScaler
+
+from experiments.apps import run
+from fedlora_jax.federated import experiment
+from fedlora_jax.federated.experiment import Setting
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
+_BATCH = 64
+
+
+def main() -> None:
+    """Fits the probe and prints its accuracy."""
+    setting = experiment.prepare(_CONFIG.value)
+    accuracy, chosen = probe(setting)
+    print(
+        f"linear probe: {100 * accuracy:.1f}% of {len(setting.test['label'])} test examples, "
+        f"{len(setting.train['label'])} training examples, C = {chosen:g}"
+    )
+
+
+def probe(setting: Setting) -> tuple[float, float]:
+    """Test accuracy of a logistic regression on frozen features, and its C."""
+    train, test = (features(setting, split) for split in (setting.train, setting.test))
+    scaler = StandardScaler().fit(train)
+    grid = {"C": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}
+    search = GridSearchCV(LogisticRegression(max_iter=500), grid, cv=3)
+    search.fit(scaler.transform(train), setting.train["label"])
+    accuracy = search.score(scaler.transform(test), setting.test["label"])
+    return float(accuracy), search.best_params_["C"]
+
+
+def features(setting: Setting, examples: dict[str, np.ndarray]) -> np.ndarray:
+    """What the head of the model sees, `[M, width]`."""
+
+    def skip_head(run: Any, inputs: Any, options: Any, context: Any) -> Any:
+        return inputs[0] if context.module.path == ("head",) else run(*inputs, **options)
+
+    @jax.jit
+    def head_input(batch: dict[str, jax.Array]) -> Any:
+        with nn.intercept_methods(skip_head):
+            inputs = setting.task.inputs(batch)
+            return setting.task.model.apply({"params": setting.params}, *inputs)
+
+    count = len(examples["label"])
+    found = []
+    for start in range(0, count, _BATCH):
+        index = np.arange(start, start + _BATCH).clip(max=count - 1)
+        found.append(head_input({name: x[index] for name, x in examples.items()}))
+    return np.concatenate(found)[:count]
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    run(main)

@@ -1,0 +1,51 @@
+"""Passages of Python's documentation."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from fedlora_jax.data import python_docs
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return {split: python_docs.passages(split) for split in ("federated", "test")}
+
+
+def test_passages(splits):
+    train, test = splits["federated"], splits["test"]
+    texts = train[0] + test[0]
+    assert len(texts) == len(set(texts)) > 1000
+    assert 0.6 < len(train[0]) / len(texts) < 0.9
+    classes = len(python_docs.class_names())
+    for _, labels in splits.values():
+        assert labels.dtype == np.int32 and np.bincount(labels, minlength=classes).min() >= 15
+    assert max(len(text.split()) for text in texts) <= 80
+    again = python_docs.passages("test")
+    assert again[0] == test[0]
+
+
+def test_tokens(tmp_path, splits):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the extra `text`")
+    words = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "the", "is", "of"))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    data = python_docs.load("test", tmp_path / "tokenizer.json", length=12)
+    texts, labels = splits["test"]
+    assert data["tokens"].shape == (len(texts), 12) and data["tokens"].dtype == np.int32
+    np.testing.assert_array_equal(data["label"], labels)
+    shortest = min(range(len(texts)), key=lambda i: len(texts[i]))
+    expected = tokenizer.encode(texts[shortest]).ids[:12]
+    assert data["tokens"][shortest].tolist() == expected + [0] * (12 - len(expected))
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["padding"] is None
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(ValueError, match="unknown split 'train'"):
+        python_docs.passages("train")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"fedlora-jax\[text\]"):
+        python_docs.load("test", "tokenizer.json")
