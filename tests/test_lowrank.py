@@ -203,3 +203,12 @@ def test_a_large_gram_matrix_by_halves_is_the_same():
     x = draw(rank=300, d_out=31).b
     want = np.asarray(x, np.float64) @ x.T
     np.testing.assert_allclose(lowrank.gram(jnp.asarray(x)), want, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [6, 29, 70])
+def test_all_singular_values(rank):
+    factors = draw(rank=rank)
+    want = np.linalg.svd(dense(factors), compute_uv=False)[:rank]
+    np.testing.assert_allclose(
+        lowrank.singular_values(Factors(*factors)), want, atol=1e-5 * want[0]
+    )

@@ -44,7 +44,7 @@ def diagnostics(
 ) -> tuple[Diagnostics, dict[str, Diagnostics]]:
     """Describes the ideal update of a round, and an aggregate beside it.
 
-    Cost: as `lowrank.svd` with all singular values.
+    Cost: as `lowrank.singular_values`.
 
     Args:
       stacked: Adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`.
@@ -101,7 +101,7 @@ def _describe(
 ) -> tuple[_Moments, jax.Array, jax.Array]:
     ideal = lowrank.weighted_sum(clients, weights)
     average = lowrank.mean(clients, weights)
-    spectrum = lowrank.svd(ideal).s
+    spectrum = lowrank.singular_values(ideal)
     total = jnp.sum(spectrum)
     shares = spectrum / jnp.where(total > 0, total, 1)
     logs = jnp.log(jnp.where(shares > 0, shares, 1))

@@ -110,10 +110,12 @@ def _nearest_rotation(core: jax.Array) -> jax.Array:
 
 
 def _rotation_and_frame(core: jax.Array) -> tuple[jax.Array, ...]:
-    # A matrix of rank below r leaves R free in part; this little makes it the identity there.
-    size = jnp.max(jnp.abs(core))
-    shift = 1e-6 * jnp.where(size > 0, size, 1)
-    u, s, v = jnp.linalg.svd(core + shift * jnp.eye(len(core), dtype=core.dtype))
+    # Where both are padded by zeros R is the identity, by an entry above all singular values. A
+    # core that is otherwise deficient leaves R free in part, and a little entry chooses there.
+    size = jnp.linalg.norm(core)
+    size = jnp.where(size > 0, size, 1)
+    padded = jnp.all(core == 0, axis=0) & jnp.all(core == 0, axis=1)
+    u, s, v = jnp.linalg.svd(core + jnp.diag(jnp.where(padded, 2 * size, 1e-6 * size)))
     sign = jnp.where(jnp.linalg.det(matmul(u, v)) < 0, -1.0, 1.0).astype(core.dtype)
     u, s = u.at[:, -1].multiply(sign), s.at[-1].multiply(sign)
     return matmul(u, v), u, s, v

@@ -54,4 +54,6 @@ def _ffa_lora(clients: Factors, weights: jax.Array, *initial: Factors) -> Aggreg
 
 def common(clients: Factors, weights: jax.Array, *initial: Factors) -> jax.Array:
     """The frozen `a` that all clients share: the given one, or the first client's."""
-    return initial[0].a if initial else _base.first_present(clients, weights).a
+    if initial:
+        return lowrank.pad(initial[0], clients.rank).a
+    return _base.first_present(clients, weights).a

@@ -6,7 +6,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.example_libraries import optimizers
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
@@ -184,7 +183,8 @@ def _scale_fixed(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax.Array, jax.Array]:
     """Adam on the change of each coefficient relative to its client's weight."""
     matrix, _ = _normal_equations(kinds, weights, weights)
-    unit = jnp.maximum(lowrank.matmul(weights, lowrank.matmul(matrix, weights)), _TINY)
+    unit = lowrank.matmul(weights, lowrank.matmul(matrix, weights))
+    unit = jnp.where(unit > _TINY, unit, 1)
 
     def coefficients(changes: jax.Array) -> tuple[jax.Array, jax.Array]:
         return weights * (1 + changes[0]), weights * (1 + changes[1])
@@ -194,18 +194,20 @@ def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax
         matrix, vector = _normal_equations(kinds, weights, q)
         return (lowrank.matmul(p, lowrank.matmul(matrix, p)) - 2 * jnp.dot(vector, p)) / unit
 
-    init, update, params = optimizers.adam(_ADAM_STEP_SIZE)
+    def step(carry: Any, index: jax.Array) -> Any:
+        changes, first, second, best, least = carry
+        value, slope = jax.value_and_grad(loss)(changes)
+        best = jnp.where(value < least, changes, best)
+        first = 0.9 * first + 0.1 * slope
+        second = 0.999 * second + 0.001 * slope**2
+        length = lowrank.safe_sqrt(second / (1 - 0.999**index)) + 1e-8
+        changes -= _ADAM_STEP_SIZE * first / (1 - 0.9**index) / length
+        return (changes, first, second, best, jnp.minimum(value, least)), None
 
-    def step(carry, index):  # type: ignore[no-untyped-def]
-        state, best, least = carry
-        value, slope = jax.value_and_grad(loss)(params(state))
-        best = jnp.where(value < least, params(state), best)
-        return (update(index, slope, state), best, jnp.minimum(value, least)), None
-
-    start = jnp.zeros((2, len(weights)), weights.dtype)
-    count = _ADAM_STEPS_PER_SWEEP * sweeps
-    carry = (init(start), start, jnp.asarray(jnp.inf, weights.dtype))
-    (_, best, _), _ = jax.lax.scan(step, carry, jnp.arange(count))
+    zero = jnp.zeros((2, len(weights)), weights.dtype)
+    carry = (zero, zero, zero, zero, jnp.asarray(jnp.inf, weights.dtype))
+    count = 1 + jnp.arange(_ADAM_STEPS_PER_SWEEP * sweeps, dtype=weights.dtype)
+    best = jax.lax.scan(step, carry, count)[0][3]
     return _scale_fixed(*coefficients(best))
 
 

@@ -96,28 +96,21 @@ def _spectral(
 ) -> Aggregated:
     ideal = lowrank.weighted_sum(clients, weights)
     rank = clients.rank if rank is None else rank
+    best = lowrank.truncate(ideal, rank)
+    # The singular values: `a` is orthonormal.
+    s = lowrank.safe_sqrt(jnp.sum(best.b**2, axis=1))
     if selection == "energy":
-        best = lowrank.truncate(ideal, rank)
-        s = _sizes(best)
         # |M|^2 by Gram blocks may fall short of the energy of the directions by rounding.
         total = jnp.maximum(lowrank.inner(ideal, ideal), jnp.sum(s**2))
         before = jnp.cumsum(s**2) - s**2
         keep = (before < threshold.astype(s.dtype) * total) & (s > 0)
     else:
-        limit = min(*ideal.a.shape, ideal.b.shape[1])
-        whole = lowrank.truncate(ideal, max(limit, rank))
-        values = _sizes(whole)
-        best, s = Factors(whole.a[:, :rank], whole.b[:rank]), values[:rank]
-        keep = s > _screenot(values[:limit], max(clients.a.shape[1], clients.b.shape[2]), rank)
+        values = lowrank.singular_values(ideal)
+        keep = s > _screenot(values, max(clients.a.shape[1], clients.b.shape[2]), rank)
     d_in = best.a.shape[0]
     noise = jax.random.normal(key, best.a.shape, best.a.dtype) * d_in**-0.5
     kept = Factors(jnp.where(keep, best.a, noise), jnp.where(keep[:, None], best.b, 0))
     return Aggregated(adapters=kept, residual=None)
-
-
-def _sizes(best: Factors) -> jax.Array:
-    """The singular values of a truncation whose `a` is orthonormal."""
-    return lowrank.safe_sqrt(jnp.sum(best.b**2, axis=1))
 
 
 def _screenot(s: jax.Array, columns: int, bound: int) -> jax.Array:

@@ -42,6 +42,9 @@ from fedlora_jax.names import lookup
 Progress = Callable[[], Any]
 
 
+_EQUAL_WEIGHTS = {"examples": False, "equal": True}
+
+
 class Setting(NamedTuple):
     """What all runs of a comparison share.
 
@@ -133,7 +136,7 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     training = LocalTraining(
         optimizer(config.local), config.local.steps, batch_size, schedule(config)
     )
-    equal = lookup({"examples": False, "equal": True}, config.weights, "weighting of clients")
+    equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
     return Program(
         method,
         training,
@@ -188,11 +191,6 @@ def partition_counts(config: ml_collections.ConfigDict, setting: Setting) -> np.
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError on what can be known to be wrong before any work is done."""
-    methods.get(config.method)(**config.options[config.method])
-    lookup({"examples": 0, "equal": 0}, config.weights, "weighting of clients")
-    partition.get(config.data.partition)
-    optimizer(config.local)
-    schedule(config)
     for name, value in {
         "rounds": config.rounds,
         "clients_per_round": config.clients_per_round,
@@ -202,6 +200,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     }.items():
         if value < 1:
             raise ValueError(f"config.{name} must be at least 1, got {value}")
+    methods.get(config.method)(**config.options[config.method])
+    lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
+    partition.get(config.data.partition)
+    optimizer(config.local)
+    schedule(config)
 
 
 class State(NamedTuple):

@@ -163,7 +163,7 @@ def clients(seed: int = 0, count: int = CLIENTS, rank: int = RANK, kernels=None,
     """Adapters of unequal size that have a start in common, as training leaves them."""
     rng = np.random.default_rng(seed)
     tree = {}
-    for name, (d_in, d_out) in (kernels or KERNELS).items():
+    for name, (d_in, d_out) in sorted((kernels or KERNELS).items()):
         start = rng.standard_normal((d_in, rank))
         a = start + 0.7 * rng.standard_normal((count, d_in, rank))
         b = rng.standard_normal((count, rank, d_out)) + rng.standard_normal((rank, d_out))
