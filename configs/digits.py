@@ -23,6 +23,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits_domains"
+    config.data.splits = {"train": "federated", "test": "test"}
     config.data.partition = "domain_dirichlet"
     config.data.partition_options = {"clients_per_domain": 5, "alpha": 0.5}
 

