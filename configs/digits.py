@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.method = args["method"]
     config.seed = 0
-    config.rounds = 2 if args["runlocal"] else 15
+    config.rounds = 2 if args["runlocal"] else 12
     config.clients_per_round = 18
     config.weights = "examples"  # or "equal"
 
