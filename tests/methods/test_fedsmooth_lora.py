@@ -1,0 +1,136 @@
+"""FedSmoothLoRA against a float64 NumPy port of its formulas, through two rounds of two clients."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedlora_jax import lora, methods
+from fedlora_jax.data.clients import client_data
+from fedlora_jax.federated.local import LocalTraining
+from fedlora_jax.federated.round import create, run_round
+from fedlora_jax.federated.task import Task
+from fedlora_jax.methods import Server, Trainable
+
+D_IN, D_OUT, RANK, SCALE, ZETA, GAMMA, RATE, STEPS = 9, 7, 2, 1.3, 0.6, 4.0, 0.05, 3
+COUNTS = (8, 5)
+COHORT = jnp.array([0, 1])
+
+
+def squares(outputs, batch):
+    return jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A linear model on two clients whose every batch is all they have."""
+    generator = np.random.default_rng(1)
+    examples = {
+        "x": generator.normal(size=(sum(COUNTS), D_IN)).astype(np.float32),
+        "y": generator.normal(size=(sum(COUNTS), D_OUT)).astype(np.float32),
+    }
+    parts = np.split(np.arange(sum(COUNTS)), np.cumsum(COUNTS)[:-1])
+    model = nn.Sequential([nn.Dense(D_OUT, use_bias=False)])
+    params = model.init(jax.random.key(0), examples["x"])["params"]
+    adapters = lora.init(jax.random.key(1), params, targets=".*", rank=RANK)
+    task = Task(model, lambda batch: (batch["x"],), squares, squares)
+    training = LocalTraining(optax.sgd(RATE), STEPS, max(COUNTS), lambda r: 1.0)
+    server = Server(params, Trainable(adapters, {}), jnp.float32(SCALE), (), jnp.int32(0))
+    return task, training, server, client_data(examples, parts), examples, parts
+
+
+def two_rounds(linear, **options):
+    task, training, server, data, _, _ = linear
+    method = methods.fedsmooth_lora(zeta=ZETA, gamma=GAMMA, calibration_batches=1, **options)
+    step = jax.jit(lambda *state: run_round(task, method, training, *state))
+    federation, rounds = create(jax.random.key(2), method, server, len(COUNTS)), []
+    for _ in range(2):
+        federation, _, result = step(federation, data, COHORT, jax.random.key(3))
+        rounds.append((federation, result))
+    return rounds
+
+
+def best(matrix, rank, split):
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    left, right = {"balanced": (np.sqrt(s), np.sqrt(s)), "right": (s * 0 + 1, s)}[split]
+    return u[:, :rank] * left[:rank], right[:rank, None] * v[:rank]
+
+
+def aligned(gradient, seen):
+    """The gradient-aligned factors; the sign of each pair is free, and taken from `seen`."""
+    u, _, v = np.linalg.svd(gradient)
+    length = D_OUT**0.25 / np.sqrt(GAMMA)
+    a, b = length * u[:, :RANK], length * v[RANK : 2 * RANK]
+    return a * np.sign(np.einsum("ir,io,ro->r", a, seen, b)), b
+
+
+def port(linear, rounds, split, exact):
+    """The formulas of METHODS.md, items 1 to 7, on dense float64 matrices."""
+    _, _, server, _, examples, parts = linear
+    weight = np.float64(server.backbone["layers_0"]["kernel"])
+    shares = np.array(COUNTS) / sum(COUNTS)
+    merged, own = np.zeros_like(weight), [np.zeros_like(weight) for _ in COUNTS]
+    for t, (_, result) in enumerate(rounds):
+        for c, part in enumerate(parts):
+            x, y = np.float64(examples["x"][part]), np.float64(examples["y"][part])
+            matching = ZETA * (own[c] - merged)
+            slope = x.T @ (x @ (weight + SCALE * matching) - y) / len(x)
+            offset = jax.tree.map(lambda z, c=c: np.float64(z[c]), result.start.offset)["layers_0"]
+            seen = (matching if exact else 0) - offset.a @ offset.b
+            a, b = aligned(slope, seen)
+            np.testing.assert_allclose(a @ b, seen, rtol=1e-4, atol=1e-5)
+            assert abs(np.sum((a @ b) * slope)) < 1e-8
+            product = a @ b
+            frozen = weight - SCALE * product + (SCALE * matching if exact else 0)
+            if t > 0 and not exact:
+                a, b = best(product + matching, RANK, split)
+            for _ in range(STEPS):
+                e = x.T @ (x @ (frozen + SCALE * a @ b) - y) / len(x)
+                a, b = a - RATE * SCALE * e @ b.T, b - RATE * SCALE * a.T @ e
+            change = a @ b - product + (matching if exact else 0)
+            left, right = best(change, RANK, split)
+            own[c] = left @ right
+        left, right = best(sum(p * m for p, m in zip(shares, own, strict=True)), RANK, split)
+        merged = left @ right
+        weight = weight + SCALE * merged
+        yield weight
+
+
+@pytest.mark.parametrize("split", ["balanced", "right"])
+@pytest.mark.parametrize("start", ["paper", "exact"])
+def test_two_rounds_are_those_of_the_formulas(linear, split, start):
+    rounds = two_rounds(linear, split=split, start=start)
+    expected = port(linear, rounds, split, start == "exact")
+    for (federation, _), weight in zip(rounds, expected, strict=True):
+        kernel = federation.server.backbone["layers_0"]["kernel"]
+        np.testing.assert_allclose(kernel, weight, rtol=2e-4, atol=2e-5)
+        assert not any(x.any() for x in jax.tree.leaves(federation.server.trainable.adapters))
+
+
+def test_sketch_equals_dense_gradient(linear):
+    sketch, dense = (two_rounds(linear, gradient=kind)[0][1] for kind in ("sketch", "dense"))
+    for one, two in zip(sketch.start.offset.values(), dense.start.offset.values(), strict=True):
+        for client in range(len(COUNTS)):
+            for x, y in ((one.a[client], two.a[client]), (one.b[client].T, two.b[client].T)):
+                np.testing.assert_allclose(x @ x.T, y @ y.T, rtol=1e-3, atol=1e-4)
+
+
+def test_zeta_falls_along_a_cosine(linear):
+    constant = two_rounds(linear)[1][0]
+    falling = two_rounds(linear, zeta_min=0.0, rounds=2)[1][0]
+    kernels = [f.server.backbone["layers_0"]["kernel"] for f in (constant, falling)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+def test_impossible_ranks_and_options_are_refused(linear):
+    task, training, server, data, _, _ = linear
+    adapters = lora.init(jax.random.key(1), server.backbone, targets=".*", rank=4)
+    wide = server._replace(trainable=Trainable(adapters, {}))
+    with pytest.raises(ValueError, match="rank 4 is too large for 'layers_0'"):
+        create(jax.random.key(2), methods.fedsmooth_lora(), wide, 2)
+    with pytest.raises(ValueError, match="needs rounds"):
+        methods.fedsmooth_lora(zeta_min=0.1)
+    with pytest.raises(ValueError, match="'exact'"):
+        methods.fedsmooth_lora(start="exactly")
