@@ -146,6 +146,25 @@ def averaging(
     return Method(init, start, finish, aggregate, sent, received)
 
 
+def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
+    """`{path: function(*nodes)}` for dicts by path, layers of equal shapes in one vmapped call.
+
+    A model has few kinds of layers and many of each: it then compiles in the time of its kinds.
+    """
+    kinds: dict[Any, list[str]] = {}
+    for path in trees[0]:
+        nodes = [tree[path] for tree in trees]
+        kind = (jax.tree.structure(nodes), *((x.shape, x.dtype) for x in jax.tree.leaves(nodes)))
+        kinds.setdefault(kind, []).append(path)
+    results = {}
+    for paths in kinds.values():
+        rows = ([tree[path] for tree in trees] for path in paths)
+        outputs = jax.vmap(function)(*jax.tree.map(lambda *x: jnp.stack(x), *rows))
+        for index, path in enumerate(paths):
+            results[path] = jax.tree.map(lambda x, i=index: x[i], outputs)
+    return {path: results[path] for path in trees[0]}
+
+
 def sides(adapters: Adapters, names: str) -> PyTree:
     """The factors `'a'`, `'b'` or `'ab'` of an adapter tree."""
     return {path: [getattr(factors, name) for name in names] for path, factors in adapters.items()}

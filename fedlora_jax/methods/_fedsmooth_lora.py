@@ -20,6 +20,7 @@ from fedlora_jax.methods._base import (
     Trainable,
     absorb,
     change,
+    each_layer,
     mean,
 )
 from fedlora_jax.names import lookup
@@ -128,30 +129,29 @@ def fedsmooth_lora(
         triplets = {"sketch": _sketched, "dense": _dense}[gradient](
             estimate, client.upload, context.key
         )
-        aligned = {path: _aligned(svd, gamma) for path, svd in triplets.items()}
+        aligned = each_layer(lambda svd: _aligned(svd, gamma), triplets)
         negative = {path: lowrank.scaled(factors, -1.0) for path, factors in aligned.items()}
         if start == "exact":
             offset = {
                 path: lowrank.concatenate([matching[path], negative[path]]) for path in aligned
             }
             return Start(server.trainable._replace(adapters=aligned), offset=offset)
-        smooth = {
-            path: _first(
-                server.round == 0,
-                aligned[path],
-                lowrank.truncated_sum([aligned[path], matching[path]], factors.rank, split=split),
-            )
-            for path, factors in aligned.items()
-        }
+
+        def smoothed(own: Factors, matched: Factors) -> Factors:
+            smooth = lowrank.truncated_sum([own, matched], own.rank, split=split)
+            return _first(server.round == 0, own, smooth)
+
+        smooth = each_layer(smoothed, aligned, matching)
         return Start(server.trainable._replace(adapters=smooth), offset=negative)
 
     def finish(
         server: Server, client: ClientState, start: Start, trained: Trainable
     ) -> tuple[Trainable, ClientState]:
-        upload = {
-            path: lowrank.truncate(factors, trained.adapters[path].rank, split=split)
-            for path, factors in change(start, trained).items()
-        }
+        upload = each_layer(
+            lambda whole, own: lowrank.truncate(whole, own.rank, split=split),
+            change(start, trained),
+            trained.adapters,
+        )
         return Trainable(upload, trained.head), ClientState(upload, server.round)
 
     def aggregate(
@@ -164,7 +164,7 @@ def fedsmooth_lora(
             clean = Factors(*(jnp.where(present, x, 0) for x in stacked))
             return lowrank.truncate(lowrank.weighted_sum(clean, shares), stacked.rank, split=split)
 
-        merged = {path: together(stacked) for path, stacked in uploads.adapters.items()}
+        merged = each_layer(together, uploads.adapters)
         aggregated = Aggregated(adapters=None, residual=merged)
         server = absorb(server, aggregated, mean(uploads.head, weights))
         return server._replace(memory=merged), aggregated
@@ -206,7 +206,7 @@ def _sketched(estimate, like: Adapters, key: jax.Array) -> dict[str, lowrank.SVD
             path: Factors(basis, jnp.zeros((sizes[path], like[path].b.shape[1])))
             for path, basis in bases.items()
         }
-        return {path: lowrank.orthonormal(x.b.T) for path, x in estimate(probes).items()}
+        return each_layer(lambda x: lowrank.orthonormal(x.b.T), estimate(probes))
 
     def from_right(bases: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """`g basis` up to the scale, `[d_in, p]`."""
@@ -225,11 +225,12 @@ def _sketched(estimate, like: Adapters, key: jax.Array) -> dict[str, lowrank.SVD
         }
     )
     for _ in range(_POWER_ITERATIONS):
-        rows = from_left({p: lowrank.orthonormal(x) for p, x in from_right(rows).items()})
-    images = from_right(rows)
-    return {
-        path: lowrank.svd(Factors(images[path], rows[path].T), 2 * like[path].rank) for path in like
-    }
+        rows = from_left(each_layer(lowrank.orthonormal, from_right(rows)))
+
+    def triplets(image: jax.Array, basis: jax.Array, own: Factors) -> lowrank.SVD:
+        return lowrank.svd(Factors(image, basis.T), 2 * own.rank)
+
+    return each_layer(triplets, from_right(rows), rows, like)
 
 
 def _dense(estimate, like: Adapters, key: jax.Array) -> dict[str, lowrank.SVD]:  # type: ignore[no-untyped-def]
@@ -239,8 +240,8 @@ def _dense(estimate, like: Adapters, key: jax.Array) -> dict[str, lowrank.SVD]: 
         for path, f in like.items()
     }
 
-    def triplets(gradient: jax.Array, rank: int) -> lowrank.SVD:
-        u, s, v = jnp.linalg.svd(gradient, full_matrices=False)
-        return lowrank.SVD(u[:, :rank], s[:rank], v[:rank])
+    def triplets(probed: Factors, own: Factors) -> lowrank.SVD:
+        u, s, v = jnp.linalg.svd(probed.b, full_matrices=False)
+        return lowrank.SVD(u[:, : 2 * own.rank], s[: 2 * own.rank], v[: 2 * own.rank])
 
-    return {path: triplets(x.b, 2 * like[path].rank) for path, x in estimate(probes).items()}
+    return each_layer(triplets, estimate(probes), like)

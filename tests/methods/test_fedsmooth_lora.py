@@ -1,5 +1,7 @@
 """FedSmoothLoRA against a float64 NumPy port of its formulas, through two rounds of two clients."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,13 @@ def linear():
     return task, training, server, client_data(examples, parts), examples, parts
 
 
-def two_rounds(linear, **options):
+@pytest.fixture(scope="module")
+def two_rounds(linear):
+    """The states and results of two rounds; each choice of options is compiled once."""
+    return functools.cache(lambda **options: run_two_rounds(linear, **options))
+
+
+def run_two_rounds(linear, **options):
     task, training, server, data, _, _ = linear
     method = methods.fedsmooth_lora(zeta=ZETA, gamma=GAMMA, calibration_batches=1, **options)
     step = jax.jit(lambda *state: run_round(task, method, training, *state))
@@ -98,28 +106,27 @@ def port(linear, rounds, split, exact):
         yield weight
 
 
-@pytest.mark.parametrize("split", ["balanced", "right"])
-@pytest.mark.parametrize("start", ["paper", "exact"])
-def test_two_rounds_are_those_of_the_formulas(linear, split, start):
-    rounds = two_rounds(linear, split=split, start=start)
-    expected = port(linear, rounds, split, start == "exact")
+@pytest.mark.parametrize("options", [{}, {"split": "right"}, {"start": "exact"}], ids=str)
+def test_two_rounds_are_those_of_the_formulas(linear, two_rounds, options):
+    rounds = two_rounds(**options)
+    expected = port(linear, rounds, options.get("split", "balanced"), "start" in options)
     for (federation, _), weight in zip(rounds, expected, strict=True):
         kernel = federation.server.backbone["layers_0"]["kernel"]
         np.testing.assert_allclose(kernel, weight, rtol=2e-4, atol=2e-5)
         assert not any(x.any() for x in jax.tree.leaves(federation.server.trainable.adapters))
 
 
-def test_sketch_equals_dense_gradient(linear):
-    sketch, dense = (two_rounds(linear, gradient=kind)[0][1] for kind in ("sketch", "dense"))
+def test_sketch_equals_dense_gradient(two_rounds):
+    sketch, dense = two_rounds()[0][1], two_rounds(gradient="dense")[0][1]
     for one, two in zip(sketch.start.offset.values(), dense.start.offset.values(), strict=True):
         for client in range(len(COUNTS)):
             for x, y in ((one.a[client], two.a[client]), (one.b[client].T, two.b[client].T)):
                 np.testing.assert_allclose(x @ x.T, y @ y.T, rtol=1e-3, atol=1e-4)
 
 
-def test_zeta_falls_along_a_cosine(linear):
-    constant = two_rounds(linear)[1][0]
-    falling = two_rounds(linear, zeta_min=0.0, rounds=2)[1][0]
+def test_zeta_falls_along_a_cosine(two_rounds):
+    constant = two_rounds()[1][0]
+    falling = two_rounds(zeta_min=0.0, rounds=2)[1][0]
     kernels = [f.server.backbone["layers_0"]["kernel"] for f in (constant, falling)]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
