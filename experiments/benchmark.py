@@ -232,6 +232,12 @@ def measure_dense(name: str) -> dict[str, Any]:
     if descent:
         function = function(DENSE_STEPS)
     p = torch.from_numpy(np.array(weights_of(count) / weights_of(count).sum()))
+    if name in ("means", "stacking"):  # a single kernel would stay in the cache
+        tree = adapters(_SEED.value, count, rank, model(_LAYERS.value))
+        pairs = [tuple(torch.from_numpy(np.array(x)) for x in node) for node in tree.values()]
+        del tree
+        best = min(timed(lambda: [function(a, b, p) for a, b in pairs], _REPEATS.value))
+        return {"best_s": best, "extrapolated": ""}
     kinds, total = {}, 0.0
     for kind, shape in distinct().items():
         node = adapters(_SEED.value, count, rank, {kind: shape})[kind]
@@ -356,6 +362,7 @@ def report(results: dict[str, Any]) -> str:
     table = []
     for row, ours in results["ours"].items():
         reference = results["dense"].get(ROWS[row][2])
+        mark = "~" if reference and reference["extrapolated"] else ""
         table.append(
             [
                 row,
@@ -364,8 +371,8 @@ def report(results: dict[str, Any]) -> str:
                 f"{ours['first_call_s']:.1f}",
                 f"{ours['grown_over_stacked']:.2f}",
                 f"{ours['error']:.2g}",
-                f"`{ROWS[row][2]}` ~{reference['best_s']:.3g} s" if reference else "",
-                f"~{reference['best_s'] / ours['best_s']:.3g}" if reference else "",
+                f"`{ROWS[row][2]}` {mark}{reference['best_s']:.3g} s" if reference else "",
+                f"{mark}{reference['best_s'] / ours['best_s']:.3g}" if reference else "",
             ]
         )
     read = min(ours["read_pass_s"] for ours in results["ours"].values())

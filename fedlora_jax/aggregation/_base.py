@@ -161,13 +161,17 @@ def each_kernel(
         present = finite & jnp.isfinite(weights) & (weights > 0)
         return run_rows(normalized(weights, present), finite, largest=None)[0]
     results, found = run_rows(normalized(weights, weights > 0), None, largest=_LARGEST_BATCHED)
-    healthy = np.all(np.asarray(jax.device_get(found)), axis=0)
+    if np.all(jax.device_get(found)):
+        return results
+    healthy = np.asarray(finite_everywhere(stacked))
     if np.all(healthy):
         return results
     sick = np.flatnonzero(~healthy & (np.asarray(weights) > 0))
     if len(sick):
         raise ValueError(_blame(stacked, sick))
-    return run_rows(normalized(weights, weights > 0), healthy, largest=_LARGEST_BATCHED)[0]
+    return run_rows(
+        normalized(weights, weights > 0), jnp.asarray(healthy), largest=_LARGEST_BATCHED
+    )[0]
 
 
 def _run_rows(
@@ -180,7 +184,7 @@ def _run_rows(
     *,
     largest: int | None,
 ) -> tuple[list[Any], list[jax.Array]]:
-    """Results of the core and, if it is not given, which clients are `finite`, by kernel."""
+    """Results of the core by kernel and, if `finite` is not given, whether there is any doubt."""
     kinds: dict[Hashable, list[int]] = {}
     for index, row in enumerate(rows):
         kind = tuple((x.shape, x.dtype) for x in jax.tree.leaves(row))
@@ -211,10 +215,10 @@ def _run_batch(
     back = storage if jnp.issubdtype(storage, jnp.floating) else compute
 
     def one(clients: Factors, *nodes: Factors) -> tuple[Any, jax.Array]:
-        if finite is None:
-            healthy = finite_clients(clients)
-        else:
-            healthy = finite
+        # The fastest way to read everything: a sum is finite only if its terms are. That of finite
+        # terms may overflow; doubts are looked into outside.
+        healthy = jnp.all(jnp.isfinite(jnp.stack([jnp.sum(x) for x in clients])))
+        if finite is not None:
             clients = jax.tree.map(lambda x: jnp.where(finite[:, None, None], x, 0), clients)
         wide, others = jax.tree.map(lambda x: x.astype(compute), (clients, nodes))
         result = core(wide, shares.astype(compute), *others, **arrays, **dict(options))

@@ -17,6 +17,9 @@ def fedit(stacked: PyTree, weights: jax.Array) -> Aggregated:
     The product :math:`\bar a \bar b` is not the mean of the products: it misses
     :math:`\sum_k p_k (a_k - \bar a)(b_k - \bar b)`, which the other methods are about.
 
+    When: the baseline, and enough where clients agree: small local steps from a common start. The
+    bias grows with the spread of the clients (`aggregation.diagnostics`: `drift_a`, `drift_b`).
+
     Cost: one pass over the factors. Up and down a kernel: :math:`r (d_{in} + d_{out})`.
 
     Args:

@@ -17,7 +17,8 @@ def flexlora(
     .. math::
       M = U S V^T, \qquad \text{adapters} = (U_r,\; S_r V_r^T)
 
-    Of all adapters of rank r this one is nearest to the ideal. Directions come in descending
+    When: clients of unequal rank, or whenever the server's time does not matter: of all adapters of
+    rank r this one is nearest to the ideal. Directions come in descending
     order, so a client of rank :math:`r_k` takes the first :math:`r_k` (`aggregation.cut`), the
     best for it. What a client gets is a new basis each round: optimiser moments carried over
     from the round before do not fit it, and `a` is of another size than LoRA's usual start.

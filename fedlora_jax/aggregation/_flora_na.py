@@ -42,7 +42,8 @@ def flora_na(
     P = Q = p. No step makes the fit worse, so the error is never above that of FedIT. The free
     exchange of scale between P and Q is fixed by :math:`\sum_k P_k = 1`.
 
-    It gains when the clients' updates differ in size, and nothing when they are exchangeable.
+    When: clients' updates differ in size; it gains nothing when they are exchangeable. It is meant
+    for the factors themselves, not for their increments.
 
     Cost: the Gram blocks, :math:`O(K^2 r^2 (d_{in} + d_{out}))`, once; then
     :math:`O(K^2 r^2 + K^3)` a sweep. Up and down a kernel: :math:`r (d_{in} + d_{out})`, as FedIT.

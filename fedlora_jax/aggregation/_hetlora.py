@@ -27,6 +27,8 @@ def hetlora(stacked: PyTree, weights: jax.Array, *, per: Per = "client") -> Aggr
     product of the means is biased as FedIT's is. A client of rank :math:`r_k` continues from the
     first :math:`r_k` columns (`aggregation.cut`).
 
+    When: as a baseline for unequal ranks; `flexlora` and `flora` mix ranks without the bias.
+
     Cost: the norms, :math:`O(K r^2 (d_{in} + d_{out}))`, and one pass over the factors. Up and down
     a kernel: :math:`r_k (d_{in} + d_{out})`.
 

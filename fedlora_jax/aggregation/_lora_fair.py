@@ -48,6 +48,10 @@ def lora_fair(
       length of the product too. Only this one has a closed form,
       :math:`\bar b + c^* = (\bar a^T \bar a + \lambda I)^{-1} (\bar a^T M + \lambda \bar b)`.
 
+    When: a drop-in for FedIT at its communication, nearer to the ideal. Known not to work: a cosine
+    leaves the length of the product to the start and to lambda; a start from noise; correcting both
+    factors, or `a` alone, came out worse in the paper (77.07 for `b`, 76.42 and 75.55).
+
     Gradient descent runs on coordinates of the correction in the row space of the stacked `b`, so
     that no step depends on `d_out`; it takes the very steps that descent on the dense matrices
     would take.
@@ -149,14 +153,16 @@ def _closed_form(clients: Factors, weights: jax.Array, regularization: jax.Array
     average = lowrank.mean(clients, weights)
     gram, target = _normal_equations(clients, weights, average.a)
     identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    # Enough for a Cholesky factorisation of a singular Gram matrix to exist; the second solve
-    # takes back what it biases.
+    # Enough for a Cholesky factorisation of a singular Gram matrix to exist; the second step takes
+    # back what it biases. The small inverse, because products with wide matrices are fast.
     jitter = 1e-6 * jnp.trace(gram) + _TINY
     factor = jax.scipy.linalg.cho_factor(gram + (regularization + jitter) * identity)
+    inverse = jax.scipy.linalg.cho_solve(factor, identity)
     residual = target - matmul(gram, average.b)
-    correction = jax.scipy.linalg.cho_solve(factor, residual)
-    residual -= matmul(gram + regularization * identity, correction)
-    return average.b + correction + jax.scipy.linalg.cho_solve(factor, residual)
+    # b + x + inverse (residual - G x) with x = inverse residual, its small factors first.
+    remaining = identity - matmul(gram + regularization * identity, inverse)
+    step = inverse + matmul(inverse, remaining)
+    return average.b + matmul(step, residual)
 
 
 def _normal_equations(

@@ -36,6 +36,9 @@ def spectral(
       from the singular values beyond `rank` and minimises the error of the denoised matrix.
       It sees the K r singular values of M, so it needs K r > 2 `rank` to have something to look at.
 
+    When: what goes down must shrink with what was learned. A flat spectrum (many clients that
+    disagree) has no energy threshold that helps.
+
     Arrays cannot change their shape with the data: the result has the fixed rank `rank`. Columns
     beyond :math:`r^*` are Gaussian in `a` (of norm about one, as the others) and zero in `b`, free
     for the next round; count :math:`r^*` columns as sent.

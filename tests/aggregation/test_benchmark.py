@@ -1,0 +1,73 @@
+"""The benchmark runs, on kernels of no size, and its dense reference is right."""
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from experiments import benchmark
+from tests.aggregation import oracles
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(benchmark, "KERNELS", {"q": (12, 12), "k": (12, 8), "v": (12, 8)})
+    with flagsaver.flagsaver(clients=3, rank=2, layers=2, repeats=1):
+        yield
+
+
+@pytest.mark.parametrize("row", ["fedit", "flexlora", "fedrot_lora"])
+def test_a_row(small, row):
+    line = benchmark.measure(row)
+    assert line["best_s"] > 0 and line["stacked_bytes"] == 4 * 3 * 2 * 2 * (24 + 20 + 20)
+    assert 0 < line["error"] < 1
+
+
+def test_the_report(small):
+    results = {
+        "environment": benchmark.environment(),
+        "ours": {"flexlora": benchmark.measure("flexlora")},
+        "dense": {
+            "svd_lowrank": {"best_s": 1.0, "extrapolated": "yes", "kinds": {}},
+        },
+    }
+    page = benchmark.report(results)
+    assert "flexlora" in page and "~1 s" in page and "6 kernels" not in page
+
+
+def test_every_row_names_a_function_and_dense_code():
+    pytest.importorskip("torch")
+    from experiments.benchmarks import dense
+
+    for name, _, reference in benchmark.ROWS.values():
+        assert callable(benchmark.aggregation.get(name))
+        assert not reference or callable(getattr(dense, reference))
+
+
+def test_dense_reference():
+    torch = pytest.importorskip("torch")
+    from experiments.benchmarks import dense
+
+    node = benchmark.adapters(0, 3, 2, {"k": (12, 8)})["k"]
+    a, b = (np.array(x, np.float64) for x in node)
+    p = np.array([0.2, 0.3, 0.5])
+    given = [torch.from_numpy(np.array(x)) for x in node] + [torch.tensor(p, dtype=torch.float32)]
+
+    def product(pair):
+        return pair.numpy() if not isinstance(pair, tuple) else (pair[0] @ pair[1]).numpy()
+
+    wanted = {
+        "means": oracles.fedit(a, b, p),
+        "stacking": oracles.ideal(a, b, p),
+        "mean_of_products": oracles.ideal(a, b, p),
+        "fedex": oracles.ideal(a, b, p) - oracles.fedit(a, b, p),
+        "svd_lowrank": oracles.flexlora(a, b, p),
+        "svd_full": oracles.flexlora(a, b, p),
+        "svd_by_qr": oracles.flexlora(a, b, p),
+    }
+    for name, want in wanted.items():
+        np.testing.assert_allclose(product(getattr(dense, name)(*given)), want, atol=1e-4)
+    fair = product(dense.fair_sgd(20)(*given))
+    np.testing.assert_allclose(fair, oracles.lora_fair(a, b, p, steps=20), atol=1e-4)
+    near = product(dense.flora_na_descent(300)(*given))
+    ideal = oracles.ideal(a, b, p)
+    assert np.linalg.norm(near - ideal) < np.linalg.norm(oracles.fedit(a, b, p) - ideal)
