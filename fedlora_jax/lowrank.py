@@ -342,33 +342,40 @@ class _Frame(NamedTuple):
 
 
 def _frame(factors: Factors, rank: int) -> _Frame:
-    """A product within subspaces that hold its leading `rank` singular vectors, descending."""
+    """A product within subspaces that hold its leading `rank` singular vectors, descending.
+
+    Bases are columns on the side of `a` and rows on the side of `b`, as the factors lie in memory:
+    transposing a thin matrix can take longer than all arithmetic on it. The first basis is the
+    one of the short side, `rows` saying whether that is the side of `b`.
+    """
     dtype = jnp.promote_types(jnp.result_type(*factors), jnp.float32)
     factors = jax.tree.map(lambda x: x.astype(dtype), factors)
-    if factors.a.shape[0] < factors.b.shape[1]:
-        p, core, q = _tall_frame(transpose(factors), rank)
-        return _Frame(q.T, core.T, p.T)
-    return _tall_frame(factors, rank)
-
-
-def _tall_frame(factors: Factors, rank: int) -> _Frame:
-    """`_frame` where d_in >= d_out: the basis that is made first is the one of the short side."""
-    columns, d_out = factors.rank, factors.b.shape[1]
-    limit = min(columns, d_out)
-    if columns <= min(d_out, _EXACT):
-        width = min(limit, rank + _OVERSAMPLING)
-        basis = _start(factors, width)
+    (d_in, columns), d_out = factors.a.shape, factors.b.shape[1]
+    rows, short = d_in >= d_out, min(d_in, d_out)
+    if columns <= min(short, _EXACT):
+        width = min(columns, rank + _OVERSAMPLING)
+        basis = _start(factors, width, rows)
     else:
-        width = min(limit, 2 * rank + _OVERSAMPLING)
-        noise = _noise(factors.a[:, :width])
-        basis = orthonormal(matmul(factors.b.T, matmul(factors.a.T, noise)))
-        if width < d_out:
-            basis = jax.lax.fori_loop(0, _SWEEPS, lambda _, q: _sweep(factors, q), basis)
-    image = matmul(factors.a, matmul(factors.b, basis))
-    # Columns in descending order and nearly orthogonal: now QR is accurate for small ones too.
-    turn = _eigh(gram(image.T), width)[1]
-    p, core = _qr(matmul(image, turn))
-    return _Frame(p, core, matmul(basis, turn).T)
+        width = min(columns, short, 2 * rank + _OVERSAMPLING)
+        noise = _noise((d_in if rows else d_out, width), dtype)
+        basis = orthonormal(_image(factors, noise if rows else noise.T, not rows), rows=rows)
+        if width < short:
+            basis = jax.lax.fori_loop(0, _SWEEPS, lambda _, q: _sweep(factors, q, rows), basis)
+    image = _image(factors, basis, rows)
+    # In descending order and nearly orthogonal, so that QR is accurate for the small ones too.
+    turn = _eigh(gram(image.T) if rows else gram(image), width)[1]
+    if rows:
+        p, core = _qr(matmul(image, turn), rows=False)
+        return _Frame(p, core, matmul(turn.T, basis))
+    q, core = _qr(matmul(turn.T, image), rows=True)
+    return _Frame(matmul(basis, turn), core.T, q)
+
+
+def _image(factors: Factors, basis: jax.Array, rows: bool) -> jax.Array:
+    """A product times a basis of rows, or a basis of columns times the product."""
+    if rows:
+        return matmul(factors.a, matmul(factors.b, basis.T))
+    return matmul(matmul(basis.T, factors.a), factors.b)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -392,25 +399,27 @@ def _truncate(factors: Factors, rank: int, split: Split) -> Factors:
     return Factors(result.a * root, result.b / root[:, None])
 
 
-def _sweep(factors: Factors, basis: jax.Array) -> jax.Array:
-    """A step of subspace iteration on an orthonormal basis `[d_out, l]` of the rows."""
-    image = orthonormal(matmul(factors.a, matmul(factors.b, basis)))
-    return orthonormal(matmul(factors.b.T, matmul(factors.a.T, image)))
+def _sweep(factors: Factors, basis: jax.Array, rows: bool) -> jax.Array:
+    """A step of subspace iteration on an orthonormal basis."""
+    image = orthonormal(_image(factors, basis, rows), rows=not rows)
+    return orthonormal(_image(factors, image, not rows), rows=rows)
 
 
-def _start(factors: Factors, width: int) -> jax.Array:
-    """The leading right singular vectors `[d_out, width]` of a product, by its Gram blocks."""
-    gram_a, gram_b = gram(factors.a.T), gram(factors.b)
-    # Unit columns of a: the condition number no longer depends on how a product is split.
-    size = safe_sqrt(jnp.diagonal(gram_a))
+def _start(factors: Factors, width: int, rows: bool) -> jax.Array:
+    """The leading singular vectors of the short side of a product, by its Gram blocks."""
+    blocks = gram(factors.a.T), gram(factors.b)
+    long, short = blocks if rows else blocks[::-1]
+    # Unit vectors on the long side: how a product is split into factors no longer matters.
+    size = safe_sqrt(jnp.diagonal(long))
     unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-    root = _cholesky(gram_a * unit[:, None] * unit, _SHIFT)
-    scaled_b = gram_b * size[:, None] * size
-    values, vectors = _eigh(matmul(root.T, matmul(scaled_b, root)), width)
-    rows = matmul((matmul(root, vectors) * size[:, None]).T, factors.b)
-    basis = orthonormal(rows.T)
+    root = _cholesky(long * unit[:, None] * unit, _SHIFT)
+    core = matmul(root.T, matmul(short * size[:, None] * size, root))
+    values, vectors = _eigh(core, width)
+    coordinates = size[:, None] * matmul(root, vectors)
+    vectors = matmul(coordinates.T, factors.b) if rows else matmul(factors.a, coordinates)
+    basis = orthonormal(vectors, rows=rows)
     poor = values[-1] < _POOR * values[0]
-    return jax.lax.cond(poor, lambda: _sweep(factors, basis), lambda: basis)
+    return jax.lax.cond(poor, lambda: _sweep(factors, basis, rows), lambda: basis)
 
 
 def gram(x: jax.Array) -> jax.Array:
@@ -418,30 +427,38 @@ def gram(x: jax.Array) -> jax.Array:
     return matmul(x, x.T)
 
 
-def orthonormal(x: jax.Array) -> jax.Array:
-    """An orthonormal basis `[d, l]`, l <= d, of the columns of `x`, as Q of a QR decomposition.
+def orthonormal(x: jax.Array, *, rows: bool = False) -> jax.Array:
+    """An orthonormal basis of the columns of `x [d, l]`, or of the rows of `x [l, d]`; l <= d.
 
-    A column that depends on those before it, to 1% of its length, is replaced by a new direction.
-    Three rounds of Cholesky QR: tall matrices are only multiplied, and only an l x l core is
-    decomposed.
+    The Q of a QR decomposition. What depends on the vectors before it, to 1% of its length, is
+    replaced by a new direction. Three rounds of Cholesky QR: tall matrices are only multiplied, and
+    only an l x l core is decomposed.
     """
-    return _qr(x)[0]
+    return _qr(x, rows)[0]
 
 
-def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Q orthonormal and R upper triangular; `x = Q R` but for columns that were replaced."""
-    identity = jnp.eye(x.shape[1], dtype=x.dtype)
+def _qr(x: jax.Array, rows: bool) -> tuple[jax.Array, jax.Array]:
+    """Q and the triangle R: `x = Q R`, or `x = R^T Q` for rows, but for vectors replaced."""
+    count = x.shape[0 if rows else 1]
+    identity = jnp.eye(count, dtype=x.dtype)
 
     def again(pair: tuple[jax.Array, jax.Array], shift: jax.Array) -> tuple[Any, None]:
         q, r = pair
-        square = gram(q.T)
+        square = gram(q if rows else q.T)
         size = safe_sqrt(jnp.diagonal(square))
         unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
         root = _cholesky(square * unit[:, None] * unit + jnp.diag(size == 0), shift)
         new = (size > 0) & (jnp.square(jnp.diagonal(root)) > _SMALL * (shift > 0))
         inverse = jax.scipy.linalg.solve_triangular(root, identity, lower=True)
-        q = matmul(q, unit[:, None] * inverse.T * new)
-        q = jax.lax.cond(jnp.all(new), lambda: q, lambda: jnp.where(new, q, _noise(x)))
+        step = unit[:, None] * inverse.T * new
+        q = matmul(step.T, q) if rows else matmul(q, step)
+
+        def renewed() -> jax.Array:
+            if rows:
+                return jnp.where(new[:, None], q, _noise((x.shape[1], count), x.dtype).T)
+            return jnp.where(new, q, _noise(x.shape, x.dtype))
+
+        q = jax.lax.cond(jnp.all(new), lambda: q, renewed)
         return (q, new[:, None] * matmul(root.T, size[:, None] * r)), None
 
     # The last round has no shift, and neither finds nor needs new directions.
@@ -449,9 +466,9 @@ def _qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.scan(again, (x, identity), rounds)[0]
 
 
-def _noise(like: jax.Array) -> jax.Array:
+def _noise(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Always the same noise in unit columns; made so as to compile in no time."""
-    (rows, columns), dtype = like.shape, like.dtype
+    rows, columns = shape
     index = jax.lax.iota(dtype, rows)[:, None] + rows * jax.lax.iota(dtype, columns)
     noise = (jnp.sin(index + 1) * 43758.5453) % 1 - 0.5
     return noise / jnp.sqrt(jnp.sum(noise**2, axis=0))
