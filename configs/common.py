@@ -50,3 +50,27 @@ def method_options(rounds: int) -> ml_collections.ConfigDict:
     options["fedsmooth_lora"]["rounds"] = rounds
     # An option whose default is None takes any type.
     return ml_collections.ConfigDict(options, type_safe=False)
+
+
+def add_combinations(config: ml_collections.ConfigDict) -> None:
+    """Adds what methods can be combined with, all of it off."""
+    config.weights = "examples"  # or "equal"
+    config.clients_per_chunk = 0  # 0: the whole cohort at once; fewer bound the memory
+
+    # "equal" to lora.rank, "uniform", "heavy_tail_light", "heavy_tail_strong", or a list "4,2,1"
+    config.lora.ranks = "equal"
+    config.local.epochs = 0  # passes over a client's data a round, instead of local.steps
+    config.local.proximal = 0.0  # mu of FedProx
+    config.local.scaffold = False
+
+    config.server = ml_collections.ConfigDict()
+    config.server.optimizer = "none"  # or fedavgm, fedadam, fedyogi, fedadagrad
+    config.server.learning_rate = 1.0
+    config.server.momentum = 0.9
+    config.server.second_moment = 0.99  # of fedadam and fedyogi
+    config.server.adaptivity = 1e-3  # tau of the adaptive ones
+
+    config.privacy = ml_collections.ConfigDict()
+    config.privacy.clip = 0.0  # largest norm of a client's change; 0: no privacy
+    config.privacy.noise_multiplier = 1.0
+    config.privacy.delta = 1e-5

@@ -8,7 +8,7 @@
 
 import ml_collections
 
-from configs.common import method_options, parse_arg
+from configs.common import add_combinations, method_options, parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -19,11 +19,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.seed = 0
     config.rounds = 2 if args["runlocal"] else 12
     config.clients_per_round = 18
-    config.weights = "examples"  # or "equal"
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "digits_domains"
-    config.data.splits = {"train": "federated", "test": "test"}
+    config.data.splits = {"train": "federated", "validation": "validation", "test": "test"}
     config.data.partition = "domain_dirichlet"
     config.data.partition_options = {"clients_per_domain": 5, "alpha": 0.5}
 
@@ -57,5 +56,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.clip_norm = 10.0
     config.local.schedule = "cosine"  # over rounds; or "constant"
 
+    add_combinations(config)
     config.options = method_options(config.get_ref("rounds"))
     return config

@@ -47,14 +47,14 @@ class World(NamedTuple):
         for cohort in cohorts:
             before = federation
             federation, metrics, result = _compiled(name, self.task, self.training, *options)(
-                federation, self.data, cohort, self.seed
+                federation, self.data, cohort, self.seed, learning_rate(federation)
             )
         return before, federation, metrics, result
 
     def go_on(self, name: str, federation: Federation) -> Federation:
         """The state after one more round."""
         function = _compiled(name, self.task, self.training)
-        return function(federation, self.data, COHORT, self.seed)[0]
+        return function(federation, self.data, COHORT, self.seed, learning_rate(federation))[0]
 
     def federation(self, method: methods.Method) -> Federation:
         return create(jax.random.key(5), method, self.server, len(COUNTS))
@@ -72,15 +72,20 @@ def make_world() -> World:
     backbone, head = lora.split_head(params, "head")
     adapters = lora.init(jax.random.key(1), backbone, targets=["first", "second"], rank=2)
     optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.add_decayed_weights(1e-3), optax.sgd(0.2, 0.9)
+        optax.clip_by_global_norm(1.0), optax.add_decayed_weights(1e-3), optax.sgd(1.0, 0.9)
     )
     return World(
         classification(Net(), lambda batch: (batch["x"],)),
         client_data(examples, parts),
         Server(backbone, Trainable(adapters, head), jnp.float32(SCALE), (), jnp.int32(0)),
-        LocalTraining(optimizer, steps=3, batch_size=6, schedule=lambda r: 1 / (1 + r)),
+        LocalTraining(optimizer, batch_size=6, steps=3),
         jax.random.key(3),
     )
+
+
+def learning_rate(federation: Federation) -> jax.Array:
+    """Of the round that comes."""
+    return jnp.float32(0.2) / (1 + federation.server.round)
 
 
 # One object a method and one program a method, for all tests of a process.

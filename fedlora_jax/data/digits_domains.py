@@ -22,7 +22,7 @@ from scipy import ndimage
 
 IMAGE_SIZE = 16
 MARGIN = 2  # pixels left free on each side of the enlarged digit
-SPLIT_SIZES = {"pretrain": 600, "federated": 997, "test": 200}  # source images; 1,797 in all
+SPLIT_SIZES = {"pretrain": 600, "federated": 797, "validation": 200, "test": 200}  # source images
 SEED = 0
 
 Image = np.ndarray  # [16, 16], float, 0 (black) to 1 (white)
@@ -67,15 +67,19 @@ class DigitsDomains(tfds.core.GeneratorBasedBuilder):
     Splits are disjoint in source images and stratified by label:
 
       pretrain    600 images, in the domain `original` only
-      federated   997 images, each in all six domains (5,982 examples)
+      federated   797 images, each in all six domains (4,782 examples)
+      validation  200 images, each in all six domains (1,200 examples): to choose settings on
       test        200 images, each in all six domains (1,200 examples)
 
     An example holds `image` (uint8 `[16, 16, 1]`) and the integers `label`, `domain` and
     `image_id`, the position in `load_digits` of the image it was made from.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("2.0.0")
+    RELEASE_NOTES = {
+        "2.0.0": "A split `validation`, taken out of `federated`; the other splits stay the same.",
+        "1.0.0": "First release.",
+    }
     url_infos: dict[str, Any] = {}  # nothing to download; TFDS need not look for a list of it
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -100,12 +104,11 @@ class DigitsDomains(tfds.core.GeneratorBasedBuilder):
         from sklearn.datasets import load_digits  # a second of imports, needed once
 
         digits = load_digits()
-        parts = _stratified_split(digits.target, list(SPLIT_SIZES.values()), SEED)
         return {
             split: _examples(
                 digits, image_ids, ["original"] if split == "pretrain" else list(DOMAINS)
             )
-            for split, image_ids in zip(SPLIT_SIZES, parts, strict=True)
+            for split, image_ids in _split(digits.target).items()
         }
 
     def _generate_examples(self) -> None:
@@ -148,6 +151,23 @@ def _enlarge(image: Image) -> Image:
     scale = (IMAGE_SIZE - 2 * MARGIN) / image.shape[0]
     enlarged = ndimage.zoom(image, scale, order=3, mode="nearest", grid_mode=True)
     return np.pad(np.clip(enlarged, 0, 1), MARGIN)
+
+
+def _split(labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The positions of the source images of each split."""
+    sizes = SPLIT_SIZES
+    # `validation` comes out of `federated` in a second step, so that `pretrain` and `test` hold
+    # the images of version 1: no backbone pretrained then has seen an image it is tested on.
+    pretrain, others, test = _stratified_split(
+        labels, [sizes["pretrain"], sizes["federated"] + sizes["validation"], sizes["test"]], SEED
+    )
+    federated, validation = (
+        others[part]
+        for part in _stratified_split(
+            labels[others], [sizes["federated"], sizes["validation"]], SEED
+        )
+    )
+    return {"pretrain": pretrain, "federated": federated, "validation": validation, "test": test}
 
 
 def _stratified_split(labels: np.ndarray, sizes: list[int], seed: int) -> list[np.ndarray]:

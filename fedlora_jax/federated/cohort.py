@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedlora_jax.federated import randomness
 
@@ -26,3 +27,9 @@ def sample(
     """
     key = randomness.of_round(seed, "cohort", round_index)
     return jnp.sort(jax.random.choice(key, num_clients, (cohort_size,), replace=False))
+
+
+def all_rounds(seed: jax.Array, rounds: int, *, num_clients: int, cohort_size: int) -> np.ndarray:
+    """The cohorts of rounds 0, 1, .., as `sample` gives them, int32 `[rounds, K]`."""
+    draw = functools.partial(sample, seed, num_clients=num_clients, cohort_size=cohort_size)
+    return np.asarray(jax.vmap(draw)(jnp.arange(rounds)))

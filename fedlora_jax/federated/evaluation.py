@@ -1,6 +1,6 @@
-"""Accuracy on held-out examples: of the global model per domain, or of each client's own model."""
+"""Accuracy on held-out examples: per domain, and for each client on data like its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,49 +16,83 @@ _CLIENTS_AT_ONCE = 8
 
 
 class HeldOut(NamedTuple):
-    """Held-out examples, and which of them each client is judged by if it is judged by its own.
+    """Held-out examples, and what of them each client is judged by.
 
     Attributes:
       examples: A dict of arrays `[M, ...]`.
       domains: The domain of each example, int32 `[M]`.
+      shares: How much each example counts for each client, float32 `[N, M]`: examples are weighted
+        so that their domains and labels are distributed as in the client's own data. Rows sum to 1.
       own: Indices of the examples in the domains of which a client holds training data, int32
         `[N, T]`, padded with -1.
     """
 
     examples: dict[str, jax.Array]
     domains: jax.Array
+    shares: jax.Array
     own: jax.Array
 
 
+class Accuracy(NamedTuple):
+    """What an evaluation finds.
+
+    Attributes:
+      domains: Accuracy per domain, `[D]`: of the global model on all examples; for a method with
+        personal models, of those on the examples of their clients' domains, mean over clients.
+      clients: Accuracy for each client on examples distributed as its own, `[N]`: of its personal
+        model if the method keeps one, else of the global model.
+    """
+
+    domains: jax.Array
+    clients: jax.Array
+
+
 def held_out(
-    examples: dict[str, np.ndarray], domains: np.ndarray, client_domains: list[np.ndarray]
+    examples: dict[str, np.ndarray],
+    domains: np.ndarray,
+    labels: np.ndarray,
+    clients: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> HeldOut:
     """Puts held-out examples on the device.
 
     Args:
       examples: A dict of arrays `[M, ...]`.
       domains: The domain of each example, `[M]`.
-      client_domains: For each client, the domains in which it holds training examples.
+      labels: The label of each example, `[M]`.
+      clients: For each client, the domains and the labels of its training examples.
     """
-    own = [np.flatnonzero(np.isin(domains, mine)) for mine in client_domains]
+    own = [np.flatnonzero(np.isin(domains, np.unique(mine))) for mine, _ in clients]
     longest = max(map(len, own))
     padded = np.stack([np.pad(x, (0, longest - len(x)), constant_values=-1) for x in own])
+    shares = np.stack([_shares(domains, labels, *mine) for mine in clients])
     return HeldOut(
         {name: jnp.asarray(values) for name, values in examples.items()},
         jnp.asarray(domains, jnp.int32),
+        jnp.asarray(shares, jnp.float32),
         jnp.asarray(padded, jnp.int32),
     )
 
 
+def _shares(
+    domains: np.ndarray, labels: np.ndarray, own_domains: np.ndarray, own_labels: np.ndarray
+) -> np.ndarray:
+    """Weights of held-out examples under which they are distributed as a client's, `[M]`.
+
+    A kind of example that is not held out cannot be judged and is left out.
+    """
+    classes = 1 + max(labels.max(), own_labels.max())
+    kinds = domains * classes + labels
+    total = 1 + max(kinds.max(), (own_domains * classes + own_labels).max())
+    wanted = np.bincount(own_domains * classes + own_labels, minlength=total)
+    there = np.bincount(kinds, minlength=total)
+    weights = wanted[kinds] / there[kinds]
+    return weights / max(weights.sum(), 1e-12)
+
+
 def make_evaluate(
     task: Task, method: Method, num_domains: int
-) -> Callable[[Federation, HeldOut], jax.Array]:
-    """Builds the jitted evaluation `(federation, test) -> accuracy per domain [D]`.
-
-    The model is the server's, on all examples. A method with a `personal` model is judged by that
-    instead: each client on its own examples, and a domain by the mean over the clients that have
-    examples in it.
-    """
+) -> Callable[[Federation, HeldOut], Accuracy]:
+    """Builds the jitted evaluation `(federation, test) -> Accuracy`."""
 
     def correct(federation: Federation, trainable: Trainable, examples: Batch) -> jax.Array:
         server = federation.server
@@ -70,22 +104,31 @@ def make_evaluate(
 
         return jax.lax.map(one, examples, batch_size=_CHUNK)
 
-    def of_server(federation: Federation, test: HeldOut) -> jax.Array:
+    def of_server(federation: Federation, test: HeldOut) -> Accuracy:
         hits = correct(federation, federation.server.trainable, test.examples)
-        return _mean_by_domain(hits, jnp.ones_like(hits), test.domains, num_domains)
+        return Accuracy(
+            _mean_by_domain(hits, jnp.ones_like(hits), test.domains, num_domains),
+            test.shares @ hits,
+        )
 
-    def of_clients(federation: Federation, test: HeldOut) -> jax.Array:
+    def of_clients(federation: Federation, test: HeldOut) -> Accuracy:
         assert method.personal is not None
         personal = method.personal
 
-        def of_client(inputs: tuple) -> jax.Array:
-            client, own = inputs
+        def of_client(inputs: tuple) -> Accuracy:
+            client, own, shares = inputs
             examples = {name: values[own] for name, values in test.examples.items()}
             hits = correct(federation, personal(federation.server, client), examples)
-            return _mean_by_domain(hits, (own >= 0) * 1.0, test.domains[own], num_domains)
+            there = (own >= 0) * 1.0
+            return Accuracy(
+                _mean_by_domain(hits, there, test.domains[own], num_domains),
+                jnp.sum(shares[own] * hits * there),
+            )
 
-        each = jax.lax.map(of_client, (federation.clients, test.own), batch_size=_CLIENTS_AT_ONCE)
-        return jnp.nanmean(each, axis=0)
+        each = jax.lax.map(
+            of_client, (federation.clients, test.own, test.shares), batch_size=_CLIENTS_AT_ONCE
+        )
+        return Accuracy(jnp.nanmean(each.domains, axis=0), each.clients)
 
     return jax.jit(of_server if method.personal is None else of_clients)
 

@@ -4,6 +4,7 @@
 of one method, once for all seeds; `run` trains one method under one seed, or goes on with it.
 """
 
+import functools
 import hashlib
 import inspect
 import json
@@ -20,18 +21,18 @@ import ml_collections
 import numpy as np
 import optax
 
-from fedlora_jax import lora, methods, models
+from fedlora_jax import lora, methods, models, transforms
 from fedlora_jax.data import images, partition, python_docs, sources
 from fedlora_jax.data.clients import ClientData, client_data
-from fedlora_jax.federated import cohort, randomness, records
-from fedlora_jax.federated.evaluation import HeldOut, held_out, make_evaluate
+from fedlora_jax.federated import cohort, communication, randomness, ranks, records
+from fedlora_jax.federated.evaluation import Accuracy, HeldOut, held_out, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import (
     Federation,
     RoundFunction,
+    RoundMetrics,
     create,
     make_round,
-    message_bytes,
 )
 from fedlora_jax.federated.task import Batch, Task, classification
 from fedlora_jax.lora import Params
@@ -69,7 +70,7 @@ class Program(NamedTuple):
     method: Method
     training: LocalTraining
     round: RoundFunction
-    evaluate: Callable[[Federation, HeldOut], jax.Array]
+    evaluate: Callable[[Federation, HeldOut], Accuracy]
 
 
 def prepare(config: ml_collections.ConfigDict) -> Setting:
@@ -129,40 +130,88 @@ def _images(batch: Batch) -> tuple[jax.Array]:
 
 
 def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Program:
-    """Builds the functions of `config.method`; they compile when first called."""
-    method = methods.get(config.method)(**config.options[config.method])
+    """Builds the functions of `config.method`; they compile when first called.
+
+    They serve all seeds and learning rates.
+    """
+    method = make_method(config, len(partitioned(config, setting, config.seed)))
     # A pooled method sees as many examples a step as the cohort of any other.
     batch_size = config.local.batch_size * (config.clients_per_round if method.pooled else 1)
     training = LocalTraining(
-        optimizer(config.local), config.local.steps, batch_size, schedule(config)
+        optimizer(config.local), batch_size, config.local.steps, config.local.epochs
     )
     equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
     return Program(
         method,
         training,
-        make_round(setting.task, method, training, equal_weights=equal),
+        make_round(
+            setting.task,
+            method,
+            training,
+            equal_weights=equal,
+            clients_per_chunk=config.clients_per_chunk or None,
+        ),
         make_evaluate(setting.task, method, len(setting.domains)),
     )
 
 
+def make_method(config: ml_collections.ConfigDict, num_clients: int) -> Method:
+    """The method of the configuration, with all that it is combined with.
+
+    Raises:
+      ValueError: On unknown names and impossible values, or a combination that makes no sense.
+    """
+    try:
+        return _combined(config, num_clients)
+    except ValueError as error:
+        raise ValueError(f"{config.method}: {error}") from None
+
+
+def _combined(config: ml_collections.ConfigDict, num_clients: int) -> Method:
+    method = methods.get(config.method)(**config.options[config.method])
+    reason = method.refuses.get("unequal_ranks")
+    if reason and config.lora.ranks != ranks.EQUAL:
+        raise ValueError(f"the method cannot have clients of unequal ranks: {reason}")
+    if config.privacy.clip:
+        method = transforms.private(
+            method, clip=config.privacy.clip, noise_multiplier=config.privacy.noise_multiplier
+        )
+    server = config.server
+    if server.optimizer != "none":
+        maker = lookup(
+            {"none": None, **transforms.SERVER_OPTIMIZERS}, server.optimizer, "server optimiser"
+        )
+        assert maker is not None
+        optimizer = maker(
+            server.learning_rate, server.momentum, server.second_moment, server.adaptivity
+        )
+        method = transforms.server_optimizer(method, optimizer)
+    if config.local.proximal:
+        method = transforms.fedprox(method, mu=config.local.proximal)
+    if config.local.scaffold:
+        method = transforms.scaffold(method, num_clients=num_clients)
+    return method
+
+
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The clients' optimiser from `config.local`, gradients clipped to `clip_norm`."""
-    decay, rate = config.weight_decay, config.learning_rate
+    """The clients' optimiser from `config.local`, of learning rate 1, gradients clipped."""
+    decay = config.weight_decay
     makers = {
         "sgd": lambda: optax.chain(
-            optax.add_decayed_weights(decay), optax.sgd(rate, momentum=config.momentum or None)
+            optax.add_decayed_weights(decay), optax.sgd(1.0, momentum=config.momentum or None)
         ),
-        "adamw": lambda: optax.adamw(rate, weight_decay=decay),
+        "adamw": lambda: optax.adamw(1.0, weight_decay=decay),
     }
     chosen = lookup(makers, config.optimizer, "optimizer")()
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
 
 
-def schedule(config: ml_collections.ConfigDict) -> Callable[[jax.Array], jax.Array]:
-    """The factor on the learning rate as a function of the round."""
+def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """The learning rate as a function of the round."""
+    rate = config.local.learning_rate
     makers = {
-        "constant": lambda: optax.constant_schedule(1.0),
-        "cosine": lambda: optax.cosine_decay_schedule(1.0, config.rounds),
+        "constant": lambda: optax.constant_schedule(rate),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, config.rounds),
     }
     return lookup(makers, config.local.schedule, "schedule")()
 
@@ -195,12 +244,21 @@ def check(config: ml_collections.ConfigDict) -> None:
         "rounds": config.rounds,
         "clients_per_round": config.clients_per_round,
         "lora.rank": config.lora.rank,
-        "local.steps": config.local.steps,
+        "local.steps or config.local.epochs": max(config.local.steps, config.local.epochs),
         "local.batch_size": config.local.batch_size,
     }.items():
         if value < 1:
             raise ValueError(f"config.{name} must be at least 1, got {value}")
-    methods.get(config.method)(**config.options[config.method])
+    for name, value in {
+        "clients_per_chunk": config.clients_per_chunk,
+        "local.epochs": config.local.epochs,
+        "privacy.clip": config.privacy.clip,
+    }.items():
+        if value < 0:
+            raise ValueError(f"config.{name} must not be negative, got {value}")
+    make_method(config, num_clients=1)
+    ranks.check(config.lora.ranks)
+    _epsilon(config, num_clients=config.clients_per_round, rounds=1)
     lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
     partition.get(config.data.partition)
     optimizer(config.local)
@@ -220,7 +278,8 @@ def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Met
     """Splits the data over clients and makes the first adapters, both from `config.seed`.
 
     Raises:
-      ValueError: If a round wants more clients than there are, or as `lora.init`.
+      ValueError: If a round wants more clients than there are, there are not as many ranks as
+        clients, or as `lora.init`.
     """
     seed = jax.random.key(config.seed)
     parts = partitioned(config, setting, config.seed)
@@ -246,12 +305,18 @@ def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Met
         memory=(),
         round=jnp.int32(0),
     )
-    federation = create(randomness.stream(seed, "method"), method, server, len(parts))
+    affordable = None
+    if not method.pooled:
+        affordable = ranks.assign(config.lora.ranks, config.lora.rank, len(parts), config.seed)
+    federation = create(randomness.stream(seed, "method"), method, server, len(parts), affordable)
     return State(
         federation,
         client_data(setting.train, parts),
         held_out(
-            setting.test, setting.test["domain"], [np.unique(domains[part]) for part in parts]
+            setting.test,
+            setting.test["domain"],
+            setting.test["label"],
+            [(domains[part], setting.train["label"][part]) for part in parts],
         ),
         1 if method.pooled else config.clients_per_round,
     )
@@ -288,47 +353,31 @@ def run(
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
+    start = first_state(config, setting, program.method)
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
-    start = first_state(config, setting, program.method)
     checkpoints = records.Checkpoints(workdir)
     federation, first = checkpoints.restore(start.federation)
+    # Arrays read from a file are tied to a device, new ones are not, and a round's results are if
+    # any input was: all tied from the start, a round compiles once, also after a restart.
+    federation = jax.tree.map(lambda x: jax.device_put(x, x.sharding), federation)
     for _ in range(first):
         advance()
-    writer = records.MetricsWriter(workdir, first)
     seed = jax.random.key(config.seed)
+    measure = _Measure(config, setting, program, start)
+    rate_of = schedule(config)
+    writer = records.MetricsWriter(workdir, first)
     try:
         for index in range(first, config.rounds):
             began = time.perf_counter()
-            members = cohort.sample(
-                seed,
-                index,
-                num_clients=len(start.data.counts),
-                cohort_size=start.cohort_size,
+            members = measure.cohorts[index]
+            federation, measured = program.round(
+                federation, start.data, members, seed, jnp.float32(rate_of(index))
             )
-            federation, measured = program.round(federation, start.data, members, seed)
             jax.block_until_ready(federation)
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
-            up, down = message_bytes(program.method, federation, start.cohort_size, index)
-            accuracy = np.asarray(program.evaluate(federation, start.test), np.float64)
-            writer.write(
-                {
-                    "round": index,
-                    "method": config.method,
-                    "seed": config.seed,
-                    "accuracy": float(np.mean(accuracy)),
-                    "domain_accuracy": dict(zip(setting.domains, accuracy.tolist(), strict=True)),
-                    "loss": float(measured.loss),
-                    "aggregation_error": _number(measured.aggregation_error),
-                    "excluded_clients": int(measured.excluded),
-                    "megabytes_up": up * start.cohort_size / 1e6,
-                    "megabytes_down": down * start.cohort_size / 1e6,
-                    "seconds": seconds,
-                    "cohort": np.asarray(members).tolist(),
-                    "client_loss": np.asarray(measured.client_loss).tolist(),
-                }
-            )
+            writer.write({**measure(index, federation, measured), "seconds": seconds})
             checkpoints.save(index + 1, federation)
             advance()
     finally:
@@ -336,6 +385,75 @@ def run(
         checkpoints.close()
     records.save_adapters(workdir / "adapters.npz", federation.server.trainable.adapters)
     return records.read_metrics(workdir)
+
+
+class _Measure:
+    """The metrics of a run's rounds, see `docs/outputs.md`."""
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, setting: Setting, program: Program, start: State
+    ):
+        self._config, self._setting, self._program, self._start = config, setting, program, start
+        self._messages = communication.messages(program.method, start.federation, start.cohort_size)
+        self._clients = len(start.data.counts)
+        self.cohorts = cohort.all_rounds(
+            jax.random.key(config.seed),
+            config.rounds,
+            num_clients=self._clients,
+            cohort_size=start.cohort_size,
+        )
+
+    def __call__(
+        self, index: int, federation: Federation, measured: RoundMetrics
+    ) -> dict[str, Any]:
+        """All that is known after round `index`."""
+        config, domains = self._config, self._setting.domains
+        accuracy = self._program.evaluate(federation, self._start.test)
+        by_domain = np.asarray(accuracy.domains, np.float64)
+        by_client = np.asarray(accuracy.clients, np.float64)
+        return {
+            "round": index,
+            "method": config.method,
+            "seed": config.seed,
+            "accuracy": float(np.mean(by_domain)),
+            "domain_accuracy": dict(zip(domains, by_domain.tolist(), strict=True)),
+            "personal_accuracy": float(np.mean(by_client)),
+            "loss": float(measured.loss),
+            "aggregation_error": _number(measured.aggregation_error),
+            "excluded_clients": int(measured.excluded),
+            **self._megabytes(index, federation, np.asarray(measured.ranks).tolist()),
+            "epsilon": _epsilon(config, self._clients, index + 1),
+            "cohort": self.cohorts[index].tolist(),
+            "rank": np.asarray(measured.ranks).tolist(),
+            "client_loss": np.asarray(measured.client_loss).tolist(),
+            "client_accuracy": by_client.tolist(),
+        }
+
+    def _megabytes(self, index: int, federation: Federation, ranks: list[int]) -> dict[str, float]:
+        absent = communication.absences(self.cohorts[: index + 1].tolist())
+        count = functools.cache(
+            lambda rank, absent: communication.count(
+                self._program.method, federation, self._messages, index, rank=rank, absent=absent
+            )
+        )
+        each = [count(rank, away) for rank, away in zip(ranks, absent, strict=True)]
+        return {
+            f"megabytes_{name}": sum(getattr(x, name) for x in each) / 1e6
+            for name in communication.MessageBytes._fields
+        }
+
+
+def _epsilon(config: ml_collections.ConfigDict, num_clients: int, rounds: int) -> float | None:
+    """Epsilon after so many rounds; None if there is none, for lack of clipping or of noise."""
+    if not config.privacy.clip or not config.privacy.noise_multiplier:
+        return None
+    return transforms.epsilon(
+        noise_multiplier=config.privacy.noise_multiplier,
+        num_clients=num_clients,
+        cohort_size=config.clients_per_round,
+        rounds=rounds,
+        delta=config.privacy.delta,
+    )
 
 
 def _number(x: jax.Array) -> float | None:

@@ -10,8 +10,7 @@ import optax
 
 from fedlora_jax.federated.task import Batch, Task, outputs
 from fedlora_jax.lora import Adapters, Params
-from fedlora_jax.lowrank import Factors
-from fedlora_jax.methods import Start, Trainable
+from fedlora_jax.methods import Start, Trainable, Trained, trained_mask
 
 BatchOf: TypeAlias = Callable[[jax.Array], tuple[Batch, jax.Array]]
 
@@ -20,16 +19,23 @@ class LocalTraining(NamedTuple):
     """How clients train.
 
     Attributes:
-      optimizer: Any optax optimiser; each client starts it afresh in each round.
-      steps: Optimisation steps a round.
+      optimizer: Any optax optimiser, made with a learning rate of 1: its updates are multiplied by
+        the round's. Each client starts it afresh in each round.
       batch_size: Examples a step. A client's last batch in an epoch may hold fewer.
-      schedule: From the round to a factor on the learning rate of that round.
+      steps: Optimisation steps a round, or
+      epochs: passes over the client's own data instead, if this is not 0.
     """
 
     optimizer: optax.GradientTransformation
-    steps: int
     batch_size: int
-    schedule: Callable[[jax.Array], jax.Array]
+    steps: int = 0
+    epochs: int = 0
+
+    def steps_of(self, count: jax.Array) -> jax.Array:
+        """The steps a round of clients with so many examples, int32 of the same shape."""
+        if not self.epochs:
+            return jnp.full_like(count, self.steps)
+        return self.epochs * ((count + self.batch_size - 1) // self.batch_size)
 
 
 def train(
@@ -39,8 +45,12 @@ def train(
     scale: jax.Array,
     start: Start,
     batch_of: BatchOf,
-    round_index: jax.Array,
-) -> tuple[Trainable, jax.Array]:
+    *,
+    learning_rate: jax.Array,
+    steps: jax.Array,
+    longest: jax.Array | int,
+    penalty: Callable[[Trainable], jax.Array] | None = None,
+) -> tuple[Trained, jax.Array]:
     """Trains from a start.
 
     Args:
@@ -48,36 +58,67 @@ def train(
       training: How.
       backbone: Frozen parameters.
       scale: The factor s.
-      start: Initial values, which sides of the factors move, and the frozen offset.
+      start: Initial values, which of them move, and the frozen offset.
       batch_of: From the step to a batch and its mask `[B]`. An example with mask 0 has no
         influence, a batch with none but such moves nothing.
-      round_index: For the schedule.
+      learning_rate: Factor on the optimiser's updates, `[]`.
+      steps: How many steps the client takes, int32 `[]`.
+      longest: Most steps of any client under the same `vmap`, so that the loop has one length.
+      penalty: Added to the loss that is trained on, not to the one that is reported.
 
     Returns:
-      The trained values, and the mean loss of each step `[steps]` before its update.
+      What was trained, and the loss before a step, mean over the steps, `[]`.
     """
-    trained_mask = _mask(start)
-    factor = training.schedule(round_index)
+    moves = trained_mask(start)
     loss = functools.partial(_loss, task, backbone, scale, start.offset)
 
-    def step(
-        carry: tuple[Trainable, optax.OptState], index: jax.Array
-    ) -> tuple[tuple[Trainable, optax.OptState], jax.Array]:
-        trainable, state = carry
+    def objective(
+        trainable: Trainable, batch: Batch, mask: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        value = loss(trainable, batch, mask)
+        return value if penalty is None else value + penalty(trainable), value
+
+    def step(index: jax.Array, carry: _Carry) -> _Carry:
         batch, mask = batch_of(index)
-        value, gradient = jax.value_and_grad(loss)(trainable, batch, mask)
+        (_, value), gradient = jax.value_and_grad(objective, has_aux=True)(
+            carry.trainable, batch, mask
+        )
         # Masked before the optimiser for the sake of clipping by norm, and after it for the sake of
         # weight decay.
-        gradient = _masked(gradient, trained_mask)
-        updates, new_state = training.optimizer.update(gradient, state, trainable)
-        updates = jax.tree.map(lambda u: factor * u, _masked(updates, trained_mask))
-        moved = (optax.apply_updates(trainable, updates), new_state)
-        active = jnp.any(mask > 0)
-        return jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, carry), value
+        gradient = _masked(gradient, moves)
+        updates, state = training.optimizer.update(gradient, carry.state, carry.trainable)
+        updates = jax.tree.map(lambda u: learning_rate * u, _masked(updates, moves))
+        moved = _Carry(
+            optax.apply_updates(carry.trainable, updates),
+            state,
+            jax.tree.map(jnp.add, carry.gradient, gradient),
+            carry.loss + value,
+            carry.steps + 1,
+        )
+        active = jnp.any(mask > 0) & (index < steps)
+        return jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, carry)
 
-    first = (start.trainable, training.optimizer.init(start.trainable))
-    (trained, _), losses = jax.lax.scan(step, first, jnp.arange(training.steps))
-    return trained, losses
+    first = _Carry(
+        start.trainable,
+        training.optimizer.init(start.trainable),
+        jax.tree.map(jnp.zeros_like, start.trainable),
+        jnp.float32(0),
+        jnp.int32(0),
+    )
+    last = jax.lax.fori_loop(0, longest, step, first)
+    taken = jnp.maximum(last.steps, 1)
+    mean_gradient = jax.tree.map(lambda x: x / taken, last.gradient)
+    return Trained(last.trainable, mean_gradient), last.loss / taken
+
+
+class _Carry(NamedTuple):
+    """What goes from step to step; gradient and loss are sums over the steps taken."""
+
+    trainable: Trainable
+    state: optax.OptState
+    gradient: Trainable
+    loss: jax.Array
+    steps: jax.Array
 
 
 def gradient(
@@ -113,15 +154,6 @@ def _loss(
     values = outputs(task, backbone, trainable, batch, scale=scale, offset=offset)
     losses = jnp.where(mask > 0, task.loss(values, batch), 0.0)
     return jnp.sum(losses) / jnp.maximum(jnp.sum(mask), 1.0)
-
-
-def _mask(start: Start) -> Trainable:
-    sides = jax.tree.map(
-        lambda factors: start.trains,
-        start.trainable.adapters,
-        is_leaf=lambda node: isinstance(node, Factors),
-    )
-    return Trainable(sides, jax.tree.map(lambda _: True, start.trainable.head))
 
 
 def _masked(tree: Trainable, mask: Trainable) -> Trainable:

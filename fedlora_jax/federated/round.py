@@ -1,12 +1,15 @@
 """One round of a federation as one jitted program."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, lowrank
 from fedlora_jax.data.clients import ClientData, local_batch
 from fedlora_jax.federated import local, randomness
 from fedlora_jax.federated.local import BatchOf, LocalTraining
@@ -23,10 +26,12 @@ class Federation(NamedTuple):
     Attributes:
       server: The server's state.
       clients: The clients' states, stacked along `[N]`; `()` for a method whose clients keep none.
+      ranks: The rank that each client can afford, int32 `[N]`.
     """
 
     server: Server
     clients: PyTree
+    ranks: jax.Array
 
 
 class RoundMetrics(NamedTuple):
@@ -37,25 +42,67 @@ class RoundMetrics(NamedTuple):
       client_loss: Mean training loss of each client of the cohort over its steps, `[K]`.
       aggregation_error: Relative distance of the server's update from the mean of the clients'
         updates (`aggregation.error`), `[]`; NaN if the method does not aggregate.
+      ranks: The rank that each client of the cohort trained, int32 `[K]`.
       excluded: Clients left out because something they sent was not finite, int32 `[]`.
     """
 
     loss: jax.Array
     client_loss: jax.Array
     aggregation_error: jax.Array
+    ranks: jax.Array
     excluded: jax.Array
 
 
-RoundFunction: TypeAlias = Callable[
-    [Federation, ClientData, jax.Array, jax.Array], tuple[Federation, RoundMetrics]
-]
+class RoundFunction(Protocol):
+    """A jitted round, from `make_round`."""
+
+    def __call__(
+        self,
+        federation: Federation,
+        data: ClientData,
+        cohort: jax.Array,
+        seed: jax.Array,
+        learning_rate: ArrayLike,
+    ) -> tuple[Federation, RoundMetrics]:
+        """See `run_round`."""
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, not yet compiled."""
 
 
-def create(key: jax.Array, method: Method, server: Server, num_clients: int) -> Federation:
-    """The state before the first round, with the same initial state for each client."""
+def create(
+    key: jax.Array,
+    method: Method,
+    server: Server,
+    num_clients: int,
+    ranks: Sequence[int] | None = None,
+) -> Federation:
+    """The state before the first round, with the same initial state for each client.
+
+    Args:
+      key: Random key of the method's own choices.
+      method: How clients and server work together.
+      server: Backbone, first adapters, head and scale.
+      num_clients: N.
+      ranks: The rank of each client; by default that of the server's adapters.
+
+    Raises:
+      ValueError: If the ranks are not N numbers from 1 to the rank of the server's adapters, or
+        differ for a method that cannot have that.
+    """
+    full = max(factors.rank for factors in server.trainable.adapters.values())
+    chosen = np.full(num_clients, full) if ranks is None else np.asarray(ranks)
+    if chosen.shape != (num_clients,) or chosen.min() < 1 or chosen.max() > full:
+        raise ValueError(
+            f"expected the ranks of {num_clients} clients, each from 1 to {full} (the rank of the "
+            f"server's adapters), got {chosen.tolist()}"
+        )
+    reason = method.refuses.get("unequal_ranks")
+    if reason and chosen.min() < full:
+        raise ValueError(f"the method cannot have clients of unequal ranks: {reason}")
     server, client = method.init(key, server)
     clients = jax.tree.map(lambda x: jnp.repeat(x[None], num_clients, axis=0), client)
-    return Federation(server, clients)
+    return Federation(server, clients, jnp.asarray(chosen, jnp.int32))
 
 
 class CohortResult(NamedTuple):
@@ -67,6 +114,7 @@ class CohortResult(NamedTuple):
       uploads: What they send.
       clients: Their states after the round.
       loss: Mean training loss over the steps, `[K]`.
+      rank: The ranks that they trained, int32 `[K]`.
     """
 
     start: Start
@@ -74,6 +122,7 @@ class CohortResult(NamedTuple):
     uploads: PyTree
     clients: PyTree
     loss: jax.Array
+    rank: jax.Array
 
 
 def train_cohort(
@@ -84,8 +133,11 @@ def train_cohort(
     data: ClientData,
     cohort: jax.Array,
     seed: jax.Array,
+    learning_rate: ArrayLike,
+    *,
+    clients_per_chunk: int | None = None,
 ) -> CohortResult:
-    """Trains the clients of a cohort under one `vmap` over one backbone.
+    """Trains the clients of a cohort over one backbone, under one `vmap` or in chunks.
 
     Args:
       task: What is learned.
@@ -95,15 +147,23 @@ def train_cohort(
       data: The data of all clients.
       cohort: Identities, int32 `[K]`, without repetition.
       seed: The seed's key.
+      learning_rate: Of this round.
+      clients_per_chunk: Clients trained at once, one chunk after the other, so that memory is that
+        of a chunk and not of a cohort; None for all at once.
     """
-    server, clients = federation
+    server = federation.server
+    counts = data.counts[cohort]
+    longest = jnp.max(training.steps_of(counts)) if training.epochs else training.steps
 
-    def of_client(client: PyTree, identity: jax.Array) -> CohortResult:
+    def of_client(inputs: tuple[PyTree, jax.Array]) -> CohortResult:
+        client, identity = inputs
+        count = data.counts[identity]
+
         def key(name: str) -> jax.Array:
             return randomness.of_client(seed, name, server.round, identity)
 
         def batches_of(stream: str) -> BatchOf:
-            rows, count, order = data.indices[identity], data.counts[identity], key(stream)
+            rows, order = data.indices[identity], key(stream)
 
             def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
                 chosen, mask = local_batch(rows, count, order, step, training.batch_size)
@@ -117,20 +177,42 @@ def train_cohort(
             frozen = (task, server.backbone, server.scale)
             return local.gradient(*frozen, at, offset, own, batches).adapters
 
-        start = method.start(server, client, Context(key("start"), gradient))
-        trained, losses = local.train(
+        affordable = federation.ranks[identity]
+        start = method.start(server, client, Context(key("start"), gradient, affordable))
+        rank = affordable if start.rank is None else start.rank
+        start = _within(start, rank)
+        trained, loss = local.train(
             task,
             training,
             server.backbone,
             server.scale,
             start,
             batches_of("batches"),
-            server.round,
+            learning_rate=jnp.asarray(learning_rate, jnp.float32),
+            steps=training.steps_of(count),
+            longest=longest,
+            penalty=_penalty(method, server, client, start),
         )
         upload, client = method.finish(server, client, start, trained)
-        return CohortResult(start, trained, upload, client, jnp.mean(losses))
+        return CohortResult(start, trained.trainable, upload, client, loss, rank)
 
-    return jax.vmap(of_client)(jax.tree.map(lambda x: x[cohort], clients), cohort)
+    members = (jax.tree.map(lambda x: x[cohort], federation.clients), cohort)
+    if clients_per_chunk is None or clients_per_chunk >= len(cohort):
+        return jax.vmap(of_client)(members)
+    return jax.lax.map(of_client, members, batch_size=clients_per_chunk)
+
+
+def _within(start: Start, rank: jax.Array) -> Start:
+    adapters = {path: lowrank.cut(f, rank) for path, f in start.trainable.adapters.items()}
+    return start._replace(trainable=start.trainable._replace(adapters=adapters), rank=rank)
+
+
+def _penalty(
+    method: Method, server: Server, client: PyTree, start: Start
+) -> Callable[[Trainable], jax.Array] | None:
+    return (
+        None if method.penalty is None else functools.partial(method.penalty, server, client, start)
+    )
 
 
 def run_round(
@@ -141,8 +223,10 @@ def run_round(
     data: ClientData,
     cohort: jax.Array,
     seed: jax.Array,
+    learning_rate: ArrayLike,
     *,
     equal_weights: bool = False,
+    clients_per_chunk: int | None = None,
 ) -> tuple[Federation, RoundMetrics, CohortResult]:
     """One round: train a cohort, aggregate, and go on.
 
@@ -157,13 +241,25 @@ def run_round(
       data: The data of all clients.
       cohort: Identities, int32 `[K]`, without repetition.
       seed: The seed's key.
+      learning_rate: Of this round.
       equal_weights: Weigh clients equally instead of by their number of examples.
+      clients_per_chunk: As in `train_cohort`.
 
     Returns:
       The state after the round, its metrics, and what the clients did.
     """
-    server, clients = federation
-    result = train_cohort(task, method, training, federation, data, cohort, seed)
+    server, clients, ranks = federation
+    result = train_cohort(
+        task,
+        method,
+        training,
+        federation,
+        data,
+        cohort,
+        seed,
+        learning_rate,
+        clients_per_chunk=clients_per_chunk,
+    )
     finite = _all_finite((result.trained, result.uploads, result.clients))
     counts = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
     weights = jnp.where(finite, counts.astype(jnp.float32), 0)
@@ -173,25 +269,46 @@ def run_round(
         loss=mean(result.loss, weights),
         client_loss=result.loss,
         aggregation_error=_error(result, weights, aggregated),
+        ranks=result.rank,
         excluded=jnp.sum(~finite, dtype=jnp.int32),
     )
-    return Federation(server, _put(clients, cohort, result.clients, finite)), metrics, result
+    clients = _put(clients, cohort, result.clients, finite)
+    return Federation(server, clients, ranks), metrics, result
 
 
 def make_round(
-    task: Task, method: Method, training: LocalTraining, *, equal_weights: bool = False
+    task: Task,
+    method: Method,
+    training: LocalTraining,
+    *,
+    equal_weights: bool = False,
+    clients_per_chunk: int | None = None,
 ) -> RoundFunction:
-    """Builds the jitted round `(federation, data, cohort, seed) -> (federation, metrics)`.
+    """Builds the jitted round, `run_round` without its last result.
 
-    See `run_round`. It compiles once for all rounds and seeds.
+    It compiles once for all rounds, seeds and learning rates.
     """
 
     @jax.jit
     def round_function(
-        federation: Federation, data: ClientData, cohort: jax.Array, seed: jax.Array
+        federation: Federation,
+        data: ClientData,
+        cohort: jax.Array,
+        seed: jax.Array,
+        learning_rate: ArrayLike,
     ) -> tuple[Federation, RoundMetrics]:
-        state = (federation, data, cohort, seed)
-        return run_round(task, method, training, *state, equal_weights=equal_weights)[:2]
+        return run_round(
+            task,
+            method,
+            training,
+            federation,
+            data,
+            cohort,
+            seed,
+            learning_rate,
+            equal_weights=equal_weights,
+            clients_per_chunk=clients_per_chunk,
+        )[:2]
 
     return round_function
 
@@ -213,33 +330,6 @@ def _put(clients: PyTree, cohort: jax.Array, new: PyTree, finite: jax.Array) -> 
         return stacked.at[cohort].set(jnp.where(usable, values, stacked[cohort]))
 
     return jax.tree.map(put, clients, new)
-
-
-def message_bytes(
-    method: Method, federation: Federation, cohort_size: int, round_index: int
-) -> tuple[int, int]:
-    """Bytes that one client sends and receives in a round: of the arrays that cross, as stored."""
-    server, clients = federation
-    client = jax.tree.map(lambda x: x[0], clients)
-
-    def gradient(adapters: Adapters, **_: Any) -> Adapters:
-        return adapters
-
-    def upload(server: Server, client: PyTree) -> PyTree:
-        start = method.start(server, client, Context(jax.random.key(0), gradient))
-        return method.finish(server, client, start, start.trainable)[0]
-
-    def received(server: Server, client: PyTree) -> PyTree:
-        stacked = jax.tree.map(lambda x: jnp.stack([x] * cohort_size), upload(server, client))
-        server, aggregated = method.aggregate(server, stacked, jnp.ones(cohort_size))
-        return method.received(server, aggregated, round_index)
-
-    sent = jax.eval_shape(lambda *x: method.sent(upload(*x), round_index), server, client)
-    return _bytes(sent), _bytes(jax.eval_shape(received, server, client))
-
-
-def _bytes(tree: PyTree) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -11,15 +11,18 @@ from typing import Any
 
 from fedlora_jax import aggregation
 from fedlora_jax.methods._base import (
+    COMBINATIONS,
     Context,
     Method,
     Server,
     Start,
     Trainable,
+    Trained,
     absorb,
     averaging,
     change,
     mean,
+    trained_mask,
 )
 from fedlora_jax.methods._central import central
 from fedlora_jax.methods._fedex_lora import fedex_lora, oracle
@@ -87,17 +90,20 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 __all__ = [
+    "COMBINATIONS",
     "REGISTRY",
     "Context",
     "Method",
     "Server",
     "Start",
     "Trainable",
+    "Trained",
     "absorb",
     "averaging",
     "change",
     "defaults",
     "get",
     "mean",
+    "trained_mask",
     *sorted(REGISTRY),
 ]

@@ -1,6 +1,7 @@
 """What a federated method is: who starts from what, trains what, sends what."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -14,6 +15,13 @@ from fedlora_jax.lowrank import Factors
 PyTree: TypeAlias = Any
 
 BOTH = Factors(a=True, b=True)  # type: ignore[arg-type]
+
+# What a method can be combined with, beside partial participation and weights.
+COMBINATIONS = ("unequal_ranks", "fedprox", "scaffold", "server_optimizer", "privacy")
+
+# Reasons that several methods give.
+READS_EACH_CLIENT = "its server reads each client's factors, not their mean alone"
+OTHER_BASIS = "its server gives the adapters another basis in every round"
 
 
 class Trainable(NamedTuple):
@@ -49,10 +57,13 @@ class Context(NamedTuple):
       gradient: `(adapters, *, offset, batches) -> adapters`: the gradient for these adapters, of
         any rank, of the mean loss over so many batches of the client's own data, at the server's
         backbone and head changed by them and by a frozen offset.
+      rank: The rank r_k that the client can afford, int32 `[]`, at most that of the server's
+        adapters.
     """
 
     key: jax.Array
     gradient: Callable[..., Adapters]
+    rank: jax.Array
 
 
 class Start(NamedTuple):
@@ -62,11 +73,27 @@ class Start(NamedTuple):
       trainable: Initial values.
       trains: Which side of the factors moves: two booleans, constant or computed from the round.
       offset: Frozen low-rank change of the backbone that is the client's own, or None.
+      rank: The client trains the first so many columns of `a` and rows of `b`; the others are made
+        zero and stay so. None for the rank that the client can afford.
     """
 
     trainable: Trainable
     trains: Factors = BOTH
     offset: Adapters | None = None
+    rank: jax.Array | None = None
+
+
+class Trained(NamedTuple):
+    """What local training gives.
+
+    Attributes:
+      trainable: The values arrived at.
+      gradient: The mean over the steps of the gradient that the optimiser saw, zero where nothing
+        was trained.
+    """
+
+    trainable: Trainable
+    gradient: Trainable
 
 
 class Method(NamedTuple):
@@ -87,19 +114,26 @@ class Method(NamedTuple):
       sent: `(upload, round) -> pytree` of those arrays of an upload that cross in that round, an
         int; `aggregate` depends on no others.
       received: `(server, aggregated, round) -> pytree` of the arrays that each client then gets.
+      missed: `(server, aggregated, round, absent) -> pytree` of the arrays that a client gets
+        besides in a round before which it was absent for so many rounds, an int >= 1.
+      penalty: `(server, client, start, trainable) -> []`, added to a client's loss; None for none.
       personal: `(server, client) -> Trainable`, a client's own model, if the method is to be
         judged by that; None if by the global one.
       pooled: Whether all data lie with one client, as a reference.
+      refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
 
     init: Callable[[jax.Array, Server], tuple[Server, PyTree]]
     start: Callable[[Server, PyTree, Context], Start]
-    finish: Callable[[Server, PyTree, Start, Trainable], tuple[PyTree, PyTree]]
+    finish: Callable[[Server, PyTree, Start, Trained], tuple[PyTree, PyTree]]
     aggregate: Callable[[Server, PyTree, jax.Array], tuple[Server, Aggregated | None]]
     sent: Callable[[PyTree, int], PyTree]
     received: Callable[[Server, Aggregated | None, int], PyTree]
+    missed: Callable[[Server, Aggregated | None, int, int], PyTree] = lambda *_: ()
+    penalty: Callable[[Server, PyTree, Start, Trainable], jax.Array] | None = None
     personal: Callable[[Server, PyTree], Trainable] | None = None
     pooled: bool = False
+    refuses: Mapping[str, str] = MappingProxyType({})
 
 
 def averaging(
@@ -108,6 +142,7 @@ def averaging(
     trains: Callable[[jax.Array], Factors] = lambda round_index: BOTH,
     sends: Callable[[int], str] = lambda round_index: "ab",
     receives: Callable[[int], str] = lambda round_index: "ab",
+    refuses: Mapping[str, str] = MappingProxyType({}),
 ) -> Method:
     """A method whose clients start from the server's adapters and keep nothing of their own.
 
@@ -116,6 +151,7 @@ def averaging(
       trains: From the round, traced, to the sides of the factors that move.
       sends: From the round, an int, to the sides that clients send.
       receives: Likewise to the sides that clients receive, beside a residual.
+      refuses: What makes no sense with the method, and why.
     """
 
     def init(key: jax.Array, server: Server) -> tuple[Server, tuple[()]]:
@@ -125,9 +161,9 @@ def averaging(
         return Start(server.trainable, trains(server.round))
 
     def finish(
-        server: Server, client: PyTree, start: Start, trained: Trainable
+        server: Server, client: PyTree, start: Start, trained: Trained
     ) -> tuple[Trainable, PyTree]:
-        return trained, client
+        return trained.trainable, client
 
     def aggregate(
         server: Server, uploads: Trainable, weights: jax.Array
@@ -143,7 +179,13 @@ def averaging(
         adapters = sides(server.trainable.adapters, receives(round_index))
         return adapters, residual, server.trainable.head
 
-    return Method(init, start, finish, aggregate, sent, received)
+    def missed(
+        server: Server, aggregated: Aggregated | None, round_index: int, absent: int
+    ) -> PyTree:
+        """Of adapters the newest will do; a residual of each round is in the backbone for good."""
+        return [None if aggregated is None else aggregated.residual] * absent
+
+    return Method(init, start, finish, aggregate, sent, received, missed, refuses=refuses)
 
 
 def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +236,17 @@ def mean(stacked: PyTree, weights: jax.Array) -> PyTree:
         return jnp.sum(jnp.where(here > 0, x.astype(jnp.float32) * here, 0), axis=0).astype(x.dtype)
 
     return jax.tree.map(average, stacked)
+
+
+def trained_mask(start: Start) -> Trainable:
+    """Booleans that broadcast against `start.trainable`: True where training moves it."""
+
+    def sides_of(factors: Factors) -> Factors:
+        columns = jnp.arange(factors.rank) < (factors.rank if start.rank is None else start.rank)
+        return Factors(start.trains.a & columns, (start.trains.b & columns)[:, None])
+
+    adapters = {path: sides_of(factors) for path, factors in start.trainable.adapters.items()}
+    return Trainable(adapters, jax.tree.map(lambda _: jnp.asarray(True), start.trainable.head))
 
 
 def change(start: Start, trainable: Trainable) -> Adapters:

@@ -10,4 +10,8 @@ def central() -> Method:
         pooled=True,
         sent=lambda upload, round_index: (),
         received=lambda server, aggregated, round_index: (),
+        refuses=dict.fromkeys(
+            ("fedprox", "scaffold", "server_optimizer", "privacy"),
+            "all data lie in one place, so that nothing drifts and nothing is sent",
+        ),
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedlora_jax import aggregation
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
 def fedex_lora(**hyperparameters: Any) -> Method:
@@ -16,7 +16,15 @@ def fedex_lora(**hyperparameters: Any) -> Method:
       Singhal et al., *FedEx-LoRA*, ACL 2025, arXiv:2410.09432.
     """
     return averaging(
-        lambda stacked, weights, server: aggregation.fedex_lora(stacked, weights, **hyperparameters)
+        lambda stacked, weights, server: aggregation.fedex_lora(
+            stacked, weights, **hyperparameters
+        ),
+        refuses={
+            "unequal_ranks": "its residual is defined for clients of one rank; flora is exact for "
+            "any ranks",
+            "server_optimizer": "its residual makes the plain means exact, and no others",
+            "privacy": READS_EACH_CLIENT,
+        },
     )
 
 

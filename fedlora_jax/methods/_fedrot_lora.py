@@ -1,7 +1,7 @@
 """FedRot-LoRA: clients' factors rotated to the last global ones before they are averaged."""
 
 from fedlora_jax import aggregation
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
 def fedrot_lora(*, strength: float = 1.0) -> Method:
@@ -20,5 +20,6 @@ def fedrot_lora(*, strength: float = 1.0) -> Method:
             reference=server.trainable.adapters,
             aligned=server.round % 2 == 0,
             strength=strength,
-        )
+        ),
+        refuses={"privacy": READS_EACH_CLIENT},
     )

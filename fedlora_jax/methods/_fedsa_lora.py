@@ -8,10 +8,10 @@ from fedlora_jax.lowrank import Factors
 from fedlora_jax.methods._base import (
     Context,
     Method,
-    PyTree,
     Server,
     Start,
     Trainable,
+    Trained,
     mean,
     sides,
 )
@@ -38,15 +38,15 @@ def fedsa_lora() -> Method:
         return Start(own(server, client))
 
     def finish(
-        server: Server, client: Trainable, start: Start, trained: Trainable
-    ) -> tuple[PyTree, Trainable]:
-        return {path: factors.a for path, factors in trained.adapters.items()}, trained
+        server: Server, client: Trainable, start: Start, trained: Trained
+    ) -> tuple[Adapters, Trainable]:
+        return trained.trainable.adapters, trained.trainable
 
     def aggregate(
-        server: Server, uploads: PyTree, weights: jax.Array
+        server: Server, uploads: Adapters, weights: jax.Array
     ) -> tuple[Server, Aggregated | None]:
         adapters = {
-            path: factors._replace(a=mean(uploads[path], weights))
+            path: factors._replace(a=mean(uploads[path].a, weights))
             for path, factors in server.trainable.adapters.items()
         }
         return server._replace(trainable=server.trainable._replace(adapters=adapters)), None
@@ -56,9 +56,15 @@ def fedsa_lora() -> Method:
         start,
         finish,
         aggregate,
-        sent=lambda upload, round_index: upload,
+        sent=lambda upload, round_index: sides(upload, "a"),
         received=lambda server, aggregated, round_index: sides(server.trainable.adapters, "a"),
         personal=own,
+        refuses={
+            "scaffold": "b and the head stay with the client, no server has a control variate of "
+            "them",
+            "privacy": "its clients keep b and the head and are judged by them; a guarantee for a "
+            "alone would mislead",
+        },
     )
 
 

@@ -18,6 +18,7 @@ from fedlora_jax.methods._base import (
     Server,
     Start,
     Trainable,
+    Trained,
     absorb,
     change,
     each_layer,
@@ -145,14 +146,15 @@ def fedsmooth_lora(
         return Start(server.trainable._replace(adapters=smooth), offset=negative)
 
     def finish(
-        server: Server, client: ClientState, start: Start, trained: Trainable
+        server: Server, client: ClientState, start: Start, trained: Trained
     ) -> tuple[Trainable, ClientState]:
+        arrived = trained.trainable
         upload = each_layer(
             lambda whole, own: lowrank.truncate(whole, own.rank, split=split),
-            change(start, trained),
-            trained.adapters,
+            change(start, arrived),
+            arrived.adapters,
         )
-        return Trainable(upload, trained.head), ClientState(upload, server.round)
+        return Trainable(upload, arrived.head), ClientState(upload, server.round)
 
     def aggregate(
         server: Server, uploads: Trainable, weights: jax.Array
@@ -176,6 +178,14 @@ def fedsmooth_lora(
         aggregate,
         sent=lambda upload, round_index: upload,
         received=lambda server, aggregated, round_index: (server.memory, server.trainable.head),
+        missed=lambda server, aggregated, round_index, absent: [server.memory] * absent,
+        refuses={
+            "unequal_ranks": "its gradient-aligned matrix and its truncations have one rank r",
+            "fedprox": "a client starts from its own matrices, not from a server's factors",
+            "scaffold": "its adapters are reset in every round, to factors of another basis",
+            "server_optimizer": "its server merges the aggregate and returns no average",
+            "privacy": "its server reads the sum of the clients' products, not a mean of factors",
+        },
     )
 
 

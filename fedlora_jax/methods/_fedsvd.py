@@ -1,7 +1,7 @@
 """FedSVD: as FFA-LoRA within a round, with `a` refactored from the aggregate after it."""
 
 from fedlora_jax import aggregation
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.methods._base import OTHER_BASIS, Method, averaging
 from fedlora_jax.methods._ffa_lora import B_ONLY
 
 
@@ -17,4 +17,5 @@ def fedsvd() -> Method:
         ),
         trains=lambda round_index: B_ONLY,
         sends=lambda round_index: "b",
+        refuses={"scaffold": OTHER_BASIS, "server_optimizer": OTHER_BASIS},
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedlora_jax import aggregation
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.methods._base import OTHER_BASIS, READS_EACH_CLIENT, Method, averaging
 
 
 def flexlora(**hyperparameters: Any) -> Method:
@@ -17,5 +17,10 @@ def flexlora(**hyperparameters: Any) -> Method:
       Client Resources*, NeurIPS 2024, arXiv:2402.11505.
     """
     return averaging(
-        lambda stacked, weights, server: aggregation.flexlora(stacked, weights, **hyperparameters)
+        lambda stacked, weights, server: aggregation.flexlora(stacked, weights, **hyperparameters),
+        refuses={
+            "scaffold": OTHER_BASIS,
+            "server_optimizer": OTHER_BASIS,
+            "privacy": READS_EACH_CLIENT,
+        },
     )

@@ -3,7 +3,15 @@
 import jax
 
 from fedlora_jax import aggregation, lora
-from fedlora_jax.methods._base import Context, Method, PyTree, Server, Start, averaging
+from fedlora_jax.methods._base import (
+    READS_EACH_CLIENT,
+    Context,
+    Method,
+    PyTree,
+    Server,
+    Start,
+    averaging,
+)
 
 
 def flora() -> Method:
@@ -21,6 +29,12 @@ def flora() -> Method:
     method = averaging(
         lambda stacked, weights, server: aggregation.flora(stacked, weights),
         receives=lambda round_index: "",
+        refuses={
+            "fedprox": "its adapters are reset in every round, to a random start",
+            "scaffold": "its adapters are reset in every round, to a random start",
+            "server_optimizer": "its server merges the stacked adapters and returns no average",
+            "privacy": READS_EACH_CLIENT,
+        },
     )
     return method._replace(init=_without_adapters, start=start)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedlora_jax import aggregation
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
 def flora_na(**hyperparameters: Any) -> Method:
@@ -16,5 +16,6 @@ def flora_na(**hyperparameters: Any) -> Method:
       *FLoRA-NA*, arXiv:2509.26399.
     """
     return averaging(
-        lambda stacked, weights, server: aggregation.flora_na(stacked, weights, **hyperparameters)
+        lambda stacked, weights, server: aggregation.flora_na(stacked, weights, **hyperparameters),
+        refuses={"privacy": READS_EACH_CLIENT},
     )

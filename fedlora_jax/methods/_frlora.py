@@ -27,12 +27,21 @@ def frlora() -> Method:
         return server._replace(backbone=backbone, trainable=trainable, memory=principal), ()
 
     method = averaging(
-        lambda stacked, weights, server: aggregation.frlora(stacked, weights, initial=server.memory)
+        lambda stacked, weights, server: aggregation.frlora(
+            stacked, weights, initial=server.memory
+        ),
+        refuses={
+            "unequal_ranks": "its start is the principal part of the model, and a client of a "
+            "smaller rank would begin without some of it",
+            "scaffold": "its adapters are reset in every round",
+            "server_optimizer": "its server merges the means and returns no average",
+        },
     )
     # The means are sent; the residual follows from them.
     return method._replace(
         init=init,
         received=lambda server, aggregated, round_index: server.trainable,
+        missed=lambda server, aggregated, round_index, absent: [server.trainable.adapters] * absent,
     )
 
 

@@ -3,7 +3,7 @@
 import jax
 
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.methods._base import Context, Method, PyTree, Server, Start, Trainable
+from fedlora_jax.methods._base import Context, Method, PyTree, Server, Start, Trainable, Trained
 
 
 def local() -> Method:
@@ -16,9 +16,9 @@ def local() -> Method:
         return Start(client)
 
     def finish(
-        server: Server, client: Trainable, start: Start, trained: Trainable
+        server: Server, client: Trainable, start: Start, trained: Trained
     ) -> tuple[tuple[()], Trainable]:
-        return (), trained
+        return (), trained.trainable
 
     def aggregate(
         server: Server, uploads: PyTree, weights: jax.Array
@@ -33,4 +33,10 @@ def local() -> Method:
         sent=lambda upload, round_index: (),
         received=lambda server, aggregated, round_index: (),
         personal=lambda server, client: client,
+        refuses={
+            "fedprox": "no server model holds its clients together",
+            "scaffold": "its clients send nothing",
+            "server_optimizer": "its server learns nothing",
+            "privacy": "its clients send nothing",
+        },
     )

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedlora_jax import aggregation
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
 def lora_fair(**hyperparameters: Any) -> Method:
@@ -18,5 +18,6 @@ def lora_fair(**hyperparameters: Any) -> Method:
       Bian et al., *LoRA-FAIR*, ICCV 2025, arXiv:2411.14961.
     """
     return averaging(
-        lambda stacked, weights, server: aggregation.lora_fair(stacked, weights, **hyperparameters)
+        lambda stacked, weights, server: aggregation.lora_fair(stacked, weights, **hyperparameters),
+        refuses={"privacy": READS_EACH_CLIENT},
     )

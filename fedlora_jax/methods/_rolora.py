@@ -7,7 +7,7 @@ from fedlora_jax import aggregation
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
-from fedlora_jax.methods._base import Method, Server, averaging
+from fedlora_jax.methods._base import Method, Server, averaging, sides
 
 
 def rolora() -> Method:
@@ -35,9 +35,16 @@ def rolora() -> Method:
         }
         return aggregation.rolora(sent, weights, trained=now)
 
-    return averaging(
+    method = averaging(
         aggregate,
         trains=lambda round_index: Factors(a=~b_trained(round_index), b=b_trained(round_index)),
         sends=side,
         receives=side,
+        refuses={"server_optimizer": "the resting factor would move with its momentum"},
+    )
+    # Whoever was absent has not got the other factor either.
+    return method._replace(
+        missed=lambda server, aggregated, round_index, absent: sides(
+            server.trainable.adapters, side(round_index + 1)
+        )
     )

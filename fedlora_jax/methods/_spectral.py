@@ -1,8 +1,20 @@
 """Spectral aggregation: as many directions of the mean product as its spectrum is worth."""
 
+import jax
+import numpy as np
+
 from fedlora_jax import aggregation
+from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.aggregation._spectral import Selection
-from fedlora_jax.methods._base import Method, averaging
+from fedlora_jax.lowrank import Factors
+from fedlora_jax.methods._base import (
+    OTHER_BASIS,
+    READS_EACH_CLIENT,
+    Method,
+    PyTree,
+    Server,
+    averaging,
+)
 
 
 def spectral(*, selection: Selection = "energy", threshold: float = 0.99) -> Method:
@@ -15,8 +27,27 @@ def spectral(*, selection: Selection = "energy", threshold: float = 0.99) -> Met
     References:
       *FLoRIST*, arXiv:2506.09199.
     """
-    return averaging(
+    method = averaging(
         lambda stacked, weights, server: aggregation.spectral(
             stacked, weights, selection=selection, threshold=threshold
-        )
+        ),
+        refuses={
+            "scaffold": OTHER_BASIS,
+            "server_optimizer": OTHER_BASIS,
+            "privacy": READS_EACH_CLIENT,
+        },
     )
+
+    def received(server: Server, aggregated: Aggregated | None, round_index: int) -> PyTree:
+        """The columns that were kept; the Gaussian ones beyond come from a common key."""
+        adapters = {path: _kept(factors) for path, factors in server.trainable.adapters.items()}
+        return adapters, server.trainable.head
+
+    return method._replace(received=received)
+
+
+def _kept(factors: Factors) -> Factors:
+    if not isinstance(factors.b, jax.Array) or isinstance(factors.b, jax.core.Tracer):
+        return factors
+    kept = int(np.count_nonzero(np.any(np.asarray(factors.b) != 0, axis=1)))
+    return Factors(factors.a[:, :kept], factors.b[:kept])

@@ -38,7 +38,7 @@ def linear():
     params = model.init(jax.random.key(0), examples["x"])["params"]
     adapters = lora.init(jax.random.key(1), params, targets=".*", rank=RANK)
     task = Task(model, lambda batch: (batch["x"],), squares, squares)
-    training = LocalTraining(optax.sgd(RATE), STEPS, max(COUNTS), lambda r: 1.0)
+    training = LocalTraining(optax.sgd(1.0), max(COUNTS), STEPS)
     server = Server(params, Trainable(adapters, {}), jnp.float32(SCALE), (), jnp.int32(0))
     return task, training, server, client_data(examples, parts), examples, parts
 
@@ -55,7 +55,7 @@ def run_two_rounds(linear, **options):
     step = jax.jit(lambda *state: run_round(task, method, training, *state))
     federation, rounds = create(jax.random.key(2), method, server, len(COUNTS)), []
     for _ in range(2):
-        federation, _, result = step(federation, data, COHORT, jax.random.key(3))
+        federation, _, result = step(federation, data, COHORT, jax.random.key(3), RATE)
         rounds.append((federation, result))
     return rounds
 

@@ -1,0 +1,127 @@
+"""What crosses between clients and server, counted in bytes of the arrays as they are stored."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from fedlora_jax import lora, lowrank
+from fedlora_jax.federated.round import Federation
+from fedlora_jax.lowrank import Factors
+from fedlora_jax.methods import Context, Method, Server, Trained
+
+PyTree: TypeAlias = Any
+
+
+class MessageBytes(NamedTuple):
+    """Bytes of one client in one round.
+
+    Attributes:
+      up: What it sends.
+      down: What it receives.
+      catch_up: What it receives besides, because it was absent before: the residuals that the
+        backbone has absorbed meanwhile, or the whole adapted kernels where these are smaller.
+    """
+
+    up: int
+    down: int
+    catch_up: int
+
+
+class Messages(NamedTuple):
+    """The shapes of what a round of a method makes, see `messages`."""
+
+    upload: PyTree
+    aggregated: PyTree
+
+
+def messages(method: Method, federation: Federation, cohort_size: int) -> Messages:
+    """The shapes of a client's upload and of the aggregate, without computing anything."""
+    server, clients, ranks = federation
+    client = jax.tree.map(lambda x: x[0], clients)
+
+    def gradient(adapters: PyTree, **_: Any) -> PyTree:
+        return adapters
+
+    def everything(server: Server, client: PyTree, rank: jax.Array) -> Messages:
+        context = Context(jax.random.key(0), gradient, rank)
+        start = method.start(server, client, context)
+        # Shapes do not depend on what training does.
+        trained = Trained(start.trainable, start.trainable)
+        start = start._replace(rank=rank if start.rank is None else start.rank)
+        upload = method.finish(server, client, start, trained)[0]
+        stacked = jax.tree.map(lambda x: jnp.stack([x] * cohort_size), upload)
+        return Messages(upload, method.aggregate(server, stacked, jnp.ones(cohort_size))[1])
+
+    return jax.eval_shape(everything, server, client, ranks[0])
+
+
+def count(
+    method: Method,
+    federation: Federation,
+    made: Messages,
+    round_index: int,
+    *,
+    rank: int | None = None,
+    absent: int = 0,
+) -> MessageBytes:
+    """Bytes of a client in a round.
+
+    Args:
+      method: How clients and server work together.
+      federation: The state after the round. `spectral` looks at its values.
+      made: From `messages`.
+      round_index: The round.
+      rank: The client's; by default that of the server's adapters. What is stacked from a cohort is
+        counted as if all in it had this rank, so that the mean over a cohort is right.
+      absent: Rounds since the client last took part, without this one.
+    """
+    server, aggregated = federation.server, made.aggregated
+    upload = made.upload
+    if rank is not None:
+        full = max(factors.rank for factors in server.trainable.adapters.values())
+        server, upload, aggregated = _narrow((server, upload, aggregated), rank, full)
+    missed = method.missed(server, aggregated, round_index, absent) if absent else ()
+    return MessageBytes(
+        up=_bytes(method.sent(upload, round_index)),
+        down=_bytes(method.received(server, aggregated, round_index)),
+        catch_up=min(_bytes(missed), _bytes(_adapted_kernels(federation.server))),
+    )
+
+
+def absences(cohorts: Sequence[Sequence[int]]) -> list[int]:
+    """For each client of the last cohort, the rounds since it took part before; from the start on
+    if it never did."""
+    now = len(cohorts) - 1
+    seen = {client: index for index, cohort in enumerate(cohorts[:-1]) for client in cohort}
+    return [now - seen.get(client, -1) - 1 for client in cohorts[-1]]
+
+
+def _adapted_kernels(server: Server) -> PyTree:
+    kernels = jax.eval_shape(lora.kernels, server.backbone)
+    return [kernels[path] for path in server.trainable.adapters]
+
+
+def _narrow(tree: PyTree, rank: int, full: int) -> PyTree:
+    """The tree as it would be with `rank` in place of `full`: all its factors are that narrower."""
+
+    def narrow(node: Any) -> Any:
+        if not lowrank.is_factors(node):
+            return node
+        width = node.rank * rank // full
+        return Factors(_first(node.a, width, -1), _first(node.b, width, -2))
+
+    return jax.tree.map(narrow, tree, is_leaf=lowrank.is_factors)
+
+
+def _first(x: Any, width: int, axis: int) -> Any:
+    if isinstance(x, jax.Array):
+        return jax.lax.slice_in_dim(x, 0, width, axis=axis)
+    shape = list(x.shape)
+    shape[axis] = width
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
