@@ -58,4 +58,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     add_combinations(config)
     config.options = method_options(config.get_ref("rounds"))
+    # Each is passed over six times, against eight local steps.
+    config.options.fedsmooth_lora.calibration_batches = 2
     return config

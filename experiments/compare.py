@@ -2,20 +2,23 @@
 
     python -m experiments.compare --config=configs/digits.py --workdir=runs/digits \\
         --methods=fedit,lora_fair --seeds=3
+    python -m experiments.compare --config=configs/digits.py --workdir=runs/all \\
+        --methods=all --seeds=5 --learning_rates=runs/tuned/learning_rates.json
 
-Prints a table; leaves `report.md` with plots in the work directory, and a directory for each
+Prints tables; leaves `report.md` with plots in the work directory, and a directory for each
 method and seed as `experiments.train` does. Run again after a kill, it goes on from the last
 finished round.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import report
-from experiments.apps import command, progress_bar, run
+from experiments.apps import method_names, progress_bar, read_learning_rates, run
+from experiments.plots import Rounds, Runs
 from fedlora_jax.federated import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -23,25 +26,49 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.", required=True)
 _METHODS = flags.DEFINE_list(
-    "methods", ["local", "fedit", "lora_fair", "flora_na", "central"], "Methods to compare."
+    "methods", ["local", "fedit", "lora_fair", "flora_na", "central"], "Methods to compare, or all."
 )
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
+_LEARNING_RATES = flags.DEFINE_string(
+    "learning_rates",
+    None,
+    "File of experiments.tune with the learning rate of each method; by default all have that of "
+    "the configuration.",
+)
 
 
 def main() -> None:
     """Runs all methods under all seeds, then writes the report."""
-    compare(_CONFIG.value, Path(_WORKDIR.value), _METHODS.value, _SEEDS.value)
+    config, names = _CONFIG.value, method_names(_METHODS.value)
+    if _LEARNING_RATES.value is None:
+        rates = dict.fromkeys(names, config.local.learning_rate)
+    else:
+        rates = read_learning_rates(Path(_LEARNING_RATES.value), names)
+    compare(config, Path(_WORKDIR.value), rates, _SEEDS.value)
 
 
-def compare(config: ConfigDict, workdir: Path, names: Sequence[str], num_seeds: int) -> report.Runs:
-    """Runs the methods `names` under seeds 0, 1, ... and writes the report into `workdir`."""
-    configs = {name: config.copy_and_resolve_references() for name in names}
+def compare(
+    config: ConfigDict, workdir: Path, learning_rates: Mapping[str, float], num_seeds: int
+) -> Runs:
+    """Runs methods under seeds 0, 1, ... and writes the report into `workdir`.
+
+    Args:
+      config: What the methods share.
+      workdir: Where to write.
+      learning_rates: The methods, in the order of the report, and the learning rate of each.
+      num_seeds: The number of seeds.
+
+    Returns:
+      The metrics by method and seed.
+    """
+    configs = {name: config.copy_and_resolve_references() for name in learning_rates}
     for name, mine in configs.items():
         mine.method = name
+        mine.local.learning_rate = learning_rates[name]
         experiment.check(mine)
     setting = experiment.prepare(config)
-    runs: dict[str, list[report.Rounds]] = {}
-    with progress_bar(len(names) * num_seeds * config.rounds) as bar:
+    runs: dict[str, list[Rounds]] = {}
+    with progress_bar(len(configs) * num_seeds * config.rounds) as bar:
         for name, mine in configs.items():
             program = experiment.compile_program(mine, setting)
             runs[name] = []
@@ -54,9 +81,7 @@ def compare(config: ConfigDict, workdir: Path, names: Sequence[str], num_seeds: 
                 runs[name].append(rounds)
                 if bar.disable:
                     print(f"{name}, seed {seed}: {100 * rounds[-1]['accuracy']:.1f}%", flush=True)
-    counts = experiment.partition_counts(config, setting)
-    path = report.write(workdir, runs, counts, setting.domains, command())
-    print(f"\n{report.render(runs)}\n\nReport with plots: {path}")
+    report.finish(config, setting, workdir, runs, learning_rates)
     return runs
 
 

@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import report
-from experiments.apps import command, progress_bar, run
+from experiments.apps import progress_bar, run
 from fedlora_jax.federated import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -29,10 +29,8 @@ def main() -> None:
     with progress_bar(config.rounds, config.method) as bar:
         program = experiment.compile_program(config, setting)
         rounds = experiment.run(config, setting, program, workdir, bar.update)
-    runs = {config.method: [rounds]}
-    counts = experiment.partition_counts(config, setting)
-    path = report.write(workdir, runs, counts, setting.domains, command())
-    print(f"\n{report.render(runs)}\n\nReport with plots: {path}")
+    rates = {config.method: config.local.learning_rate}
+    report.finish(config, setting, workdir, {config.method: [rounds]}, rates)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 
 from fedlora_jax import lora, methods
-from fedlora_jax.data.clients import ClientData, client_data
+from fedlora_jax.data.clients import ClientData, client_data, local_batch
+from fedlora_jax.federated import randomness
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import Federation, create, run_round
 from fedlora_jax.federated.task import Task, classification
@@ -39,10 +40,10 @@ class World(NamedTuple):
     training: LocalTraining
     seed: jax.Array
 
-    def run(self, name: str, cohorts, **options):
+    def run(self, name: str, cohorts, ranks=None, **options):
         """A round for each cohort; the state before the last one, after it, and what came of it."""
         method = method_of(name)
-        federation = before = self.federation(method)
+        federation = before = self.federation(method, ranks)
         metrics = result = None
         for cohort in cohorts:
             before = federation
@@ -56,8 +57,8 @@ class World(NamedTuple):
         function = _compiled(name, self.task, self.training)
         return function(federation, self.data, COHORT, self.seed, learning_rate(federation))[0]
 
-    def federation(self, method: methods.Method) -> Federation:
-        return create(jax.random.key(5), method, self.server, len(COUNTS))
+    def federation(self, method: methods.Method, ranks=None) -> Federation:
+        return create(jax.random.key(5), method, self.server, len(COUNTS), ranks)
 
 
 def make_world() -> World:
@@ -81,6 +82,56 @@ def make_world() -> World:
         LocalTraining(optimizer, batch_size=6, steps=3),
         jax.random.key(3),
     )
+
+
+def train_by_hand(
+    world: World,
+    client: int,
+    trainable: Trainable,
+    round_index: int = 0,
+    *,
+    trains: Trainable | None = None,
+    backbone=None,
+    training: LocalTraining | None = None,
+    correct=lambda gradient, trainable: gradient,
+) -> Trainable:
+    """One client's round as a Python loop over merged kernels.
+
+    `trains` are booleans, True where training moves; `correct` changes a gradient before the
+    optimiser sees it.
+    """
+    server, training = world.server, training or world.training
+    backbone = server.backbone if backbone is None else backbone
+    key = randomness.of_client(world.seed, "batches", round_index, client)
+
+    def masked(tree):
+        if trains is None:
+            return tree
+        return jax.tree.map(lambda x, keep: jnp.where(keep, x, 0), tree, trains)
+
+    @jax.jit
+    def gradient(trainable, batch):
+        def loss(trainable):
+            merged = lora.merge(backbone, trainable.adapters, scale=server.scale)
+            variables = {"params": lora.join_head(merged, trainable.head)}
+            logits = world.task.model.apply(variables, batch["x"])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+        return jax.grad(loss)(trainable)
+
+    state = training.optimizer.init(trainable)
+    count = world.data.counts[client]
+    for step in range(int(training.steps_of(count))):
+        chosen, mask = local_batch(
+            world.data.indices[client], count, key, step, training.batch_size
+        )
+        batch = {name: x[chosen[mask]] for name, x in world.data.examples.items()}
+        slope = masked(correct(gradient(trainable, batch), trainable))
+        updates, state = training.optimizer.update(slope, state, trainable)
+        rate = 0.2 / (1 + round_index)
+        updates = jax.tree.map(lambda u, rate=rate: rate * u, masked(updates))
+        trainable = optax.apply_updates(trainable, updates)
+    return trainable
 
 
 def learning_rate(federation: Federation) -> jax.Array:

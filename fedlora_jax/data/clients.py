@@ -1,5 +1,6 @@
 """Clients' data on the device: the examples once, and an index array that says whose they are."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,8 +16,8 @@ class ClientData(NamedTuple):
     Attributes:
       examples: Arrays `[M, ...]`, shared by all clients.
       indices: int32 `[N, max_n]`, positions of a client's examples; beyond its count, padding.
-        The width is a power of two, so that partitions of one kind under different seeds share a
-        compiled program.
+        The width is a power of two, of at least three times the mean count, so that partitions of
+        one kind under different seeds share a compiled program.
       counts: int32 `[N]`, how many examples a client has.
     """
 
@@ -44,7 +45,8 @@ def client_data(examples: Mapping[str, ArrayLike], parts: Sequence[np.ndarray]) 
     sizes = {key: len(np.asarray(value)) for key, value in examples.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"arrays differ in their number of examples: {sizes}")
-    width = 1 << int(counts.max() - 1).bit_length()
+    longest = max(int(counts.max()), math.ceil(3 * counts.mean()))
+    width = 1 << (longest - 1).bit_length()
     indices = np.zeros((len(parts), width), np.int32)
     for row, part in zip(indices, parts, strict=True):
         row[: len(part)] = part

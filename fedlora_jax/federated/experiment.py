@@ -24,7 +24,7 @@ import optax
 from fedlora_jax import lora, methods, models, transforms
 from fedlora_jax.data import images, partition, python_docs, sources
 from fedlora_jax.data.clients import ClientData, client_data
-from fedlora_jax.federated import cohort, communication, randomness, ranks, records
+from fedlora_jax.federated import cohort, communication, memory, randomness, ranks, records
 from fedlora_jax.federated.evaluation import Accuracy, HeldOut, held_out, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import (
@@ -309,6 +309,9 @@ def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Met
     if not method.pooled:
         affordable = ranks.assign(config.lora.ranks, config.lora.rank, len(parts), config.seed)
     federation = create(randomness.stream(seed, "method"), method, server, len(parts), affordable)
+    # Arrays read from a file are tied to a device, new ones are not, and a round's results are if
+    # any input was: all tied from the start, a round compiles once, also after a restart.
+    federation = jax.tree.map(lambda x: jax.device_put(x, x.sharding), federation)
     return State(
         federation,
         client_data(setting.train, parts),
@@ -319,6 +322,22 @@ def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Met
             [(domains[part], setting.train["label"][part]) for part in parts],
         ),
         1 if method.pooled else config.clients_per_round,
+    )
+
+
+def estimate_memory(
+    config: ml_collections.ConfigDict, setting: Setting, program: Program
+) -> memory.Memory | None:
+    """What a round of `run` will need; it compiles the round."""
+    start = first_state(config, setting, program.method)
+    members = np.zeros(start.cohort_size, np.int32)
+    return memory.estimate(
+        program.round,
+        start.federation,
+        start.data,
+        members,
+        jax.random.key(config.seed),
+        jnp.float32(0),
     )
 
 
@@ -358,9 +377,6 @@ def run(
     _claim(config, workdir)
     checkpoints = records.Checkpoints(workdir)
     federation, first = checkpoints.restore(start.federation)
-    # Arrays read from a file are tied to a device, new ones are not, and a round's results are if
-    # any input was: all tied from the start, a round compiles once, also after a restart.
-    federation = jax.tree.map(lambda x: jax.device_put(x, x.sharding), federation)
     for _ in range(first):
         advance()
     seed = jax.random.key(config.seed)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedlora_jax import lora, methods
+from fedlora_jax import aggregation, lora, methods
 from fedlora_jax.federated import communication, records
-from fedlora_jax.methods import change
-from tests.world import COHORT, method_of
+from fedlora_jax.federated.round import run_round
+from fedlora_jax.methods import change, trained_mask
+from tests.world import COHORT, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
 EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "rolora"]
@@ -63,6 +64,117 @@ def test_exact_methods_give_the_mean_of_the_clients_models(world, cohort_of, nam
     for path, kernel in ideal(world, before, result).items():
         np.testing.assert_allclose(reached[path], kernel, rtol=1e-5, atol=2e-6)
         assert np.abs(reached[path] - start[path]).max() > 1e-4
+
+
+# With one client: all but those that truncate (fedsmooth_lora), leave the length of the product
+# free (lora_fair), or have no global model (local; of fedsa_lora the server's b is not a model).
+ALONE = sorted(set(ALL) - {"fedsmooth_lora", "lora_fair", "local", "fedsa_lora"})
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_one_client_alone_is_centralised_training(world, name, rounds):
+    """The global model is what plain LoRA steps on that client's data give, in its own words."""
+    if name == "central":  # the world's data are not pooled, but one client is all there is here
+        name = "fedit"
+    before, after, _, result = world.run(name, [jnp.array([3])] * rounds)
+    first = jax.tree.map(lambda x: x[0], result.start)
+    penalty = method_of(name).penalty
+
+    def correct(gradient, trainable):
+        """HetLoRA has a term of its own in the loss."""
+        if penalty is None:
+            return gradient
+        mine = jax.tree.map(lambda x: x[3], before.clients)
+        slope = jax.grad(penalty, argnums=3)(before.server, mine, first, trainable)
+        return jax.tree.map(jnp.add, gradient, slope)
+
+    trained = train_by_hand(
+        world,
+        3,
+        first.trainable,
+        rounds - 1,
+        trains=trained_mask(first),
+        backbone=before.server.backbone,
+        correct=correct,
+    )
+    reached = kernels(after.server, after.server.trainable.adapters)
+    for path, kernel in kernels(before.server, trained.adapters).items():
+        np.testing.assert_allclose(reached[path], kernel, rtol=1e-3, atol=2e-5)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5),
+        after.server.trainable.head,
+        trained.head,
+    )
+
+
+RANKED = [name for name in ALL if "unequal_ranks" not in method_of(name).refuses]
+RANKS = (1, 2, 2, 1, 2, 1, 2)
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_clients_of_a_smaller_rank_train_and_send_no_more_than_that(world, name):
+    before, after, metrics, result = world.run(name, [COHORT] * 2, ranks=RANKS)
+    ranks = np.array(RANKS)[COHORT]
+    if name != "hetlora":  # which may have pruned
+        np.testing.assert_array_equal(metrics.ranks, ranks)
+    assert (metrics.ranks <= ranks).all()
+    for trained in result.trained.adapters.values():
+        for position, rank in enumerate(ranks):
+            assert not trained.a[position, :, rank:].any()
+            assert not trained.b[position, rank:].any()
+            assert trained.a[position, :, :rank].any() and trained.b[position, :rank].any()
+    if name in EXACT:
+        reached = kernels(after.server, after.server.trainable.adapters)
+        for path, kernel in ideal(world, before, result).items():
+            np.testing.assert_allclose(reached[path], kernel, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(RANKED)))
+def test_unequal_ranks_are_refused_with_the_reason(world, name):
+    with pytest.raises(ValueError, match="unequal ranks: its "):
+        world.federation(method_of(name), RANKS)
+    world.federation(method_of(name), [2] * len(RANKS))
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (0, 1, 1, 1, 1, 1, 1), (3, 1, 1, 1, 1, 1, 1)])
+def test_impossible_ranks_are_refused(world, ranks):
+    with pytest.raises(ValueError, match="ranks of 7 clients, each from 1 to 2"):
+        world.federation(method_of("fedit"), ranks)
+
+
+def test_hetlora_prunes_a_tail_that_shrinks_and_keeps_what_it_pruned(world):
+    method = methods.hetlora(pruning=5.0)
+    step = jax.jit(functools.partial(run_round, world.task, method, world.training))
+    ones = jax.tree.map(jnp.ones_like, world.server.trainable.adapters)
+    server = world.server._replace(trainable=world.server.trainable._replace(adapters=ones))
+    federation, ranks = world._replace(server=server).federation(method), []
+    for _ in range(3):
+        rate = jnp.float32(0.05)
+        federation, metrics, result = step(federation, world.data, COHORT, world.seed, rate)
+        ranks.append(np.asarray(metrics.ranks))
+        # The state says what the next round has.
+        kept = np.asarray(federation.clients)[COHORT]
+        before, after = (
+            np.array(
+                [aggregation.tail_penalty(at(tree, k), int(r)) for k, r in enumerate(ranks[-1])]
+            )
+            for tree in (result.start.trainable.adapters, result.trained.adapters)
+        )
+        pruned = (after < before) & (ranks[-1] > 1)
+        np.testing.assert_array_equal(kept, np.where(pruned, ranks[-1] - 1, ranks[-1]))
+    assert ranks[0].tolist() == [2] * 4 and ranks[-1].min() == 1
+    assert (np.diff(ranks, axis=0) <= 0).all()
+    absent = [client for client in range(len(RANKS)) if client not in COHORT.tolist()]
+    assert (np.asarray(federation.clients)[absent] == 2).all()
+
+
+def at(tree, position):
+    return jax.tree.map(lambda x: x[position], tree)
+
+
+def test_hetlora_without_pruning_is_its_aggregation_alone():
+    assert methods.hetlora(pruning=0.0).penalty is None
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL) - set(MERGING)))
@@ -165,6 +277,87 @@ def counted(world, method, round_index):
 def test_bytes_are_those_of_the_formulas(world, name):
     method = method_of(name)
     assert counted(world, method, 0) == tuple(4 * scalars for scalars in SCALARS[name])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_bytes_are_those_of_the_arrays_that_cross(world, cohort_of, name):
+    before, result, after = cohort_of(name)
+    method = method_of(name)
+    made = communication.messages(method, before, len(COHORT))
+    counted = communication.count(method, after, made, 0)
+    upload = jax.tree.map(lambda x: x[0], result.uploads)
+    arrays = jax.tree.leaves(method.sent(upload, 0))
+    assert counted.up == sum(np.asarray(x).nbytes for x in arrays)
+    _, aggregated = method.aggregate(before.server, result.uploads, jnp.ones(len(COHORT)))
+    arrays = jax.tree.leaves(method.received(after.server, aggregated, 0))
+    assert counted.down == sum(np.asarray(x).nbytes for x in arrays)
+
+
+def test_spectral_receives_the_directions_that_were_kept(world):
+    method = methods.spectral(threshold=0.5)
+    step = jax.jit(functools.partial(run_round, world.task, method, world.training))
+    federation = world.federation(method)
+    made = communication.messages(method, federation, len(COHORT))
+    federation, _, _ = step(federation, world.data, COHORT, world.seed, jnp.float32(0.2))
+    sizes = {"first": 6 + 10, "second": 10 + 7}
+    scalars = HEAD
+    for path, factors in federation.server.trainable.adapters.items():
+        kept = int(np.any(np.asarray(factors.b) != 0, axis=1).sum())
+        assert kept == 1
+        scalars += kept * sizes[path]
+    assert communication.count(method, federation, made, 0).down == 4 * scalars
+
+
+@pytest.mark.parametrize("name", ["fedit", "ffa_lora", "flexlora", "flora", "fedsa_lora"])
+def test_bytes_of_unequal_ranks(world, name):
+    """Up and down of a whole cohort of ranks 1, 2, 1, 2, by METHODS' formulas."""
+    method = method_of(name)
+    federation = world.federation(method, RANKS)
+    made = communication.messages(method, federation, len(COHORT))
+    ranks = [RANKS[client] for client in COHORT.tolist()]
+    each = [communication.count(method, federation, made, 0, rank=rank) for rank in ranks]
+    up, down = {
+        "fedit": ([r * (D_IN + D_OUT) + HEAD for r in ranks],) * 2,
+        "ffa_lora": ([r * D_OUT + HEAD for r in ranks],) * 2,
+        "flexlora": ([r * (D_IN + D_OUT) + HEAD for r in ranks],) * 2,
+        "flora": (
+            [r * (D_IN + D_OUT) + HEAD for r in ranks],
+            [sum(ranks) * (D_IN + D_OUT) + HEAD] * len(ranks),
+        ),
+        "fedsa_lora": ([r * D_IN for r in ranks],) * 2,
+    }[name]
+    assert sum(x.up for x in each) == 4 * sum(up)
+    assert sum(x.down for x in each) == 4 * sum(down)
+
+
+def test_absences():
+    cohorts = [[0, 1], [1, 2], [1, 3], [0, 2]]
+    assert communication.absences(cohorts) == [2, 1]
+    assert communication.absences(cohorts[:1]) == [0, 0]
+    assert communication.absences(cohorts[:3]) == [0, 2]
+
+
+DENSE = 6 * 10 + 10 * 7
+RESIDUALS = {
+    "fedex_lora": 3 * RANK * (D_IN + D_OUT),
+    "oracle": 3 * RANK * (D_IN + D_OUT),
+    "flora": 4 * RANK * (D_IN + D_OUT),
+    "frlora": RANK * (D_IN + D_OUT),
+    "fedsmooth_lora": RANK * (D_IN + D_OUT),
+    "rolora": RANK * D_IN,
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("absent", [0, 1, 2, 5])
+def test_catching_up_costs_the_residuals_missed_or_the_kernels_themselves(world, name, absent):
+    method = method_of(name)
+    federation = world.federation(method)
+    made = communication.messages(method, federation, len(COHORT))
+    found = communication.count(method, federation, made, 0, absent=absent)
+    once = RESIDUALS.get(name, 0)
+    times = min(absent, 1) if name == "rolora" else absent
+    assert found.catch_up == 4 * min(times * once, DENSE)
 
 
 def test_rolora_sends_the_other_factor_in_odd_rounds(world):

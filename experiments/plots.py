@@ -1,0 +1,291 @@
+"""Plots of finished runs. Every function returns a figure with its caption."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments import paired
+
+Rounds: TypeAlias = list[dict[str, Any]]
+Runs: TypeAlias = Mapping[str, Sequence[Rounds]]  # method -> one list of rounds a seed
+
+# With more methods than this, bands would cover the lines, and bars would be too thin.
+_FEW = 6
+# Errors below are those of float32 arithmetic: the method is exact.
+_EXACT = 1e-4
+
+
+class Plot(NamedTuple):
+    """A figure, and the sentence below it."""
+
+    figure: Figure
+    caption: str
+
+
+def save(workdir: Path, plots: Mapping[str, Plot | None]) -> str:
+    """Writes each plot as `workdir/NAME.png`; returns the Markdown that shows them."""
+    shown = []
+    for name, plot in plots.items():
+        if plot is not None:
+            plot.figure.savefig(workdir / f"{name}.png", dpi=120)
+            shown.append(f"![{plot.caption}]({name}.png)\n\n*{plot.caption}.*")
+    return "\n\n".join(shown)
+
+
+def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour, line style and marker of each method; all different up to forty."""
+    return {
+        name: {
+            "color": f"C{index % 10}",
+            "linestyle": ("-", "--", ":", "-.")[index // 10 % 4],
+            "marker": ("o", "s", "^", "D")[index // 10 % 4],
+        }
+        for index, name in enumerate(names)
+    }
+
+
+def accuracy(runs: Runs) -> Plot:
+    """Accuracy over rounds."""
+    figure, axes = _figure()
+    banded = _over_rounds(axes, runs, "accuracy", 100)
+    axes.set(ylabel="accuracy (%)")
+    return Plot(figure, f"Accuracy over rounds, mean over domains{banded}")
+
+
+def aggregation_error(runs: Runs) -> Plot | None:
+    """Aggregation error over rounds; None if no method has one."""
+    having = {
+        method: seeds
+        for method, seeds in runs.items()
+        if any(row["aggregation_error"] is not None for rounds in seeds for row in rounds)
+    }
+    if not having:
+        return None
+    figure, axes = _figure()
+    banded = _over_rounds(axes, having, "aggregation_error", 1, styles(list(runs)))
+    axes.set(ylabel="relative error")
+    return Plot(
+        figure,
+        "Relative distance of the server's update from the mean of the clients' updates" + banded,
+    )
+
+
+def domains(runs: Runs) -> Plot:
+    """Accuracy by domain after the last round: bars for few methods, a heat map for many."""
+    names = list(next(iter(runs.values()))[0][-1]["domain_accuracy"])
+    # [methods, seeds, domains], in percent
+    values = 100 * np.array(
+        [[[rounds[-1]["domain_accuracy"][d] for d in names] for rounds in s] for s in runs.values()]
+    )
+    if len(runs) <= _FEW:
+        return _domain_bars(list(runs), names, values)
+    return _domain_map(list(runs), names, values.mean(1))
+
+
+def differences(found: Mapping[str, paired.Difference], reference: str) -> Plot:
+    """Differences from a reference with their intervals, sorted."""
+    figure, axes = _figure(1.2 + 0.28 * len(found))
+    ordered = sorted(found.items(), key=lambda item: item[1].mean)
+    for y, (_, each) in enumerate(ordered):
+        axes.plot([each.low, each.high], [y, y], color="C0", lw=1.5)
+        axes.plot(each.mean, y, "o", color="C0", ms=5)
+    axes.axvline(0, color="k", lw=1, ls=":")
+    axes.set_yticks(range(len(ordered)), [method for method, _ in ordered])
+    axes.set(ylim=(-0.6, len(ordered) - 0.4), xlabel=f"accuracy minus that of {reference} (points)")
+    axes.grid(alpha=0.3, axis="x")
+    return Plot(
+        figure,
+        f"Accuracy after the last round minus that of {reference}, paired over seeds: mean and "
+        "95% t-interval",
+    )
+
+
+def error_and_accuracy(runs: Runs) -> Plot | None:
+    """Aggregation error against accuracy; None unless three methods at least have an error.
+
+    A method that trains on pooled data has one client in a round, and no error to speak of.
+    """
+    aggregating = {
+        method: seeds
+        for method, seeds in runs.items()
+        if len(seeds[0][0]["cohort"]) > 1 and all(_errors(rounds) for rounds in seeds)
+    }
+    if len(aggregating) < 3:
+        return None
+    figure, axes = _figure()
+    looks = styles(list(runs))
+    errors = np.array([[np.mean(_errors(r)) for r in seeds] for seeds in aggregating.values()])
+    errors = np.where(errors < _EXACT, 0, errors)
+    final = np.array([[100 * r[-1]["accuracy"] for r in seeds] for seeds in aggregating.values()])
+    for method, x, y in zip(aggregating, errors, final, strict=True):
+        look = {**looks[method], "linestyle": ""}
+        axes.plot(x, y, **look, ms=5, alpha=0.8, label=method)
+    axes.set(xlabel="aggregation error, mean over rounds", ylabel="accuracy (%)")
+    axes.grid(alpha=0.3)
+    _legend_outside(axes)
+    correlations = paired.rank_correlations(errors, final)
+    return Plot(
+        figure,
+        "Aggregation error against accuracy after the last round, a point for each method and "
+        f"seed. {_said(correlations, len(aggregating))}",
+    )
+
+
+def learning_rates(accuracies: Mapping[str, Mapping[float, Sequence[float] | None]]) -> Plot:
+    """Accuracy against the learning rate, a line a method; None marks a rate that failed."""
+    figure, axes = _figure()
+    for method, look in styles(list(accuracies)).items():
+        means = {rate: np.mean(x) for rate, x in accuracies[method].items() if x is not None}
+        points = [100 * mean for mean in means.values()]
+        axes.plot(list(means), points, **look, ms=4, lw=1.3, label=method)
+    rates = list(next(iter(accuracies.values())))
+    axes.set(xlabel="learning rate", ylabel="validation accuracy (%)", xscale="log")
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    _legend_outside(axes)
+    return Plot(
+        figure,
+        "Accuracy on the validation split after the last round against the learning rate, mean "
+        "over seeds; a rate at which training diverged has no point",
+    )
+
+
+def partition(counts: np.ndarray, names: Sequence[str]) -> Plot:
+    """The number of examples of each client, domain and label, `counts: [N, D, L]`."""
+    figure, axes = _figure()
+    by_label = counts.sum(1)  # [N, L]
+    home = counts.sum(2).argmax(1)  # [N]
+    clients, labels = np.nonzero(by_label)
+    sizes = by_label[clients, labels]
+    axes.scatter(
+        clients, labels, s=260 * sizes / by_label.max(), c=[f"C{d}" for d in home[clients]], lw=0
+    )
+    for index, domain in enumerate(names):
+        members = np.flatnonzero(home == index)
+        if len(members):
+            axes.text(members.mean(), by_label.shape[1], domain, ha="center", color=f"C{index}")
+    axes.set(
+        xlabel="client",
+        ylabel="label",
+        yticks=range(by_label.shape[1]),
+        ylim=(-1, by_label.shape[1] + 1),
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    return Plot(
+        figure, "Training examples by client and label, clients grouped by domain, first seed"
+    )
+
+
+def _figure(height: float = 4.8) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend_outside(axes: Any) -> None:
+    """The methods beside the axes, in the order in which their lines end."""
+    handles, labels = axes.get_legend_handles_labels()
+    ends = [line.get_ydata()[-1:].sum() for line in handles]
+    order = np.argsort(-np.nan_to_num(ends, nan=-np.inf), kind="stable")
+    axes.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        frameon=False,
+        fontsize=9,
+        handlelength=3,
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+    )
+
+
+def _over_rounds(
+    axes: Any,
+    runs: Runs,
+    field: str,
+    factor: float,
+    looks: Mapping[str, Mapping[str, str]] | None = None,
+) -> str:
+    """Draws a line a method; returns what is to be said of the bands around them."""
+    looks = looks or styles(list(runs))
+    banded = len(runs) <= _FEW and len(next(iter(runs.values()))) > 1
+    for method, seeds in runs.items():
+        values = np.array([[row[field] for row in rounds] for rounds in seeds], float) * factor
+        x, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
+        look = {**looks[method], "marker": ""}
+        axes.plot(x, mean, **look, lw=1.5, label=method)
+        if banded:
+            spread = values.std(0, ddof=1)
+            axes.fill_between(
+                x, mean - spread, mean + spread, color=look["color"], alpha=0.15, lw=0
+            )
+    axes.set(xlabel="round")
+    axes.grid(alpha=0.3)
+    _legend_outside(axes)
+    return "; the band is one standard deviation over seeds" if banded else ""
+
+
+def _domain_bars(methods: list[str], names: list[str], values: np.ndarray) -> Plot:
+    figure, axes = _figure()
+    width = 0.8 / len(methods)
+    several = values.shape[1] > 1
+    for index, (method, look) in enumerate(styles(methods).items()):
+        x = np.arange(len(names)) + (index - (len(methods) - 1) / 2) * width
+        spread = values[index].std(0, ddof=1) if several else None
+        axes.bar(
+            x,
+            values[index].mean(0),
+            width,
+            yerr=spread,
+            color=look["color"],
+            label=method,
+            error_kw={"lw": 1},
+        )
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel="accuracy (%)", ylim=(0, 100))
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, 1.12))
+    bars = "; bars are one standard deviation over seeds" if several else ""
+    return Plot(figure, f"Accuracy after the last round, by domain{bars}")
+
+
+def _domain_map(methods: list[str], names: list[str], values: np.ndarray) -> Plot:
+    values = np.column_stack([values.mean(1), values])
+    order = np.argsort(-values[:, 0], kind="stable")
+    values = values[order]
+    figure, axes = _figure(1 + 0.3 * len(methods))
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    middle = (values.min() + values.max()) / 2
+    for (row, column), value in np.ndenumerate(values):
+        color = "black" if value > middle else "white"
+        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=9)
+    axes.axvline(0.5, color="white", lw=3)
+    axes.set_xticks(range(len(names) + 1), ["mean", *names])
+    axes.set_yticks(range(len(methods)), [methods[i] for i in order])
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, label="accuracy (%)")
+    return Plot(
+        figure,
+        "Accuracy after the last round in percent, by domain, mean over seeds; methods sorted by "
+        "their mean over domains",
+    )
+
+
+def _errors(rounds: Rounds) -> list[float]:
+    return [r["aggregation_error"] for r in rounds if r["aggregation_error"] is not None]
+
+
+def _said(correlations: list[float], methods: int) -> str:
+    if not correlations:
+        return "All errors are equal, so there is no rank correlation"
+    over = f"over the {methods} methods that aggregate"
+    if len(correlations) == 1:
+        return f"Spearman's rank correlation {over}: {correlations[0]:+.2f}"
+    return (
+        f"Spearman's rank correlation {over}, within each seed: mean "
+        f"{np.mean(correlations):+.2f}, from {min(correlations):+.2f} to {max(correlations):+.2f}"
+    )

@@ -1,0 +1,167 @@
+"""Tables and plots from metrics."""
+
+import numpy as np
+import pytest
+
+from experiments import apps, plots, report
+
+DOMAINS = ["original", "noisy"]
+
+
+def rounds(method, seed, accuracies, error=0.1, clients=3, **fields):
+    """The metrics of a run: a row a round, as `experiment.run` writes it."""
+    return [
+        {
+            "round": index,
+            "method": method,
+            "seed": seed,
+            "accuracy": accuracy,
+            "domain_accuracy": {"original": accuracy + 0.1, "noisy": accuracy - 0.1},
+            "personal_accuracy": accuracy + 0.05,
+            "loss": 1.0,
+            "aggregation_error": error,
+            "excluded_clients": 0,
+            "megabytes_up": 1.0 + index,
+            "megabytes_down": 2.0,
+            "megabytes_catch_up": 0.0,
+            "epsilon": None,
+            "seconds": 0.5,
+            "cohort": list(range(clients)),
+            "client_loss": [1.0] * clients,
+            "client_accuracy": [accuracy] * clients,
+            **fields,
+        }
+        for index, accuracy in enumerate(accuracies)
+    ]
+
+
+@pytest.fixture
+def runs():
+    return {
+        "local": [rounds("local", s, [0.3, 0.4 + s / 100], error=None) for s in range(3)],
+        "fedit": [rounds("fedit", s, [0.4, 0.5 + s / 50]) for s in range(3)],
+    }
+
+
+def columns(runs, rates=None):
+    head, rows = report.table(runs, rates or dict.fromkeys(runs, 0.1))
+    return {name: [row[i] for row in rows] for i, name in enumerate(head)}
+
+
+def test_table(runs):
+    assert columns(runs) == {
+        "method": ["local", "fedit"],
+        "accuracy %": ["41.0 ± 1.0", "52.0 ± 2.0"],
+        "original": ["51.0", "62.0"],
+        "noisy": ["31.0", "42.0"],
+        "personal %": ["46.0 ± 1.0", "57.0 ± 2.0"],
+        "agg. error": ["-", "0.1000"],
+        "MB up": ["1.50", "1.50"],
+        "MB down": ["2.00", "2.00"],
+        "s / round": ["0.50", "0.50"],
+    }
+
+
+def test_columns_that_only_some_studies_have(runs):
+    runs["flora"] = [
+        rounds("flora", s, [0.4, 0.5], megabytes_catch_up=1.5, epsilon=8.125) for s in range(3)
+    ]
+    found = columns(runs, {"local": 0.1, "fedit": 0.02, "flora": 0.1})
+    assert found["MB catch-up"] == ["0.00", "0.00", "1.50"]
+    assert found["epsilon"] == ["-", "-", "8.12"]
+    assert found["learning rate"] == ["0.1", "0.02", "0.1"]
+
+
+def test_metrics_of_older_versions(runs):
+    for row in (row for seeds in runs.values() for each in seeds for row in each):
+        for field in ("personal_accuracy", "megabytes_catch_up", "epsilon", "client_accuracy"):
+            del row[field]
+    assert not {"personal %", "MB catch-up", "epsilon"} & columns(runs).keys()
+
+
+def test_paired_table(runs):
+    lines = report.render_paired(runs, "fedit").splitlines()
+    assert lines[0].split() == "minus fedit points 95% interval higher on p (Holm)".split()
+    # Differences -10, -11, -12: mean -11, standard error 1 / sqrt(3), t(0.975, 2) = 4.303.
+    assert lines[2].split()[:5] == ["local", "-11.00", "-13.48", "to", "-8.52"]
+    assert "0 of 3" in lines[2]
+
+
+def test_what_is_compared_with_what(runs):
+    assert report.reference_of(runs) == "fedit"
+    assert report.reference_of({"flora": [[], []], "local": [[], []]}) == "flora"
+    assert report.reference_of({"fedit": runs["fedit"]}) is None
+    assert report.reference_of({name: seeds[:1] for name, seeds in runs.items()}) is None
+    one_seed = {name: seeds[:1] for name, seeds in runs.items()}
+    assert "minus" not in report.summary(one_seed, dict.fromkeys(runs, 0.1))
+
+
+def study(rates):
+    return report.Study("the command", np.ones((4, 2, 3), int), DOMAINS, 1200, rates)
+
+
+def test_report_of_many_methods(tmp_path):
+    names = [f"method_{i}" for i in range(18)]
+    runs = {
+        name: [
+            rounds(name, s, [0.3, 0.5 + i / 100 + (i * s % 5) / 500], error=0.3 - i / 100)
+            for s in range(2)
+        ]
+        for i, name in enumerate(names)
+    }
+    runs["method_0"] = [rounds("method_0", s, [0.9, 0.9], error=0.0, clients=1) for s in range(2)]
+    text = report.write(tmp_path, runs, study(dict.fromkeys(names, 0.1))).read_text()
+    for name in ("accuracy", "paired", "domains", "aggregation_error", "error_and_accuracy"):
+        assert f"({name}.png)" in text and (tmp_path / f"{name}.png").stat().st_size > 1000
+    assert "corrected by Holm for the 17 comparisons" in text and "the same 1,200" in text
+    # The method on pooled data is not among those that aggregate.
+    assert "over the 17 methods that aggregate, within each seed: mean -" in text
+    assert len({tuple(look.items()) for look in plots.styles(names).values()}) == 18
+
+
+def test_report_of_few_methods(tmp_path, runs):
+    only_local = {"local": runs["local"][:1]}
+    text = report.write(tmp_path, only_local, study({"local": 0.1})).read_text()
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"accuracy.png", "domains.png", "partition.png"}
+    assert "Against" not in text and "one standard deviation over seeds" not in text
+
+
+def test_map_of_domains_shows_every_number_sorted():
+    runs = {f"m{i}": [rounds(f"m{i}", 0, [0.2 + i / 20])] for i in range(7)}
+    axes = plots.domains(runs).figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [f"m{6 - i}" for i in range(7)]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts[:3] == ["50.0", "60.0", "40.0"] and len(texts) == 7 * 3
+
+
+def test_correlation_of_error_with_accuracy():
+    accuracies = {"a": [0.5, 0.8], "b": [0.4, 0.7], "c": [0.45, 0.6]}
+    runs = {
+        name: [rounds(name, s, [x], error=0.1 + 0.1 * i) for s, x in enumerate(each)]
+        for i, (name, each) in enumerate(accuracies.items())
+    }
+    plot = plots.error_and_accuracy(runs)
+    assert plot.caption.endswith("mean -0.75, from -1.00 to -0.50")
+    assert plots.error_and_accuracy({name: runs[name] for name in "ab"}) is None
+
+
+def test_names_of_methods():
+    assert apps.method_names(["fedit", "local", "fedit"]) == ["fedit", "local"]
+    everything = apps.method_names(["fedsvd", "all"])
+    assert everything[0] == "fedsvd" and len(everything) == len(set(everything)) > 15
+    with pytest.raises(ValueError, match="Did you mean 'lora_fair'"):
+        apps.method_names(["lorafair"])
+    with pytest.raises(ValueError, match="names none"):
+        apps.method_names([])
+
+
+def test_learning_rates_from_a_file(tmp_path):
+    path = tmp_path / "learning_rates.json"
+    path.write_text('{"learning_rates": {"fedit": 0.02, "flora_na": 0.06}}')
+    assert apps.read_learning_rates(path, ["fedit"]) == {"fedit": 0.02}
+    with pytest.raises(ValueError, match=r"no learning rate of flora \(.* flora_na\), central\."):
+        apps.read_learning_rates(path, ["flora", "fedit", "central"])
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="no file of experiments.tune"):
+        apps.read_learning_rates(path, ["fedit"])
