@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from fedlora_jax import methods
+from fedlora_jax.federated.memory import Memory
 
 
 def run(main: Callable[[], None]) -> None:
@@ -27,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
             logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
             logging.info("Where it comes from:", exc_info=True)
             sys.exit(f"error: {error}")
 
@@ -43,6 +44,20 @@ def progress_bar(total: int, description: str = "") -> tqdm:
         disable=not sys.stderr.isatty(),
         dynamic_ncols=True,
     )
+
+
+def announce_memory(name: str) -> Callable[[Memory], None]:
+    """Builds what says how much memory a method's rounds need, and what to do if it is too much."""
+
+    def announce(needed: Memory) -> None:
+        tqdm.write(f"{name}: a round needs {needed}")
+        if not needed.fits:
+            tqdm.write(
+                "That is more than the device has: train fewer clients at once, for example "
+                "--config.clients_per_chunk=4"
+            )
+
+    return announce
 
 
 def command() -> str:

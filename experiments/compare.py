@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments import report
-from experiments.apps import method_names, progress_bar, read_learning_rates, run
+from experiments.apps import announce_memory, method_names, progress_bar, read_learning_rates, run
 from experiments.plots import Rounds, Runs
 from fedlora_jax.federated import experiment
 
@@ -76,7 +76,12 @@ def compare(
                 mine.seed = seed
                 bar.set_description(f"{name}, seed {seed}")
                 rounds = experiment.run(
-                    mine, setting, program, workdir / name / f"seed_{seed}", bar.update
+                    mine,
+                    setting,
+                    program,
+                    workdir / name / f"seed_{seed}",
+                    bar.update,
+                    announce_memory(name) if seed == 0 else None,
                 )
                 runs[name].append(rounds)
                 if bar.disable:

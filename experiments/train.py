@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import report
-from experiments.apps import progress_bar, run
+from experiments.apps import announce_memory, progress_bar, run
 from fedlora_jax.federated import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -28,7 +28,8 @@ def main() -> None:
     setting = experiment.prepare(config)
     with progress_bar(config.rounds, config.method) as bar:
         program = experiment.compile_program(config, setting)
-        rounds = experiment.run(config, setting, program, workdir, bar.update)
+        announce = announce_memory(config.method)
+        rounds = experiment.run(config, setting, program, workdir, bar.update, announce)
     rates = {config.method: config.local.learning_rate}
     report.finish(config, setting, workdir, {config.method: [rounds]}, rates)
 

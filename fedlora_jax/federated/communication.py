@@ -24,9 +24,9 @@ class MessageBytes(NamedTuple):
         backbone has absorbed meanwhile, or the whole adapted kernels where these are smaller.
     """
 
-    up: int
-    down: int
-    catch_up: int
+    up: float
+    down: float
+    catch_up: float
 
 
 class Messages(NamedTuple):

@@ -1,0 +1,155 @@
+"""The compiled functions of one method, by configuration, with all that it is combined with."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import ml_collections
+import optax
+
+from fedlora_jax import methods, transforms
+from fedlora_jax.data import partition
+from fedlora_jax.federated import ranks
+from fedlora_jax.federated.evaluation import Accuracy, HeldOut, make_evaluate
+from fedlora_jax.federated.local import LocalTraining
+from fedlora_jax.federated.round import Federation, RoundFunction, make_round
+from fedlora_jax.federated.setting import Setting, partitioned
+from fedlora_jax.methods import Method
+from fedlora_jax.names import lookup
+
+_EQUAL_WEIGHTS = {"examples": False, "equal": True}
+
+
+class Program(NamedTuple):
+    """The compiled functions of one method."""
+
+    method: Method
+    training: LocalTraining
+    round: RoundFunction
+    evaluate: Callable[[Federation, HeldOut], Accuracy]
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError on what can be known to be wrong before any work is done."""
+    for name, value in {
+        "rounds": config.rounds,
+        "clients_per_round": config.clients_per_round,
+        "lora.rank": config.lora.rank,
+        "local.steps or config.local.epochs": max(config.local.steps, config.local.epochs),
+        "local.batch_size": config.local.batch_size,
+    }.items():
+        if value < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {value}")
+    for name, value in {
+        "clients_per_chunk": config.clients_per_chunk,
+        "local.epochs": config.local.epochs,
+        "privacy.clip": config.privacy.clip,
+    }.items():
+        if value < 0:
+            raise ValueError(f"config.{name} must not be negative, got {value}")
+    make_method(config, num_clients=1)
+    ranks.check(config.lora.ranks)
+    epsilon(config, num_clients=config.clients_per_round, rounds=1)
+    lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
+    partition.get(config.data.partition)
+    optimizer(config.local)
+    schedule(config)
+
+
+def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Program:
+    """Builds the functions of `config.method`; they compile when first called.
+
+    They serve all seeds and learning rates.
+    """
+    method = make_method(config, len(partitioned(config, setting, config.seed)))
+    # A pooled method sees as many examples a step as the cohort of any other.
+    batch_size = config.local.batch_size * (config.clients_per_round if method.pooled else 1)
+    training = LocalTraining(
+        optimizer(config.local), batch_size, config.local.steps, config.local.epochs
+    )
+    equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
+    return Program(
+        method,
+        training,
+        make_round(
+            setting.task,
+            method,
+            training,
+            equal_weights=equal,
+            clients_per_chunk=config.clients_per_chunk or None,
+        ),
+        make_evaluate(setting.task, method, len(setting.domains)),
+    )
+
+
+def make_method(config: ml_collections.ConfigDict, num_clients: int) -> Method:
+    """The method of the configuration, with all that it is combined with.
+
+    Raises:
+      ValueError: On unknown names and impossible values, or a combination that makes no sense.
+    """
+    try:
+        return _combined(config, num_clients)
+    except ValueError as error:
+        raise ValueError(f"{config.method}: {error}") from None
+
+
+def _combined(config: ml_collections.ConfigDict, num_clients: int) -> Method:
+    method = methods.get(config.method)(**config.options[config.method])
+    reason = method.refuses.get("unequal_ranks")
+    if reason and config.lora.ranks != ranks.EQUAL:
+        raise ValueError(f"the method cannot have clients of unequal ranks: {reason}")
+    if config.privacy.clip:
+        method = transforms.private(
+            method, clip=config.privacy.clip, noise_multiplier=config.privacy.noise_multiplier
+        )
+    server = config.server
+    if server.optimizer != "none":
+        maker = lookup(
+            {"none": None, **transforms.SERVER_OPTIMIZERS}, server.optimizer, "server optimiser"
+        )
+        assert maker is not None
+        optimizer = maker(
+            server.learning_rate, server.momentum, server.second_moment, server.adaptivity
+        )
+        method = transforms.server_optimizer(method, optimizer)
+    if config.local.proximal:
+        method = transforms.fedprox(method, mu=config.local.proximal)
+    if config.local.scaffold:
+        method = transforms.scaffold(method, num_clients=num_clients)
+    return method
+
+
+def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """The clients' optimiser from `config.local`, of learning rate 1, gradients clipped."""
+    decay = config.weight_decay
+    makers = {
+        "sgd": lambda: optax.chain(
+            optax.add_decayed_weights(decay), optax.sgd(1.0, momentum=config.momentum or None)
+        ),
+        "adamw": lambda: optax.adamw(1.0, weight_decay=decay),
+    }
+    chosen = lookup(makers, config.optimizer, "optimizer")()
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
+
+
+def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """The learning rate as a function of the round."""
+    rate = config.local.learning_rate
+    makers = {
+        "constant": lambda: optax.constant_schedule(rate),
+        "cosine": lambda: optax.cosine_decay_schedule(rate, config.rounds),
+    }
+    return lookup(makers, config.local.schedule, "schedule")()
+
+
+def epsilon(config: ml_collections.ConfigDict, num_clients: int, rounds: int) -> float | None:
+    """Epsilon after so many rounds; None if there is none, for lack of clipping or of noise."""
+    if not config.privacy.clip or not config.privacy.noise_multiplier:
+        return None
+    return transforms.epsilon(
+        noise_multiplier=config.privacy.noise_multiplier,
+        num_clients=num_clients,
+        cohort_size=config.clients_per_round,
+        rounds=rounds,
+        delta=config.privacy.delta,
+    )
