@@ -8,14 +8,14 @@ import pytest
 
 from fedlora_jax import aggregation
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "aggregation" / "generate.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "generate.py"
 
 
 def test_pages_are_current():
     spec = importlib.util.spec_from_file_location("generate", SCRIPT)
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    assert not generate.stale(), "run python docs/aggregation/generate.py"
+    assert not generate.stale(), "run python docs/generate.py"
 
 
 @pytest.mark.parametrize("name", sorted(aggregation.REGISTRY))

@@ -1,8 +1,8 @@
-"""Writes a page a function from its docstring, and the index.
+"""Writes the pages that follow from the code: the aggregation functions, and the methods.
 
-    python docs/aggregation/generate.py
+    python docs/generate.py
 
-`--check` writes nothing, and fails if a page is not what its docstring says.
+`--check` writes nothing, and fails if a page is not what the code says.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, methods
 
 HERE = Path(__file__).parent
 OTHERS: list[Callable[..., Any]] = [
@@ -84,18 +84,61 @@ def index() -> str:
     return "\n".join(lines) + "\n"
 
 
+def method_page() -> str:
+    """All methods: what they do, their options, and what they combine with."""
+    lines = ["# Methods", "", (methods.__doc__ or "").strip(), ""]
+    lines += ["| method | what clients and server do | options and defaults |", "|---|---|---|"]
+    for name in sorted(methods.REGISTRY):
+        options = ", ".join(f"`{k}={v!r}`" for k, v in methods.defaults(name).items())
+        lines.append(f"| `{name}` | {summary(methods.get(name))} | {options} |")
+    lines += ["", "## What combines with what", "", _COMBINING, ""]
+    lines += [f"| method | {' | '.join(_TITLES.values())} |", "|---" * (1 + len(_TITLES)) + "|"]
+    reasons: dict[str, int] = {}
+    for name in sorted(methods.REGISTRY):
+        refuses = methods.get(name)().refuses
+        cells = [
+            f"- ({reasons.setdefault(refuses[key], len(reasons) + 1)})" if key in refuses else "yes"
+            for key in _TITLES
+        ]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    lines += ["", "<!-- Made by generate.py from the code. -->"]
+    return "\n".join(lines) + "\n"
+
+
+_TITLES = {
+    "unequal_ranks": "unequal ranks",
+    "fedprox": "FedProx",
+    "scaffold": "SCAFFOLD",
+    "server_optimizer": "server optimiser",
+    "privacy": "privacy",
+}
+_COMBINING = """\
+How to ask for it is in [combinations.md](combinations.md). A combination without "yes" is refused
+before training, with the reason below the table."""
+
+
 def pages() -> dict[str, str]:
-    """Every page by file name."""
+    """Every page by its path within this folder."""
     functions = [*aggregation.REGISTRY.values(), *OTHERS]
-    return {"index.md": index(), **{f"{f.__name__}.md": page(f) for f in functions}}
+    return {
+        "methods.md": method_page(),
+        "aggregation/index.md": index(),
+        **{f"aggregation/{f.__name__}.md": page(f) for f in functions},
+    }
+
+
+def found() -> dict[str, str]:
+    """The pages that are there; all in `aggregation` are made here."""
+    paths = [HERE / "methods.md", *(HERE / "aggregation").glob("*.md")]
+    return {str(path.relative_to(HERE)): path.read_text() for path in paths if path.exists()}
 
 
 def stale() -> list[str]:
     """Pages that are missing, wrong, or of no function."""
-    wanted = pages()
-    found = {path.name: path.read_text() for path in HERE.glob("*.md")}
+    wanted, there = pages(), found()
     return sorted(
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+        name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)
     )
 
 
@@ -103,10 +146,10 @@ def main() -> None:
     """Writes the pages, or checks them."""
     if "--check" in sys.argv:
         if stale():
-            sys.exit(f"not current: {', '.join(stale())}. Run python docs/aggregation/generate.py")
+            sys.exit(f"not current: {', '.join(stale())}. Run python docs/generate.py")
         return
-    for path in HERE.glob("*.md"):
-        path.unlink()
+    for name in found():
+        (HERE / name).unlink()
     for name, text in pages().items():
         (HERE / name).write_text(text)
 
