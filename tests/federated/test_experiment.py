@@ -1,0 +1,206 @@
+"""From a configuration to a finished run, in process, on the demo's data with a tiny ViT."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import digits
+from fedlora_jax.federated import communication, experiment, ranks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A configuration whose rounds take a moment, and what all runs share."""
+    directory = tmp_path_factory.mktemp("experiment")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
+        config = digits.get_config()
+        config.model.options.update(width=16, depth=1, num_heads=2)
+        config.pretraining.options.steps = 20
+        config.backbone_dir = str(directory / "backbones")
+        config.rounds = 3
+        config.clients_per_round = 4
+        config.lora.rank = 4
+        config.lora.targets = ("attention/query",)
+        config.local.update(steps=2, batch_size=8, schedule="constant")
+        yield config, experiment.prepare(config)
+
+
+@pytest.fixture
+def make(base):
+    def changed(**values):
+        config = base[0].copy_and_resolve_references()
+        config.update_from_flattened_dict(values)
+        return config
+
+    return changed
+
+
+def run(base, config, workdir, **options):
+    program = experiment.compile_program(config, base[1])
+    return experiment.run(config, base[1], program, workdir, **options)
+
+
+def without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_one_compilation_serves_seeds_rates_and_restarts(base, make, tmp_path, caplog):
+    config = make()
+    program = experiment.compile_program(config, base[1])
+    config.rounds = 2
+    experiment.run(config, base[1], program, tmp_path / "0")
+    caplog.clear()
+    import jax
+
+    with jax.log_compiles():
+        config.seed, config.local.learning_rate = 1, 0.3
+        experiment.run(config, base[1], program, tmp_path / "1")
+        config.rounds = 3
+        experiment.run(config, base[1], program, tmp_path / "1")
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    assert not [text for text in compiled if "round_function" in text or "of_server" in text]
+
+
+def test_more_rounds_go_on_with_a_finished_run(base, make, tmp_path):
+    short = make(rounds=2)
+    run(base, short, tmp_path / "grown")
+    grown = run(base, make(rounds=3), tmp_path / "grown")
+    whole = run(base, make(rounds=3), tmp_path / "whole")
+    assert without_seconds(grown) == without_seconds(whole)
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["rounds"] == 3
+    with pytest.raises(ValueError, match="config.rounds is 3 there, 2 here"):
+        run(base, short, tmp_path / "grown")
+
+
+@pytest.mark.parametrize(
+    "falls",
+    [
+        {"local.schedule": "cosine"},
+        {"method": "fedsmooth_lora", "options.fedsmooth_lora.zeta_min": 0.1},
+    ],
+)
+def test_more_rounds_are_refused_where_they_would_change_the_first_ones(
+    base, make, tmp_path, falls
+):
+    path = tmp_path / "config.json"
+    experiment._claim(make(rounds=2, **falls), tmp_path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match="config.rounds is 2 there, 3 here"):
+        experiment._claim(make(rounds=3, **falls), tmp_path)
+    assert path.read_text() == before
+
+
+def test_memory_is_announced_before_the_first_round_alone(base, make, tmp_path):
+    heard = []
+    run(base, make(rounds=1), tmp_path, announce=heard.append)
+    run(base, make(rounds=1), tmp_path, announce=heard.append)
+    assert len(heard) == 1 and heard[0].working > 0 and heard[0].fits
+
+
+def test_metrics_of_unequal_ranks_and_missed_rounds(base, make, tmp_path):
+    config = make(method="flora", **{"lora.ranks": "heavy_tail_strong"})
+    rows = run(base, config, tmp_path)
+    assigned = ranks.assign("heavy_tail_strong", 4, 30, seed=0)
+    size, head = 4 * (16 + 16), 4 * (16 * 10 + 10)
+    seen = {}
+    for index, row in enumerate(rows):
+        mine = [assigned[client] for client in row["cohort"]]
+        assert row["rank"] == mine
+        assert row["megabytes_up"] * 1e6 == pytest.approx(sum(mine) * size + 4 * head)
+        assert row["megabytes_down"] * 1e6 == pytest.approx(4 * (sum(mine) * size + head))
+        absent = [index - seen.get(client, -1) - 1 for client in row["cohort"]]
+        assert (row["megabytes_catch_up"] > 0) == any(absent)
+        seen.update(dict.fromkeys(row["cohort"], index))
+    assert communication.absences([row["cohort"] for row in rows]) == absent
+    assert any(absent)
+
+
+def test_epsilon_grows_with_the_rounds(base, make, tmp_path):
+    pytest.importorskip("dp_accounting")
+    config = make(method="ffa_lora", **{"privacy.clip": 0.5, "privacy.noise_multiplier": 2.0})
+    spent = [row["epsilon"] for row in run(base, config, tmp_path)]
+    assert 0 < spent[0] < spent[1] < spent[2]
+    assert run(base, make(rounds=1), tmp_path / "open")[0]["epsilon"] is None
+
+
+def test_accuracy_of_clients_is_on_data_like_theirs(base, make, tmp_path):
+    config, setting = make(rounds=1), base[1]
+    (row,) = run(base, config, tmp_path)
+    parts = experiment.partitioned(config, setting, config.seed)
+    # A client of one domain and mixed labels: reweighted, its accuracy lies between the extremes of
+    # that domain, and equals the domain's if its labels are as frequent as those held out.
+    assert len(row["client_accuracy"]) == len(parts) == 30
+    assert row["personal_accuracy"] == pytest.approx(np.mean(row["client_accuracy"]))
+    assert np.ptp(row["client_accuracy"]) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "flora", "local.scaffold": True}, "flora: .* SCAFFOLD: its adapters are reset"),
+        ({"method": "local", "local.proximal": 0.1}, "local: .* FedProx: no server model"),
+        ({"method": "lora_fair", "privacy.clip": 1.0}, "lora_fair: .* differential privacy"),
+        ({"method": "fedsvd", "server.optimizer": "fedadam"}, "fedsvd: .* a server optimiser"),
+        ({"method": "frlora", "lora.ranks": "uniform"}, "frlora: .* unequal ranks"),
+        ({"server.optimizer": "fedadm"}, "'fedadam'"),
+        ({"lora.ranks": "heavytail_light"}, "'heavy_tail_light'"),
+        ({"lora.ranks": "heavy_tail_light,3"}, "unknown distribution of ranks"),
+        ({"local.steps": 0}, "local.steps or config.local.epochs must be at least 1"),
+        ({"clients_per_chunk": -1}, "clients_per_chunk must not be negative"),
+        ({"local.scaffold": True, "privacy.clip": 1.0}, "unprotected"),
+    ],
+)
+def test_senseless_configurations_are_refused_before_any_work(make, values, message):
+    with pytest.raises(ValueError, match=message):
+        experiment.check(make(**values))
+
+
+@pytest.mark.parametrize(
+    ("listed", "message"), [("4,2", "2 ranks were given"), ("5," * 29 + "1", "from 1 to 4")]
+)
+def test_impossible_lists_of_ranks_leave_the_directory_alone(base, make, tmp_path, listed, message):
+    with pytest.raises(ValueError, match=message):
+        run(base, make(**{"lora.ranks": listed}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_at_once(base, make, tmp_path):
+    """Epochs, chunks, ranks, FedProx, SCAFFOLD and a server optimiser, killed and gone on with."""
+    values = {
+        "lora.ranks": "uniform",
+        "local.epochs": 1,
+        "local.proximal": 0.01,
+        "local.scaffold": True,
+        "server.optimizer": "fedavgm",
+        "clients_per_chunk": 3,
+    }
+    whole = run(base, make(rounds=3, **values), tmp_path / "whole")
+    run(base, make(rounds=2, **values), tmp_path / "parts")
+    parts = run(base, make(rounds=3, **values), tmp_path / "parts")
+    assert without_seconds(parts) == without_seconds(whole)
+    assert np.isfinite([row["loss"] for row in whole]).all()
+
+
+@pytest.mark.parametrize("name", ["uniform", "heavy_tail_light", "heavy_tail_strong"])
+def test_distributions_of_ranks(name):
+    found = ranks.assign(name, 64, 100, seed=3)
+    shares = [found.count(64 >> power) for power in range(5)]
+    assert (
+        shares
+        == {
+            "uniform": [20, 20, 20, 20, 20],
+            "heavy_tail_light": [10, 10, 20, 20, 40],
+            "heavy_tail_strong": [40, 20, 20, 10, 10],
+        }[name]
+    )
+    other = ranks.assign(name, 64, 100, seed=4)
+    assert sorted(other) == sorted(found) and other != found
+    assert min(ranks.assign(name, 2, 100, seed=0)) == 1
+    assert len(ranks.assign(name, 8, 7, seed=0)) == 7
+
+
+def test_equal_and_listed_ranks():
+    assert ranks.assign("equal", 4, 3, seed=0) == [4, 4, 4]
+    assert ranks.assign("4, 2,1", 4, 3, seed=0) == [4, 2, 1]
