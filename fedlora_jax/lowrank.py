@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from fedlora_jax import _linalg
 from fedlora_jax.names import lookup
 
 Scalar: TypeAlias = jax.Array
@@ -160,7 +161,7 @@ def norm(factors: Factors) -> Scalar:
         factors = transpose(factors)
     d_in, rank = factors.a.shape
     if rank < d_in and rank <= factors.b.shape[1]:
-        return vector_norm(matmul(jnp.linalg.qr(factors.a, mode="r"), factors.b))
+        return vector_norm(matmul(_linalg.qr_r(factors.a), factors.b))
     return _norm_by_blocks(factors)
 
 
@@ -449,7 +450,7 @@ def _qr(x: jax.Array, rows: bool) -> tuple[jax.Array, jax.Array]:
         unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
         root = _cholesky(square * unit[:, None] * unit + jnp.diag(size == 0), shift)
         new = (size > 0) & (jnp.square(jnp.diagonal(root)) > _SMALL * (shift > 0))
-        inverse = jax.scipy.linalg.solve_triangular(root, identity, lower=True)
+        inverse = _linalg.triangular_inverse(root)
         step = unit[:, None] * inverse.T * new
         q = matmul(step.T, q) if rows else matmul(q, step)
 
@@ -477,7 +478,7 @@ def _noise(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 def _cholesky(x: jax.Array, shift: jax.Array | float) -> jax.Array:
     """Of `x` of about unit diagonal, shifted by as much as its rounding may have taken away."""
     size = len(x)
-    return jnp.linalg.cholesky(x + shift * size**0.5 * jnp.finfo(x.dtype).eps * jnp.eye(size))
+    return _linalg.cholesky(x + shift * size**0.5 * jnp.finfo(x.dtype).eps * jnp.eye(size))
 
 
 def _small_svd(core: jax.Array, rank: int) -> SVD:
@@ -499,7 +500,7 @@ def _eigh(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     The derivative leaves out rotations among the vectors returned. They are what divides by
     zero when eigenvalues coincide, and no function of the space that they span depends on them.
     """
-    values, vectors = jnp.linalg.eigh(x)
+    values, vectors = _linalg.eigh(x)
     return values[::-1][:count], vectors[:, ::-1][:, :count]
 
 
@@ -508,7 +509,7 @@ def _eigh_jvp(
     count: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     (x,), (dx,) = primals, tangents
-    values, vectors = (y[..., ::-1] for y in jnp.linalg.eigh(x))
+    values, vectors = (y[..., ::-1] for y in _linalg.eigh(x))
     kept, others = vectors[:, :count], vectors[:, count:]
     inside = matmul(dx, kept)
     gaps = values[:count] - values[count:, None]

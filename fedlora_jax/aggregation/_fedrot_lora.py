@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lowrank
+from fedlora_jax import _linalg, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
 from fedlora_jax.aggregation._fedit import _fedit
@@ -115,8 +115,8 @@ def _rotation_and_frame(core: jax.Array) -> tuple[jax.Array, ...]:
     size = jnp.linalg.norm(core)
     size = jnp.where(size > 0, size, 1)
     padded = jnp.all(core == 0, axis=0) & jnp.all(core == 0, axis=1)
-    u, s, v = jnp.linalg.svd(core + jnp.diag(jnp.where(padded, 2 * size, 1e-6 * size)))
-    sign = jnp.where(jnp.linalg.det(matmul(u, v)) < 0, -1.0, 1.0).astype(core.dtype)
+    u, s, v = _linalg.svd(core + jnp.diag(jnp.where(padded, 2 * size, 1e-6 * size)))
+    sign = jnp.where(_linalg.det(matmul(u, v)) < 0, -1.0, 1.0).astype(core.dtype)
     u, s = u.at[:, -1].multiply(sign), s.at[-1].multiply(sign)
     return matmul(u, v), u, s, v
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lowrank
+from fedlora_jax import _linalg, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
 from fedlora_jax.lowrank import Factors, einsum
@@ -172,7 +172,8 @@ def _improve(p: jax.Array, matrix: jax.Array, vector: jax.Array) -> jax.Array:
     """
     ridge = (_RIDGE * jnp.trace(matrix) + _TINY) * jnp.eye(len(p), dtype=p.dtype)
     residual = vector - lowrank.matmul(matrix, p)
-    return p + jax.scipy.linalg.solve(matrix + ridge, residual, assume_a="pos")
+    root = _linalg.triangular_inverse(_linalg.cholesky(matrix + ridge))
+    return p + lowrank.matmul(root.T, lowrank.matmul(root, residual))
 
 
 def _scale_fixed(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:

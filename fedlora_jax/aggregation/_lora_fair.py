@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lowrank
+from fedlora_jax import _linalg, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
 from fedlora_jax.lowrank import Factors, einsum, matmul
@@ -156,8 +156,8 @@ def _closed_form(clients: Factors, weights: jax.Array, regularization: jax.Array
     # Enough for a Cholesky factorisation of a singular Gram matrix to exist; the second step takes
     # back what it biases. The small inverse, because products with wide matrices are fast.
     jitter = 1e-6 * jnp.trace(gram) + _TINY
-    factor = jax.scipy.linalg.cho_factor(gram + (regularization + jitter) * identity)
-    inverse = jax.scipy.linalg.cho_solve(factor, identity)
+    root = _linalg.triangular_inverse(_linalg.cholesky(gram + (regularization + jitter) * identity))
+    inverse = matmul(root.T, root)
     residual = target - matmul(gram, average.b)
     # b + x + inverse (residual - G x) with x = inverse residual, its small factors first.
     remaining = identity - matmul(gram + regularization * identity, inverse)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lowrank
+from fedlora_jax import _linalg, lowrank
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors, Split
@@ -251,7 +251,7 @@ def _dense(estimate, like: Adapters, key: jax.Array) -> dict[str, lowrank.SVD]: 
     }
 
     def triplets(probed: Factors, own: Factors) -> lowrank.SVD:
-        u, s, v = jnp.linalg.svd(probed.b, full_matrices=False)
+        u, s, v = _linalg.svd(probed.b)
         return lowrank.SVD(u[:, : 2 * own.rank], s[: 2 * own.rank], v[: 2 * own.rank])
 
     return each_layer(triplets, estimate(probes), like)
