@@ -9,7 +9,8 @@ import numpy as np
 
 from fedlora_jax.federated.round import Federation
 from fedlora_jax.federated.task import Batch, Task, outputs
-from fedlora_jax.methods import Method, Trainable
+from fedlora_jax.methods import Method, Server, Trainable
+from fedlora_jax.methods._base import PyTree
 
 _CHUNK = 256
 _CLIENTS_AT_ONCE = 8
@@ -37,8 +38,8 @@ class Accuracy(NamedTuple):
     """What an evaluation finds.
 
     Attributes:
-      domains: Accuracy per domain, `[D]`: of the global model on all examples; for a method with
-        personal models, of those on the examples of their clients' domains, mean over clients.
+      domains: Accuracy per domain, `[D]`: of the global model on all examples; for a method without
+        one, of the clients' on the examples of their own domains, mean over clients.
       clients: Accuracy for each client on examples distributed as its own, `[N]`: of its personal
         model if the method keeps one, else of the global model.
     """
@@ -111,10 +112,9 @@ def make_evaluate(
             test.shares @ hits,
         )
 
-    def of_clients(federation: Federation, test: HeldOut) -> Accuracy:
-        assert method.personal is not None
-        personal = method.personal
-
+    def of_clients(
+        personal: Callable[[Server, PyTree], Trainable], federation: Federation, test: HeldOut
+    ) -> Accuracy:
         def of_client(inputs: tuple) -> Accuracy:
             client, own, shares = inputs
             examples = {name: values[own] for name, values in test.examples.items()}
@@ -130,7 +130,13 @@ def make_evaluate(
         )
         return Accuracy(jnp.nanmean(each.domains, axis=0), each.clients)
 
-    return jax.jit(of_server if method.personal is None else of_clients)
+    def evaluate(federation: Federation, test: HeldOut) -> Accuracy:
+        if method.personal is None:
+            return of_server(federation, test)
+        own = of_clients(method.personal, federation, test)
+        return Accuracy(of_server(federation, test).domains, own.clients) if method.shared else own
+
+    return jax.jit(evaluate)
 
 
 def _mean_by_domain(

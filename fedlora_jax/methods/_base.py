@@ -117,8 +117,8 @@ class Method(NamedTuple):
       missed: `(server, aggregated, round, absent) -> pytree` of the arrays that a client gets
         besides in a round before which it was absent for so many rounds, an int >= 1.
       penalty: `(server, client, start, trainable) -> []`, added to a client's loss; None for none.
-      personal: `(server, client) -> Trainable`, a client's own model, if the method is to be
-        judged by that; None if by the global one.
+      personal: `(server, client) -> Trainable`, a client's own model, if the method keeps one.
+      shared: Whether the server has a model for all; if not, the method is judged by the clients'.
       pooled: Whether all data lie with one client, as a reference.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
@@ -132,6 +132,7 @@ class Method(NamedTuple):
     missed: Callable[[Server, Aggregated | None, int, int], PyTree] = lambda *_: ()
     penalty: Callable[[Server, PyTree, Start, Trainable], jax.Array] | None = None
     personal: Callable[[Server, PyTree], Trainable] | None = None
+    shared: bool = True
     pooled: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 

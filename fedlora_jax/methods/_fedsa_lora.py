@@ -59,6 +59,7 @@ def fedsa_lora() -> Method:
         sent=lambda upload, round_index: sides(upload, "a"),
         received=lambda server, aggregated, round_index: sides(server.trainable.adapters, "a"),
         personal=own,
+        shared=False,
         refuses={
             "scaffold": "b and the head stay with the client, no server has a control variate of "
             "them",

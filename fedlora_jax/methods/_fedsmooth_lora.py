@@ -171,6 +171,15 @@ def fedsmooth_lora(
         server = absorb(server, aggregated, mean(uploads.head, weights))
         return server._replace(memory=merged), aggregated
 
+    def own(server: Server, client: ClientState) -> Trainable:
+        """Where the client ended: the backbone has become W + s G, so s (L_c - G) more."""
+        here = jnp.where(client.round == server.round - 1, 1.0, 0.0)
+        adapters = {
+            path: lowrank.scaled(lowrank.subtract(upload, server.memory[path]), here)
+            for path, upload in client.upload.items()
+        }
+        return server.trainable._replace(adapters=adapters)
+
     return Method(
         init,
         begin,
@@ -179,6 +188,7 @@ def fedsmooth_lora(
         sent=lambda upload, round_index: upload,
         received=lambda server, aggregated, round_index: (server.memory, server.trainable.head),
         missed=lambda server, aggregated, round_index, absent: [server.memory] * absent,
+        personal=own,
         refuses={
             "unequal_ranks": "its gradient-aligned matrix and its truncations have one rank r",
             "fedprox": "a client starts from its own matrices, not from a server's factors",

@@ -33,6 +33,7 @@ def local() -> Method:
         sent=lambda upload, round_index: (),
         received=lambda server, aggregated, round_index: (),
         personal=lambda server, client: client,
+        shared=False,
         refuses={
             "fedprox": "no server model holds its clients together",
             "scaffold": "its clients send nothing",

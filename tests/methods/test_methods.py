@@ -382,6 +382,22 @@ def test_personal_model_is_the_clients_own(world, cohort_of, name):
                 np.testing.assert_array_equal(factors.a, after.server.trainable.adapters[path].a)
 
 
+def test_fedsmooth_clients_are_judged_where_they_ended(world, cohort_of):
+    """Up to what the truncation to rank r drops of a change of rank 2 r."""
+    _, result, after = cohort_of("fedsmooth_lora")
+    method = method_of("fedsmooth_lora")
+    for client in range(len(world.data.counts)):
+        mine = jax.tree.map(lambda x, c=client: x[c], after.clients)
+        reached = kernels(after.server, method.personal(after.server, mine).adapters)
+        for path, kernel in reached.items():
+            if client not in COHORT.tolist():
+                np.testing.assert_allclose(kernel, lora.kernels(after.server.backbone)[path])
+                continue
+            upload = at(result.uploads.adapters[path], COHORT.tolist().index(client))
+            whole = world.server.backbone[path]["kernel"] + 1.5 * np.asarray(upload.a @ upload.b)
+            np.testing.assert_allclose(kernel, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_defaults_of_every_method_make_it():
     for name in ALL:
         methods.get(name)(**methods.defaults(name))
