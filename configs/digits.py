@@ -3,7 +3,8 @@
     python -m experiments.compare --config=configs/digits.py --workdir=runs/digits
     python -m experiments.train --config=configs/digits.py:method=lora_fair --workdir=runs/fair
 
-`runlocal` makes it a matter of seconds, to see whether all runs.
+`runlocal` makes it a matter of seconds, to see whether all runs. With three seeds fedit reaches
+about 65%, central 87%; all methods with tuned learning rates are in `experiments/results/digits`.
 """
 
 import ml_collections
