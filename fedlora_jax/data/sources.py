@@ -48,6 +48,16 @@ def load(
     return _stack(source.__getitems__(range(len(source))), name)
 
 
+def full_name(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
+    """The name of a data set with its config and version, `"digits_domains/2.0.0"`.
+
+    Raises:
+      ValueError: If there is no such data set.
+      FileNotFoundError: As `load`.
+    """
+    return _builder(name, data_dir).info.full_name
+
+
 def class_names(
     name: str, feature: str = "label", data_dir: str | os.PathLike[str] | None = None
 ) -> list[str]:

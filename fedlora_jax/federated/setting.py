@@ -73,7 +73,8 @@ def _backbone(
 
 def _backbone_path(config: ml_collections.ConfigDict) -> Path:
     """A directory whose name changes with all that the backbone is made from."""
-    recipe = [config.data.name, config.model.to_dict(), config.pretraining.to_dict()]
+    data = sources.full_name(config.data.name)
+    recipe = [data, config.model.to_dict(), config.pretraining.to_dict()]
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=list).encode())
     return Path(config.backbone_dir) / f"{config.model.name}-{digest.hexdigest()[:12]}"
 

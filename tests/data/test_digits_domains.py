@@ -98,3 +98,9 @@ assert "tensorflow" not in sys.modules
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_full_name_has_the_version(data_dir):
+    """What is made from the data, a backbone, is kept under a name that changes with it."""
+    expected = f"digits_domains/{DigitsDomains.VERSION}"
+    assert sources.full_name("digits_domains", data_dir) == expected
