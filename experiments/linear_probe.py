@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
@@ -21,13 +21,12 @@ from experiments.apps import run
 from fedlora_jax.federated import experiment
 from fedlora_jax.federated.experiment import Setting
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _BATCH = 64
 
 
-def main() -> None:
+def main(config: ConfigDict) -> None:
     """Fits the probe and prints its accuracy."""
-    setting = experiment.prepare(_CONFIG.value)
+    setting = experiment.prepare(config)
     accuracy, chosen = probe(setting)
     print(
         f"linear probe: {100 * accuracy:.1f}% of {len(setting.test['label'])} test examples, "
@@ -67,5 +66,6 @@ def features(setting: Setting, examples: dict[str, np.ndarray]) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
     flags.mark_flag_as_required("config")
-    run(main)
+    run(lambda: main(_CONFIG.value))

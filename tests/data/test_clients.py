@@ -66,15 +66,18 @@ def test_client_data_pads_and_counts():
     examples = {"image": np.ones((6, 2), np.uint8), "label": np.arange(6)}
     data = client_data(examples, [np.array([4, 1, 2]), np.array([0])])
     assert data.counts.tolist() == [3, 1]
-    assert data.indices.shape == (2, 4) and data.indices.dtype == jnp.int32
+    assert data.indices.shape == (2, 8) and data.indices.dtype == jnp.int32
     assert data.indices[0, :3].tolist() == [4, 1, 2] and data.indices[1, 0] == 0
     assert data.examples["image"].shape == (6, 2) and data.examples["image"].dtype == jnp.uint8
 
 
-@pytest.mark.parametrize(("largest", "width"), [(1, 1), (2, 2), (5, 8), (8, 8), (9, 16)])
-def test_widths_are_powers_of_two(largest, width):
-    parts = [np.zeros(1, int), np.zeros(largest, int)]
-    assert client_data({"x": np.ones(1)}, parts).indices.shape == (2, width)
+@pytest.mark.parametrize(
+    ("counts", "width"),
+    [([1, 1], 4), ([1, 2], 8), ([5, 5, 5], 16), ([1, 1, 1, 9], 16), ([1] * 30 + [17], 32)],
+)
+def test_widths_are_powers_of_two_of_three_times_the_mean_or_more(counts, width):
+    parts = [np.zeros(count, int) for count in counts]
+    assert client_data({"x": np.ones(1)}, parts).indices.shape == (len(counts), width)
 
 
 def test_batches_do_not_depend_on_the_padding():
