@@ -209,6 +209,8 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
                 f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
                 "another work directory, or remove this one"
             )
+        if text == path.read_text():
+            return
     records.write_atomically(path, text)
 
 
