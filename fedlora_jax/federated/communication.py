@@ -82,11 +82,11 @@ def count(
     if rank is not None:
         full = max(factors.rank for factors in server.trainable.adapters.values())
         server, upload, aggregated = _narrow((server, upload, aggregated), rank, full)
-    missed = method.missed(server, aggregated, round_index, absent) if absent else ()
+    missed = _bytes(method.missed(server, aggregated, round_index, absent)) if absent else 0
     return MessageBytes(
         up=_bytes(method.sent(upload, round_index)),
         down=_bytes(method.received(server, aggregated, round_index)),
-        catch_up=min(_bytes(missed), _bytes(_adapted_kernels(federation.server))),
+        catch_up=min(missed, _bytes(_adapted_kernels(federation.server))) if missed else 0,
     )
 
 

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedlora_jax.federated.round import Federation
+from fedlora_jax.federated.round import Federation, PyTree
 from fedlora_jax.federated.task import Batch, Task, outputs
 from fedlora_jax.methods import Method, Server, Trainable
-from fedlora_jax.methods._base import PyTree
 
 _CHUNK = 256
 _CLIENTS_AT_ONCE = 8

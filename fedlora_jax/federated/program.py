@@ -95,9 +95,8 @@ def make_method(config: ml_collections.ConfigDict, num_clients: int) -> Method:
 
 def _combined(config: ml_collections.ConfigDict, num_clients: int) -> Method:
     method = methods.get(config.method)(**config.options[config.method])
-    reason = method.refuses.get("unequal_ranks")
-    if reason and config.lora.ranks != ranks.EQUAL:
-        raise ValueError(f"the method cannot have clients of unequal ranks: {reason}")
+    if config.lora.ranks != ranks.EQUAL:
+        methods.check_combination(method, "unequal_ranks", "unequal ranks")
     if config.privacy.clip:
         method = transforms.private(
             method, clip=config.privacy.clip, noise_multiplier=config.privacy.noise_multiplier

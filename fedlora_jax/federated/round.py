@@ -15,7 +15,16 @@ from fedlora_jax.federated import local, randomness
 from fedlora_jax.federated.local import BatchOf, LocalTraining
 from fedlora_jax.federated.task import Task
 from fedlora_jax.lora import Adapters
-from fedlora_jax.methods import Context, Method, Server, Start, Trainable, change, mean
+from fedlora_jax.methods import (
+    Context,
+    Method,
+    Server,
+    Start,
+    Trainable,
+    change,
+    check_combination,
+    mean,
+)
 
 PyTree: TypeAlias = Any
 
@@ -97,9 +106,8 @@ def create(
             f"expected the ranks of {num_clients} clients, each from 1 to {full} (the rank of the "
             f"server's adapters), got {chosen.tolist()}"
         )
-    reason = method.refuses.get("unequal_ranks")
-    if reason and chosen.min() < full:
-        raise ValueError(f"the method cannot have clients of unequal ranks: {reason}")
+    if chosen.min() < full:
+        check_combination(method, "unequal_ranks", "unequal ranks")
     server, client = method.init(key, server)
     clients = jax.tree.map(lambda x: jnp.repeat(x[None], num_clients, axis=0), client)
     return Federation(server, clients, jnp.asarray(chosen, jnp.int32))

@@ -21,6 +21,7 @@ from fedlora_jax.methods._base import (
     absorb,
     averaging,
     change,
+    check_combination,
     mean,
     trained_mask,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "absorb",
     "averaging",
     "change",
+    "check_combination",
     "defaults",
     "get",
     "mean",

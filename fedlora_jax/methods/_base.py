@@ -239,6 +239,13 @@ def mean(stacked: PyTree, weights: jax.Array) -> PyTree:
     return jax.tree.map(average, stacked)
 
 
+def check_combination(method: Method, name: str, title: str) -> None:
+    """Raises ValueError with the method's reason if it refuses the combination `name`."""
+    reason = method.refuses.get(name)
+    if reason:
+        raise ValueError(f"the method cannot be combined with {title}: {reason}")
+
+
 def trained_mask(start: Start) -> Trainable:
     """Booleans that broadcast against `start.trainable`: True where training moves it."""
 

@@ -1,4 +1,4 @@
-"""What the transforms share: refusing, and a memory of their own at the server."""
+"""What the transforms share: a memory of their own at the server."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,13 +12,6 @@ class Memory(NamedTuple):
 
     inner: PyTree
     own: PyTree
-
-
-def check(method: Method, name: str, title: str) -> None:
-    """Raises ValueError if the method refuses the combination."""
-    reason = method.refuses.get(name)
-    if reason:
-        raise ValueError(f"the method cannot be combined with {title}: {reason}")
 
 
 def inner(server: Server) -> Server:

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax.methods import Method, Server, Start, Trainable
+from fedlora_jax.methods import Method, Server, Start, Trainable, check_combination
 from fedlora_jax.methods._base import PyTree
-from fedlora_jax.transforms import _base
 
 
 def fedprox(method: Method, *, mu: float) -> Method:
@@ -26,7 +25,7 @@ def fedprox(method: Method, *, mu: float) -> Method:
     References:
       Li et al., *Federated Optimization in Heterogeneous Networks*, MLSys 2020, arXiv:1812.06127.
     """
-    _base.check(method, "fedprox", "FedProx")
+    check_combination(method, "fedprox", "FedProx")
     if not mu >= 0:
         raise ValueError(f"fedprox: mu must not be negative, got {mu}")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from optax.contrib import differentially_private_aggregate
 
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.methods import Method, Server, Trainable
+from fedlora_jax.methods import Method, Server, Trainable, check_combination
 from fedlora_jax.methods._base import PyTree
 from fedlora_jax.transforms import _base
 
@@ -50,7 +50,7 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
       McMahan et al., *Learning Differentially Private Recurrent Language Models*, ICLR 2018,
       arXiv:1710.06963. Sun et al. (FFA-LoRA), ICLR 2024, arXiv:2403.12313.
     """
-    _base.check(method, "privacy", "differential privacy")
+    check_combination(method, "privacy", "differential privacy")
     if not clip > 0:
         raise ValueError(f"private: the clip must be positive, got {clip}")
     if not noise_multiplier >= 0:

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.methods import Context, Method, Server, Start, Trainable, Trained, trained_mask
+from fedlora_jax.methods import (
+    Context,
+    Method,
+    Server,
+    Start,
+    Trainable,
+    Trained,
+    check_combination,
+    trained_mask,
+)
 from fedlora_jax.methods._base import PyTree
 from fedlora_jax.transforms import _base
 
@@ -48,7 +57,7 @@ def scaffold(method: Method, *, num_clients: int) -> Method:
       Karimireddy et al., *SCAFFOLD: Stochastic Controlled Averaging for Federated Learning*, ICML
       2020, arXiv:1910.06378, algorithm 1.
     """
-    _base.check(method, "scaffold", "SCAFFOLD")
+    check_combination(method, "scaffold", "SCAFFOLD")
 
     def init(key: jax.Array, server: Server) -> tuple[Server, _Client]:
         server, client = method.init(key, server)

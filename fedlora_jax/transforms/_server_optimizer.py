@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.methods import Method, Server
+from fedlora_jax.methods import Method, Server, check_combination
 from fedlora_jax.methods._base import PyTree
 from fedlora_jax.transforms import _base
 
@@ -50,7 +50,7 @@ def server_optimizer(method: Method, optimizer: optax.GradientTransformation) ->
       *Measuring the Effects of Non-Identical Data Distribution for Federated Visual
       Classification*, arXiv:1909.06335 (FedAvgM).
     """
-    _base.check(method, "server_optimizer", "a server optimiser")
+    check_combination(method, "server_optimizer", "a server optimiser")
 
     def init(key: jax.Array, server: Server) -> tuple[Server, PyTree]:
         server, client = method.init(key, server)
