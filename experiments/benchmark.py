@@ -80,7 +80,7 @@ ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"similarity": "frobenius", "solver": "closed_form"},
         "fair_sgd",
     ),
-    "lora_fair sgd, 1000 steps": ("lora_fair", {}, "fair_sgd"),
+    "lora_fair sgd, 1000 steps": ("lora_fair", {"units": "raw"}, "fair_sgd"),
     "flora_na": ("flora_na", {}, "flora_na_descent"),
     "fedsvd": ("fedsvd", {}, ""),
     "flexlora": ("flexlora", {}, "svd_lowrank"),

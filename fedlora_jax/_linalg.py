@@ -64,6 +64,13 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @_safe
+def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Householder's QR decomposition `(q, r)`: orthonormal columns also where `x` is deficient."""
+    q, r = jnp.linalg.qr(x)
+    return q, r
+
+
+@_safe
 def qr_r(x: jax.Array) -> jax.Array:
     """The triangle of a QR decomposition."""
     return jnp.linalg.qr(x, mode="r")

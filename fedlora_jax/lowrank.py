@@ -25,12 +25,6 @@ _BLOCK = 128
 _EXACT = 1024
 _OVERSAMPLING = 8
 _SWEEPS = 4
-# Relative eigenvalue of a Gram matrix (singular value squared) under which it is noisy.
-_POOR = 1e-4
-# Multiple of the rounding error that keeps a Cholesky decomposition alive; and the square of what
-# must be new in a column for it to count.
-_SHIFT = 16.0
-_SMALL = 1e-4
 
 
 class Factors(NamedTuple):
@@ -211,19 +205,17 @@ class SVD(NamedTuple):
 def svd(factors: Factors, rank: int | None = None) -> SVD:
     r"""The leading singular triplets of a product, from R x R cores only.
 
-    R is the number of columns of `a`, k the wanted rank, l = k + 8 (or the largest rank there can
-    be, if that is less).
+    R is the number of columns of `a`, k the wanted rank.
 
-    * R <= min(d_in, d_out, 1024): **exact** to the precision of the arithmetic. With the Gram
-      blocks :math:`G_a = a^T a = L L^T` and :math:`G_b = b b^T`, the eigenvectors of
-      :math:`L^T G_b L` are the coordinates of the singular vectors. A Gram matrix squares the
-      condition number; so it only supplies the start, from which the triplets come by orthogonal
-      projection of the product itself, and directions below :math:`10^{-2}` of the largest are
-      improved by a power step. Cost: :math:`O(R^2 (d_{in} + d_{out}) + R^3)`.
-    * Larger R: **sketched**, by subspace iteration from a fixed Gaussian matrix of
-      :math:`l = 2 k + 8` columns, four sweeps. Exact again if l reaches min(d_in, d_out), and
-      otherwise as good as the decay of the spectrum allows: the error of the truncation is a few
-      per cent above the optimum at worst, for a flat spectrum. Cost:
+    * R <= min(d_in, d_out, 1024): **exact**. Householder's :math:`a = Q_a R_a` and
+      :math:`b^T = Q_b R_b`, and the SVD of the core :math:`R_a R_b^T`. Nothing is squared, so that
+      the error is one of rounding relative to the terms :math:`|a_i| |b_i|` of the product, and
+      the difference of two products that nearly cancel keeps the digits that it has. Cost:
+      :math:`O(R^2 (d_{in} + d_{out}) + R^3)`.
+    * Larger R: **sketched**, by subspace iteration from a fixed matrix of noise of
+      :math:`l = 2 k + 8` columns, four sweeps, and then as above. Exact again if l reaches
+      min(d_in, d_out), and otherwise as good as the decay of the spectrum allows: the error of the
+      truncation is a few per cent above the optimum at worst, for a flat spectrum. Cost:
       :math:`O(R\, l\, (d_{in} + d_{out}))`, so linear in R.
 
     Vectors of zero singular values are orthonormal too, completed arbitrarily. The derivative of
@@ -248,7 +240,7 @@ def svd(factors: Factors, rank: int | None = None) -> SVD:
       Halko, Martinsson, Tropp, *Finding structure with randomness*, SIAM Review 2011.
     """
     chex.assert_rank([factors.a, factors.b], 2)
-    return _svd(factors, _possible(factors, rank))
+    return _svd(_wide(factors), _possible(factors, rank))
 
 
 def _possible(factors: Factors, rank: int | None) -> int:
@@ -285,7 +277,14 @@ def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
     """
     chex.assert_rank([factors.a, factors.b], 2)
     lookup(dict.fromkeys(get_args(Split)), split, "split")
-    return pad(_truncate(factors, _possible(factors, rank), split), rank)
+    if split == "left":
+        return transpose(truncate(transpose(factors), rank))
+    best = _truncate(_wide(factors), _possible(factors, rank))
+    if split == "balanced":
+        size = safe_sqrt(jnp.sum(best.b**2, axis=1))
+        root = jnp.where(size > 0, safe_sqrt(size), 1)
+        best = Factors(best.a * root, best.b / root[:, None])
+    return pad(best, rank)
 
 
 def singular_values(factors: Factors) -> jax.Array:
@@ -309,7 +308,8 @@ def singular_values(factors: Factors) -> jax.Array:
 
     size = min(d_in, d_out)
     squares, _ = jax.lax.scan(add, jnp.zeros((size, size), rows.dtype), rows)
-    return safe_sqrt(_eigh(squares, min(size, rank))[0])
+    values = jnp.linalg.eigvalsh(squares)[::-1]
+    return safe_sqrt(values[: min(size, rank)])
 
 
 def truncated_sum(terms: Sequence[Factors], rank: int, *, split: Split = "right") -> Factors:
@@ -334,93 +334,122 @@ def cut(factors: Factors, rank: jax.Array | int) -> Factors:
     )
 
 
-class _Frame(NamedTuple):
-    """A product as `p @ core @ q`: orthonormal columns, an l x l core, orthonormal rows."""
-
-    p: jax.Array
-    core: jax.Array
-    q: jax.Array
-
-
-def _frame(factors: Factors, rank: int) -> _Frame:
-    """A product within subspaces that hold its leading `rank` singular vectors, descending.
-
-    Bases are columns on the side of `a` and rows on the side of `b`, as the factors lie in memory:
-    transposing a thin matrix can take longer than all arithmetic on it. The first basis is the
-    one of the short side, `rows` saying whether that is the side of `b`.
-    """
+def _wide(factors: Factors) -> Factors:
     dtype = jnp.promote_types(jnp.result_type(*factors), jnp.float32)
-    factors = jax.tree.map(lambda x: x.astype(dtype), factors)
-    (d_in, columns), d_out = factors.a.shape, factors.b.shape[1]
-    rows, short = d_in >= d_out, min(d_in, d_out)
+    return jax.tree.map(lambda x: x.astype(dtype), factors)
+
+
+def _narrowed(factors: Factors, rank: int) -> Factors:
+    """The product itself, or what of it a sketch sees if it has too many columns."""
+    columns, short = factors.rank, min(factors.a.shape[0], factors.b.shape[1])
     if columns <= min(short, _EXACT):
-        width = min(columns, rank + _OVERSAMPLING)
-        basis = _start(factors, width, rows)
-    else:
-        width = min(columns, short, 2 * rank + _OVERSAMPLING)
-        noise = _noise((d_in if rows else d_out, width), dtype)
-        basis = orthonormal(_image(factors, noise if rows else noise.T, not rows), rows=rows)
-        if width < short:
-            basis = jax.lax.fori_loop(0, _SWEEPS, lambda _, q: _sweep(factors, q, rows), basis)
-    image = _image(factors, basis, rows)
-    # In descending order and nearly orthogonal, so that QR is accurate for the small ones too.
-    turn = _eigh(gram(image.T) if rows else gram(image), width)[1]
-    if rows:
-        p, core = _qr(matmul(image, turn), rows=False)
-        return _Frame(p, core, matmul(turn.T, basis))
-    q, core = _qr(matmul(turn.T, image), rows=True)
-    return _Frame(matmul(basis, turn), core.T, q)
+        return factors
+    if factors.a.shape[0] < factors.b.shape[1]:
+        return transpose(_narrowed(transpose(factors), rank))
+    width = min(columns, short, 2 * rank + _OVERSAMPLING)
+    basis = orthonormal(_noise((short, width), factors.a.dtype))
+
+    def image(basis: jax.Array) -> jax.Array:
+        return matmul(factors.a, matmul(factors.b, basis))
+
+    def sweep(_: int, basis: jax.Array) -> jax.Array:
+        left = orthonormal(image(basis))
+        return orthonormal(matmul(factors.b.T, matmul(factors.a.T, left)))
+
+    if width < short:
+        basis = jax.lax.fori_loop(0, _SWEEPS, sweep, basis)
+    return Factors(image(basis), basis.T)
 
 
-def _image(factors: Factors, basis: jax.Array, rows: bool) -> jax.Array:
-    """A product times a basis of rows, or a basis of columns times the product."""
-    if rows:
-        return matmul(factors.a, matmul(factors.b, basis.T))
-    return matmul(matmul(basis.T, factors.a), factors.b)
-
-
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 @functools.partial(jax.jit, static_argnums=1)
 def _svd(factors: Factors, rank: int) -> SVD:
-    p, core, q = _frame(factors, rank)
-    left, s, right = _small_svd(core, rank)
-    return SVD(matmul(p, left), s, matmul(right, q))
+    narrow = _narrowed(factors, rank)
+    (p, left), (q, right) = _linalg.qr(narrow.a), _linalg.qr(narrow.b.T)
+    u, s, v = _linalg.svd(matmul(left, right.T))
+    return SVD(matmul(p, u[:, :rank]), s[:rank], matmul(v[:rank], q.T))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _truncate(factors: Factors, rank: int, split: Split) -> Factors:
-    p, core, q = _frame(factors, rank)
-    left, s, right = _small_svd(core, rank)
-    # A projection on one side's singular vectors, which `_eigh` knows how to differentiate.
-    if split == "left":
-        return Factors(matmul(p, matmul(core, right.T)), matmul(right, q))
-    result = Factors(matmul(p, left), matmul(matmul(left.T, core), q))
-    if split == "right":
-        return result
-    root = jnp.where(s > 0, safe_sqrt(s), 1)
-    return Factors(result.a * root, result.b / root[:, None])
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)
+def _truncate(factors: Factors, rank: int) -> Factors:
+    """`(U, U^T a b)`: a projection on the left singular vectors."""
+    narrow = _narrowed(factors, rank)
+    p, left = _linalg.qr(narrow.a)
+    core = matmul(left, _linalg.qr_r(narrow.b.T).T)
+    u = matmul(p, _linalg.svd(core)[0][:, :rank])
+    return Factors(u, matmul(matmul(u.T, factors.a), factors.b))
 
 
-def _sweep(factors: Factors, basis: jax.Array, rows: bool) -> jax.Array:
-    """A step of subspace iteration on an orthonormal basis."""
-    image = orthonormal(_image(factors, basis, rows), rows=not rows)
-    return orthonormal(_image(factors, image, not rows), rows=rows)
+class _Motion(NamedTuple):
+    """How singular vectors move with a product: the derivative of its SVD, in parts.
+
+    Rotations among the vectors kept are left out. They are what divides by zero when singular
+    values coincide, and no function of the space that the vectors span depends on them.
+
+    Attributes:
+      all: Every triplet there is, of which the first k are kept.
+      du: Of the vectors kept, `[d_in, k]`.
+      dv: `[k, d_out]`.
+      ds: `[k]`.
+      db: Of `U^T a b`, `[k, d_out]`.
+    """
+
+    all: SVD
+    du: jax.Array
+    dv: jax.Array
+    ds: jax.Array
+    db: jax.Array
 
 
-def _start(factors: Factors, width: int, rows: bool) -> jax.Array:
-    """The leading singular vectors of the short side of a product, by its Gram blocks."""
-    blocks = gram(factors.a.T), gram(factors.b)
-    long, short = blocks if rows else blocks[::-1]
-    # Unit vectors on the long side: how a product is split into factors no longer matters.
-    size = safe_sqrt(jnp.diagonal(long))
-    unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-    root = _cholesky(long * unit[:, None] * unit, _SHIFT)
-    core = matmul(root.T, matmul(short * size[:, None] * size, root))
-    values, vectors = _eigh(core, width)
-    coordinates = size[:, None] * matmul(root, vectors)
-    vectors = matmul(coordinates.T, factors.b) if rows else matmul(factors.a, coordinates)
-    basis = orthonormal(vectors, rows=rows)
-    poor = values[-1] < _POOR * values[0]
-    return jax.lax.cond(poor, lambda: _sweep(factors, basis, rows), lambda: basis)
+def _motion(factors: Factors, tangent: Factors, rank: int) -> _Motion:
+    columns = min(factors.rank, factors.a.shape[0], factors.b.shape[1])
+    whole = _svd(factors, columns if columns <= _EXACT else 2 * rank + _OVERSAMPLING)
+    u, s, v = whole
+    (u, u_other), (v, v_other) = jnp.split(u, [rank], axis=1), jnp.split(v, [rank])
+    s, s_other = jnp.split(s, [rank])
+    (a, b), (da, db) = factors, tangent
+    forward = matmul(da, matmul(b, v.T)) + matmul(a, matmul(db, v.T))
+    backward = matmul(matmul(u.T, da), b) + matmul(matmul(u.T, a), db)
+
+    tiny = jnp.finfo(s.dtype).eps * s[0]
+    gaps = (s - s_other[:, None]) * (s + s_other[:, None])
+    good = s - s_other[:, None] > tiny
+    inverse = jnp.where(good, 1 / jnp.where(good, gaps, 1), 0)
+    unit = jnp.where(s > tiny, 1 / jnp.where(s > tiny, s, 1), 0)
+    left, right = matmul(u_other.T, forward), matmul(v_other, backward.T)
+    turn_u = inverse * (left * s + s_other[:, None] * right)
+    turn_v = inverse * (right * s + s_other[:, None] * left)
+
+    def outside(x: jax.Array, *bases: jax.Array) -> jax.Array:
+        for basis in bases:
+            x -= matmul(basis, matmul(basis.T, x))
+        return x
+
+    return _Motion(
+        whole,
+        du=matmul(u_other, turn_u) + outside(forward, u, u_other) * unit,
+        dv=(matmul(v_other.T, turn_v) + outside(backward.T, v.T, v_other.T) * unit).T,
+        ds=jnp.sum(u * forward, axis=0),
+        db=backward + matmul(turn_u.T, s_other[:, None] * v_other),
+    )
+
+
+@_svd.defjvp
+def _svd_jvp(rank: int, primals: tuple[Factors], tangents: tuple[Factors]) -> tuple[SVD, SVD]:
+    moved = _motion(*primals, *tangents, rank)
+    u, s, v = moved.all
+    return SVD(u[:, :rank], s[:rank], v[:rank]), SVD(moved.du, moved.ds, moved.dv)
+
+
+@_truncate.defjvp
+def _truncate_jvp(
+    rank: int, primals: tuple[Factors], tangents: tuple[Factors]
+) -> tuple[Factors, Factors]:
+    moved = _motion(*primals, *tangents, rank)
+    u = moved.all.u[:, :rank]
+    b = matmul(matmul(u.T, primals[0].a), primals[0].b)
+    return Factors(u, b), Factors(moved.du, moved.db)
 
 
 def gram(x: jax.Array) -> jax.Array:
@@ -428,92 +457,13 @@ def gram(x: jax.Array) -> jax.Array:
     return matmul(x, x.T)
 
 
-def orthonormal(x: jax.Array, *, rows: bool = False) -> jax.Array:
-    """An orthonormal basis of the columns of `x [d, l]`, or of the rows of `x [l, d]`; l <= d.
-
-    The Q of a QR decomposition. What depends on the vectors before it, to 1% of its length, is
-    replaced by a new direction. Three rounds of Cholesky QR: tall matrices are only multiplied, and
-    only an l x l core is decomposed.
-    """
-    return _qr(x, rows)[0]
+def orthonormal(x: jax.Array) -> jax.Array:
+    """An orthonormal basis of the columns of `x [d, l]`, l <= d, whatever their rank."""
+    return _linalg.qr(x)[0]
 
 
-def _qr(x: jax.Array, rows: bool) -> tuple[jax.Array, jax.Array]:
-    """Q and the triangle R: `x = Q R`, or `x = R^T Q` for rows, but for vectors replaced."""
-    count = x.shape[0 if rows else 1]
-    identity = jnp.eye(count, dtype=x.dtype)
-
-    def again(pair: tuple[jax.Array, jax.Array], shift: jax.Array) -> tuple[Any, None]:
-        q, r = pair
-        square = gram(q if rows else q.T)
-        size = safe_sqrt(jnp.diagonal(square))
-        unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-        root = _cholesky(square * unit[:, None] * unit + jnp.diag(size == 0), shift)
-        new = (size > 0) & (jnp.square(jnp.diagonal(root)) > _SMALL * (shift > 0))
-        inverse = _linalg.triangular_inverse(root)
-        step = unit[:, None] * inverse.T * new
-        q = matmul(step.T, q) if rows else matmul(q, step)
-
-        def renewed() -> jax.Array:
-            if rows:
-                return jnp.where(new[:, None], q, _noise((x.shape[1], count), x.dtype).T)
-            return jnp.where(new, q, _noise(x.shape, x.dtype))
-
-        q = jax.lax.cond(jnp.all(new), lambda: q, renewed)
-        return (q, new[:, None] * matmul(root.T, size[:, None] * r)), None
-
-    # The last round has no shift, and neither finds nor needs new directions.
-    rounds = jnp.asarray([_SHIFT, _SHIFT, 0.0], x.dtype)
-    return jax.lax.scan(again, (x, identity), rounds)[0]
-
-
-def _noise(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Always the same noise in unit columns; made so as to compile in no time."""
+def _noise(shape: tuple[int, int], dtype: Any) -> jax.Array:
+    """Always the same noise; made so as to compile in no time."""
     rows, columns = shape
     index = jax.lax.iota(dtype, rows)[:, None] + rows * jax.lax.iota(dtype, columns)
-    noise = (jnp.sin(index + 1) * 43758.5453) % 1 - 0.5
-    return noise / jnp.sqrt(jnp.sum(noise**2, axis=0))
-
-
-def _cholesky(x: jax.Array, shift: jax.Array | float) -> jax.Array:
-    """Of `x` of about unit diagonal, shifted by as much as its rounding may have taken away."""
-    size = len(x)
-    return _linalg.cholesky(x + shift * size**0.5 * jnp.finfo(x.dtype).eps * jnp.eye(size))
-
-
-def _small_svd(core: jax.Array, rank: int) -> SVD:
-    """Leading triplets of a small square matrix, by the symmetric matrix `[[0, X], [X^T, 0]]`.
-
-    Its eigenvalues are plus and minus the singular values, not squared; so this is as accurate as
-    an SVD, where an accelerator has a fast `eigh` and a slow `svd`.
-    """
-    zero = jnp.zeros_like(core)
-    values, vectors = _eigh(jnp.block([[zero, core], [core.T, zero]]), rank)
-    left, right = jax.vmap(orthonormal)(jnp.stack(jnp.split(vectors, 2)))
-    return SVD(left, jnp.maximum(values, 0), right.T)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _eigh(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """The `count` largest eigenvalues of a symmetric matrix, descending, and their vectors.
-
-    The derivative leaves out rotations among the vectors returned. They are what divides by
-    zero when eigenvalues coincide, and no function of the space that they span depends on them.
-    """
-    values, vectors = _linalg.eigh(x)
-    return values[::-1][:count], vectors[:, ::-1][:, :count]
-
-
-@_eigh.defjvp
-def _eigh_jvp(
-    count: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    (x,), (dx,) = primals, tangents
-    values, vectors = (y[..., ::-1] for y in _linalg.eigh(x))
-    kept, others = vectors[:, :count], vectors[:, count:]
-    inside = matmul(dx, kept)
-    gaps = values[:count] - values[count:, None]
-    tiny = jnp.finfo(x.dtype).eps * jnp.max(jnp.abs(values))
-    inverse = jnp.where(gaps > tiny, 1 / jnp.where(gaps > tiny, gaps, 1), 0)
-    tangent = matmul(others, inverse * matmul(others.T, inside))
-    return (values[:count], kept), (jnp.sum(kept * inside, axis=0), tangent)
+    return (jnp.sin(index + 1) * 43758.5453) % 1 - 0.5

@@ -176,12 +176,9 @@ def test_basis_is_orthonormal_whatever_it_is_made_of():
     x[:, 6] = x[:, 2] + 1e-5 * x[:, 4]
     x[:, 7] *= 1e-12
     for columns in (x, 0 * x, x[:8], np.ones((50, 8), np.float32)):
-        q, r = lowrank._qr(jnp.asarray(columns), rows=False)
-        np.testing.assert_allclose(
-            lowrank.orthonormal(jnp.asarray(columns.T), rows=True).T, q, atol=1e-4
-        )
-        np.testing.assert_allclose(np.asarray(q).T @ q, np.eye(8), atol=3e-6)
-        np.testing.assert_allclose(q @ r, columns, atol=3e-5)
+        q = np.asarray(lowrank.orthonormal(jnp.asarray(columns)), np.float64)
+        np.testing.assert_allclose(q.T @ q, np.eye(8), atol=3e-6)
+        np.testing.assert_allclose(q @ (q.T @ columns), columns, atol=3e-5)
 
 
 def test_the_derivative_of_a_truncation():

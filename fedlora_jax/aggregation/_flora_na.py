@@ -39,8 +39,10 @@ def flora_na(
       \qquad \text{adapters} = \Big(\sum_k Q_k a_k,\; \sum_k P_k b_k\Big)
 
     Given Q, the best P solves K linear equations, and the other way round; `'als'` alternates from
-    P = Q = p. No step makes the fit worse, so the error is never above that of FedIT. The free
-    exchange of scale between P and Q is fixed by :math:`\sum_k P_k = 1`.
+    P = Q = p. No step makes the fit worse, so the error is never above that of FedIT; what the fit
+    misses is summed from the clients' deviations from the means, so that this holds to rounding
+    also where they nearly agree. The free exchange of scale between P and Q is fixed by
+    :math:`\sum_k P_k = 1`.
 
     When: clients' updates differ in size; it gains nothing when they are exchangeable. It is meant
     for the factors themselves, not for their increments.
@@ -82,26 +84,36 @@ def flora_na(
         raise ValueError(f"sweeps must not be negative, got {sweeps}")
     if not shared:
         return _base.run(_alone, stacked, weights, solver=solver, sweeps=sweeps)
-    pairs = _base.each_kernel(_grams_and_weights, stacked, weights)
-    p, q = _solve_shared([g for g, _ in pairs], pairs[0][1], solver=solver, sweeps=sweeps)
+    grams, sizes, shares = zip(*_base.each_kernel(_measured, stacked, weights), strict=True)
+    p, q = _solve_shared(grams, sizes, shares[0], solver=solver, sweeps=sweeps)
     return _base.run(_combined, stacked, weights, arrays={"p": p, "q": q})
 
 
 class _Grams(NamedTuple):
     """All that the fit needs of one kernel, or of several with a leading axis.
 
+    Index 0 is the mean of the clients, index k what client k deviates from it, in units in which
+    the clients' factors are of size one. Absent clients are zero.
+
     Attributes:
-      a: `a_i^T a_k`, `[..., K, K, r, r]`.
-      b: `b_j b_l^T`, `[..., K, K, r, r]`.
+      a: `a_i^T a_k`, `[..., K + 1, K + 1, r, r]`.
+      b: `b_j b_l^T`, `[..., K + 1, K + 1, r, r]`.
     """
 
     a: jax.Array
     b: jax.Array
 
 
+class _Fit(NamedTuple):
+    """The coefficients less the weights from which they begin: `P = p + dp`, `Q = p + dq`."""
+
+    dp: jax.Array
+    dq: jax.Array
+
+
 def _alone(clients: Factors, weights: jax.Array, *, solver: Solver, sweeps: int) -> Aggregated:
-    grams = [jax.tree.map(lambda x: x[None], _grams(clients, weights))]
-    p, q = _SOLVERS[solver](grams, weights, sweeps)
+    grams, _, _ = _measured(clients, weights)
+    p, q = _SOLVERS[solver]([jax.tree.map(lambda x: x[None], grams)], weights, sweeps)
     return _combined(clients, weights, p=p, q=q)
 
 
@@ -110,32 +122,63 @@ def _combined(clients: Factors, weights: jax.Array, *, p: jax.Array, q: jax.Arra
     return Aggregated(adapters=pair, residual=None)
 
 
-def _grams(clients: Factors, weights: jax.Array) -> _Grams:
-    """Blocks of clients that are absent are zero: their factors must not serve the others."""
-    count, _, rank = clients.a.shape
-    rows = Factors(jnp.swapaxes(clients.a, 1, 2), clients.b)
-    here = (weights > 0).astype(clients.a.dtype)
-    pairs = (here[:, None] * here)[..., None, None]
-    blocks = []
-    for x in rows:
-        square = lowrank.gram(x.reshape(count * rank, -1)).reshape(count, rank, count, rank)
-        blocks.append(jnp.moveaxis(square, 1, 2) * pairs)
-    return _Grams(*blocks)
-
-
-def _grams_and_weights(clients: Factors, weights: jax.Array) -> tuple[_Grams, jax.Array]:
-    return _grams(clients, weights), weights
+def _measured(clients: Factors, weights: jax.Array) -> tuple[_Grams, jax.Array, jax.Array]:
+    """The Gram blocks, the size of the products that is taken out of them, and the weights."""
+    here = (weights > 0)[:, None, None]
+    means, blocks, size = lowrank.mean(clients, weights), [], jnp.ones((), weights.dtype)
+    for side, (x, mean) in enumerate(zip(clients, means, strict=True)):
+        unit = lowrank.vector_norm(jnp.sqrt(weights)[:, None, None] * x)
+        unit = jnp.where(unit > 0, unit, 1)
+        rows = jnp.concatenate([mean[None], jnp.where(here, x - mean, 0)]) / unit
+        rows = jnp.swapaxes(rows, 1, 2) if side == 0 else rows
+        count, rank, _ = rows.shape
+        square = lowrank.gram(rows.reshape(count * rank, -1)).reshape(count, rank, count, rank)
+        blocks.append(jnp.moveaxis(square, 1, 2))
+        size = size * unit
+    return _Grams(*blocks), size, weights
 
 
 @functools.partial(jax.jit, static_argnames=("solver", "sweeps"))
 def _solve_shared(
-    grams: Sequence[_Grams], weights: jax.Array, *, solver: Solver, sweeps: int
+    grams: Sequence[_Grams],
+    sizes: Sequence[jax.Array],
+    weights: jax.Array,
+    *,
+    solver: Solver,
+    sweeps: int,
 ) -> tuple[jax.Array, jax.Array]:
+    largest = jnp.max(jnp.stack(sizes))
     kinds: dict[int, list[_Grams]] = {}
-    for node in grams:
-        kinds.setdefault(node.a.shape[-1], []).append(node)
+    for node, size in zip(grams, sizes, strict=True):
+        sized = node._replace(a=node.a * jnp.square(size / largest))
+        kinds.setdefault(node.a.shape[-1], []).append(sized)
     batches = [jax.tree.map(lambda *x: jnp.stack(x), *nodes) for nodes in kinds.values()]
     return _SOLVERS[solver](batches, weights, sweeps)
+
+
+def _with_mean(coefficients: jax.Array) -> jax.Array:
+    """Coefficients of clients as those of their mean and their deviations, `[K + 1]`."""
+    return jnp.concatenate([jnp.sum(coefficients)[None], coefficients])
+
+
+def _misfit(weights: jax.Array, fit: _Fit) -> jax.Array:
+    """C `[K + 1, K + 1]` with `M - a(Q) b(P) = sum_ij C_ij a_i b_j`: small where the fit is good.
+
+    Between clients it is `diag(p) - Q P^T`; its sums over rows, over columns and over both belong
+    to the mean, and are written so that nothing cancels.
+    """
+    p, q = weights + fit.dp, weights + fit.dq
+    sum_p, sum_q = jnp.sum(fit.dp), jnp.sum(fit.dq)
+    corner = -(sum_p + sum_q + sum_p * sum_q)
+    top, left = -(fit.dp + sum_q * p), -(fit.dq + sum_p * q)
+    inner = jnp.diag(weights) - jnp.outer(q, p)
+    return jnp.block([[corner[None, None], top[None]], [left[:, None], inner]])
+
+
+def _against(misfit: jax.Array, grams: _Grams, left: jax.Array) -> jax.Array:
+    """`<sum_ij C_ij a_i b_j, a(left) b_l>` for each l, summed over kernels, `[K + 1]`."""
+    half = einsum("nikrs,k->nirs", grams.a, left)
+    return einsum("njrs,njlrs->l", einsum("ij,nirs->njrs", misfit, half), grams.b)
 
 
 def _alternate(
@@ -143,40 +186,38 @@ def _alternate(
 ) -> tuple[jax.Array, jax.Array]:
     swapped = [_Grams(a=grams.b, b=grams.a) for grams in kinds]
 
-    def sweep(pair: tuple[jax.Array, jax.Array], _: None) -> Any:
-        p, q = pair
-        p = _improve(p, *_normal_equations(kinds, weights, q))
-        q = _improve(q, *_normal_equations(swapped, weights, p))
-        return (p, q), None
+    def sweep(fit: _Fit, _: None) -> tuple[_Fit, None]:
+        fit = fit._replace(dp=fit.dp + _step(kinds, weights, fit))
+        mirror = _Fit(dp=fit.dq, dq=fit.dp)
+        return fit._replace(dq=fit.dq + _step(swapped, weights, mirror)), None
 
-    return _scale_fixed(*jax.lax.scan(sweep, (weights, weights), length=sweeps)[0])
-
-
-def _normal_equations(
-    kinds: Sequence[_Grams], weights: jax.Array, q: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """H [K, K] and h [K] of `|M - a(q) b(p)|^2 = p^T H p - 2 h^T p + |M|^2`, over all kernels."""
-    matrix = vector = jnp.zeros((), weights.dtype)
-    for a, b in kinds:
-        half = einsum("k,nikrs->nirs", q, a)
-        matrix += einsum("nrs,njlrs->jl", einsum("i,nirs->nrs", q, half), b)
-        vector += einsum("k,nkrs,nkjrs->j", weights, half, b)
-    return matrix, vector
+    zero = jnp.zeros_like(weights)
+    return _scale_fixed(weights, jax.lax.scan(sweep, _Fit(zero, zero), length=sweeps)[0])
 
 
-def _improve(p: jax.Array, matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """A proximal step: as good as the least-squares solution, and never worse than `p`.
+def _step(kinds: Sequence[_Grams], weights: jax.Array, fit: _Fit) -> jax.Array:
+    """A proximal step of P: as good as the least-squares solution, and never worse than P.
 
-    The ridge pulls towards `p`, not towards zero, so it keeps a singular system (identical or
-    absent clients) solvable without a bias.
+    The ridge pulls towards P, not towards zero, so it keeps a singular system (identical or absent
+    clients) solvable without a bias.
     """
-    ridge = (_RIDGE * jnp.trace(matrix) + _TINY) * jnp.eye(len(p), dtype=p.dtype)
-    residual = vector - lowrank.matmul(matrix, p)
+    left = _with_mean(weights + fit.dq)
+    misfit = _misfit(weights, fit)
+    matrix = vector = jnp.zeros((), weights.dtype)
+    for grams in kinds:
+        matrix += _square(grams, left)
+        vector += _against(misfit, grams, left)
+    here = weights > 0
+    matrix = matrix[1:, 1:] + matrix[1:, :1] + matrix[:1, 1:] + matrix[0, 0]
+    matrix = jnp.where(here[:, None] & here, matrix, 0)
+    vector = jnp.where(here, vector[1:] + vector[0], 0)
+    ridge = (_RIDGE * jnp.trace(matrix) + _TINY) * jnp.eye(len(weights), dtype=weights.dtype)
     root = _linalg.triangular_inverse(_linalg.cholesky(matrix + ridge))
-    return p + lowrank.matmul(root.T, lowrank.matmul(root, residual))
+    return lowrank.matmul(root.T, lowrank.matmul(root, vector))
 
 
-def _scale_fixed(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _scale_fixed(weights: jax.Array, fit: _Fit) -> tuple[jax.Array, jax.Array]:
+    p, q = weights + fit.dp, weights + fit.dq
     total = jnp.sum(p)
     unit = jnp.where(jnp.abs(total) > _RIDGE, total, 1)
     return p / unit, q * unit
@@ -184,17 +225,21 @@ def _scale_fixed(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax.Array, jax.Array]:
     """Adam on the change of each coefficient relative to its client's weight."""
-    matrix, _ = _normal_equations(kinds, weights, weights)
-    unit = lowrank.matmul(weights, lowrank.matmul(matrix, weights))
+    zero = jnp.zeros_like(weights)
+    first_misfit, own = _misfit(weights, _Fit(zero, zero)), _with_mean(weights)
+    unit = sum(jnp.vdot(own, _square(grams, own) @ own) for grams in kinds)
     unit = jnp.where(unit > _TINY, unit, 1)
 
-    def coefficients(changes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return weights * (1 + changes[0]), weights * (1 + changes[1])
-
     def loss(changes: jax.Array) -> jax.Array:
-        p, q = coefficients(changes)
-        matrix, vector = _normal_equations(kinds, weights, q)
-        return (lowrank.matmul(p, lowrank.matmul(matrix, p)) - 2 * jnp.dot(vector, p)) / unit
+        """`|M - a(Q) b(P)|^2 - |M - a(p) b(p)|^2`, as a product of sum and difference."""
+        fit = _Fit(weights * changes[0], weights * changes[1])
+        both = _misfit(weights, fit) + first_misfit
+        dp, dq = _with_mean(fit.dp), _with_mean(fit.dq)
+        total = jnp.zeros((), weights.dtype)
+        for grams in kinds:
+            total -= jnp.vdot(_against(both, grams, dq), own + dp)
+            total -= jnp.vdot(_against(both, grams, own), dp)
+        return total / unit
 
     def step(carry: Any, index: jax.Array) -> Any:
         changes, first, second, best, least = carry
@@ -206,11 +251,17 @@ def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax
         changes -= _ADAM_STEP_SIZE * first / (1 - 0.9**index) / length
         return (changes, first, second, best, jnp.minimum(value, least)), None
 
-    zero = jnp.zeros((2, len(weights)), weights.dtype)
-    carry = (zero, zero, zero, zero, jnp.asarray(jnp.inf, weights.dtype))
+    zeros = jnp.zeros((2, len(weights)), weights.dtype)
+    carry = (zeros, zeros, zeros, zeros, jnp.asarray(jnp.inf, weights.dtype))
     count = 1 + jnp.arange(_ADAM_STEPS_PER_SWEEP * sweeps, dtype=weights.dtype)
     best = jax.lax.scan(step, carry, count)[0][3]
-    return _scale_fixed(*coefficients(best))
+    return _scale_fixed(weights, _Fit(weights * best[0], weights * best[1]))
+
+
+def _square(grams: _Grams, left: jax.Array) -> jax.Array:
+    """`<a(left) b_j, a(left) b_l>`, summed over kernels, `[K + 1, K + 1]`."""
+    inner = einsum("i,nikrs,k->nrs", left, grams.a, left)
+    return einsum("nrs,njlrs->jl", inner, grams.b)
 
 
 _SOLVERS = {"als": _alternate, "gradient": _adam}

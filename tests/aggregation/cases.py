@@ -102,12 +102,15 @@ CASES: dict[str, list[Case]] = {
     "frlora": [Case({}, alone(oracles.frlora), tree="initial")],
     "lora_fair": [
         fair(steps=60),
+        fair(steps=300, learning_rate=0.05, regularization=0.0),
+        fair(steps=60, units="raw"),
         fair(steps=40, learning_rate=0.1, regularization=0.0, correct="a"),
         fair(steps=40, similarity="feature_cosine", learning_rate=0.1),
         fair(steps=40, similarity="feature_cosine", learning_rate=0.01, correct="a"),
         fair(steps=60, similarity="frobenius"),
         fair(steps=60, similarity="frobenius", correct="a", regularization=0.1),
         fair(similarity="frobenius", solver="closed_form"),
+        fair(similarity="frobenius", solver="closed_form", units="raw"),
         fair(similarity="frobenius", solver="closed_form", correct="a", regularization=0.0),
     ],
     "flora_na": [

@@ -124,27 +124,35 @@ def lora_fair(
     learning_rate=0.01,
     correct="b",
     start=None,
+    units="relative",
 ):
     """Gradient descent on the dense matrices, the gradients of section 2 by hand."""
-    mean_a, mean_b = means(a, b, p)
-    matrix = ideal(a, b, p)
-    fixed, moving = (mean_a, mean_b) if correct == "b" else (mean_b.T, mean_a.T)
     if correct == "a":
-        matrix = matrix.T
+        a, b = (np.swapaxes(x, 1, 2) for x in (b, a))
+    unit_a, unit_b = (np.linalg.norm(x) if units == "relative" else 1 for x in means(a, b, p))
+    a, b = a / unit_a, b / unit_b
+    fixed, moving = means(a, b, p)
+    matrix = ideal(a, b, p)
+
+    def result(moved):
+        product = unit_a * unit_b * fixed @ moved
+        return product if correct == "b" else product.T
+
     gram = fixed.T @ fixed
     if solver == "closed_form":
         eye = np.eye(len(gram))
-        solution = np.linalg.pinv(gram + regularization * eye) @ (
-            fixed.T @ matrix + regularization * moving
+        return result(
+            np.linalg.pinv(gram + regularization * eye)
+            @ (fixed.T @ matrix + regularization * moving)
         )
-        product = fixed @ solution
-        return product if correct == "b" else product.T
     if similarity == "frobenius":
         learning_rate = min(learning_rate, 0.5 / (np.trace(gram) + regularization))
+    held = similarity == "cosine" and units == "relative"
     axis = {"feature_cosine": 1 if correct == "b" else 0}.get(similarity)
     c = np.zeros_like(moving) if start is None else start
     for _ in range(steps):
         x = fixed @ (moving + c)
+        rate = learning_rate
         if similarity == "frobenius":
             slope = 2 * (x - matrix)
         else:
@@ -158,9 +166,18 @@ def lora_fair(
             )
             if axis is not None:
                 slope = slope / x.shape[1 - axis]
-        c = c - learning_rate * (fixed.T @ slope + 2 * regularization * c)
-    product = fixed @ (moving + c)
-    return product if correct == "b" else product.T
+        if held:
+            rate = min(rate, 0.25 * np.sum(x**2) / np.linalg.norm(gram, 2))
+        c = c - rate * (fixed.T @ slope + 2 * regularization * c)
+    if held:
+        x = fixed @ (moving + c)
+        limit = np.linalg.norm(matrix - fixed @ moving)
+        if np.linalg.norm(matrix - x) > limit:
+            best = np.sum(x * matrix) / np.sum(x**2)
+            inside = limit**2 - np.linalg.norm(matrix - best * x) ** 2
+            reach = np.sqrt(max(inside, 0) / np.sum(x**2))
+            return result(np.clip(1, best - reach, best + reach) * (moving + c))
+    return result(moving + c)
 
 
 def flora_na(kernels, p, sweeps=10):

@@ -67,7 +67,7 @@ def test_dense_reference():
     for name, want in wanted.items():
         np.testing.assert_allclose(product(getattr(dense, name)(*given)), want, atol=1e-4)
     fair = product(dense.fair_sgd(20)(*given))
-    np.testing.assert_allclose(fair, oracles.lora_fair(a, b, p, steps=20), atol=1e-4)
+    np.testing.assert_allclose(fair, oracles.lora_fair(a, b, p, steps=20, units="raw"), atol=1e-4)
     near = product(dense.flora_na_descent(300)(*given))
     ideal = oracles.ideal(a, b, p)
     assert np.linalg.norm(near - ideal) < np.linalg.norm(oracles.fedit(a, b, p) - ideal)
