@@ -181,9 +181,9 @@ def train_cohort(
 
         def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
             at = server.trainable._replace(adapters=adapters)
-            own = batches_of("calibration")
+            own, available = batches_of("calibration"), training.steps_of_epoch(count)
             frozen = (task, server.backbone, server.scale)
-            return local.gradient(*frozen, at, offset, own, batches).adapters
+            return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
 
         affordable = federation.ranks[identity]
         start = method.start(server, client, Context(key("start"), gradient, affordable))
@@ -347,7 +347,10 @@ def _all_finite(tree: PyTree) -> jax.Array:
         for x in jax.tree.leaves(tree)
         if jnp.issubdtype(x.dtype, jnp.inexact)
     ]
-    return jnp.all(jnp.stack(checks), axis=0)
+    # Counted by a product: the compiler makes of `all` a chain over the arrays, and puts it into
+    # every operation that depends on the result, of which there is one an array.
+    counts = lowrank.matmul(jnp.ones(len(checks)), jnp.stack(checks).astype(jnp.float32))
+    return counts == len(checks)
 
 
 def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
