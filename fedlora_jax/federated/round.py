@@ -332,10 +332,15 @@ def _error(
 
 def _put(clients: PyTree, cohort: jax.Array, new: PyTree, finite: jax.Array) -> PyTree:
     """The states of all clients, with the new ones where they are finite."""
+    absent = len(cohort)
+    num_clients = len(jax.tree.leaves(clients)[0]) if jax.tree.leaves(clients) else 0
+    # Gathered by each client's place in the cohort: a scatter is a loop of its own for each array.
+    places = jnp.where(finite, jnp.arange(absent), absent)
+    place = jnp.full(num_clients, absent).at[cohort].set(places)
 
     def put(stacked: jax.Array, values: jax.Array) -> jax.Array:
-        usable = finite.reshape(-1, *[1] * (values.ndim - 1))
-        return stacked.at[cohort].set(jnp.where(usable, values, stacked[cohort]))
+        renewed = (place < absent).reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.where(renewed, values.at[place].get(mode="clip"), stacked)
 
     return jax.tree.map(put, clients, new)
 

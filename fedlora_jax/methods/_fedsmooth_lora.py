@@ -21,7 +21,6 @@ from fedlora_jax.methods._base import (
     Trainable,
     Trained,
     absorb,
-    change,
     each_layer,
     mean,
     stacked_layers,
@@ -156,12 +155,13 @@ def fedsmooth_lora(
     def finish(
         server: Server, client: ClientState, start: Start, trained: Trained
     ) -> tuple[Trainable, ClientState]:
+        assert start.offset is not None
         arrived = trained.trainable
-        upload = each_layer(
-            lambda whole, own: lowrank.truncate(whole, own.rank, split=split),
-            change(start, arrived),
-            arrived.adapters,
-        )
+
+        def sent(own: Factors, frozen: Factors) -> Factors:
+            return lowrank.truncated_sum([own, frozen], own.rank, split=split)
+
+        upload = each_layer(sent, arrived.adapters, start.offset)
         return Trainable(upload, arrived.head), ClientState(upload, server.round)
 
     def aggregate(
@@ -234,13 +234,16 @@ def _sketched(
     basis under g or its transpose, that of the basis itself is zero.
     """
     kinds = {kind: factors for kind, (factors,) in stacked_layers(like).items()}
+    longest = max(f.a.shape[1] for f in kinds.values())
+    widest = _COLUMNS * max(f.rank for f in kinds.values())
+    noise = jax.random.normal(key, (longest, widest))
     first, exact = {}, True
-    for index, (kind, factors) in enumerate(kinds.items()):
+    for kind, factors in kinds.items():
         (count, d_in, _), d_out = factors.a.shape, factors.b.shape[2]
         columns = min(_COLUMNS * factors.rank, d_in, d_out)
         exact = exact and columns == min(d_in, d_out)
-        noise = jax.random.normal(jax.random.fold_in(key, index), (count, d_in, columns))
-        first[kind] = Factors(noise, jnp.zeros((count, columns, d_out)))
+        bases = jnp.broadcast_to(noise[:d_in, :columns], (count, d_in, columns))
+        first[kind] = Factors(bases, jnp.zeros((count, columns, d_out)))
 
     def left(factors: Factors) -> Factors:
         return Factors(jax.lax.map(lowrank.orthonormal, factors.a), jnp.zeros_like(factors.b))
