@@ -71,20 +71,28 @@ def fedsmooth_lora(
     * upload :math:`L_c = SVD_r(a b - A)`; the server takes :math:`G = SVD_r(\sum_c p_c L_c)` and
       merges it, :math:`W \leftarrow W + s G`.
 
+    The sign of a singular vector is the one that makes the sum of the cubes of its entries
+    positive: the SVD leaves it open, but training depends on it.
+
     The frozen :math:`- s A` is a second, untrained adapter, not a backbone a client. The singular
     vectors come from LoRA-sized gradients: that of `b` at :math:`a = \Omega, b = 0` is
-    :math:`s \Omega^T g`, so a randomised range finder with two power iterations needs six backward
-    passes over the calibration batches and nothing of the size of a kernel.
+    :math:`s \Omega^T g`, that of `a` at :math:`a = 0, b = Q^T` is :math:`s g Q`. Six of them, of
+    8 r columns, are a subspace iteration that is as exact as one of 4 r columns and ten: error of A
+    5e-4 for singular values 1 / i, at r = 4 to 32. It costs six forward and backward passes over
+    the calibration batches and nothing of the size of a kernel; two passes where 8 r reaches the
+    smaller side of every kernel, and the result is exact.
 
     Up and down a kernel: :math:`r (d_{in} + d_{out})`.
 
     Args:
       zeta: :math:`\zeta_0`, the weight of the round-matching matrix. With 1, and but for the
         truncations, a client restarts exactly where it ended.
-      zeta_min: If given, zeta falls to it along half a cosine over `rounds`.
+      zeta_min: If it is less than zeta, zeta falls to it along half a cosine over `rounds`. The
+        authors' language code keeps 1, their image code goes from 1 to 0.
       rounds: T of that cosine.
       gamma: Damps the gradient-aligned matrix; the paper has 256 for images, 64 for language.
-      calibration_batches: Batches of the client's own data in the gradient estimate.
+      calibration_batches: Batches of the client's own data in the gradient estimate, at most one
+        pass over them.
       split: Where `SVD_r` puts the singular values: `'balanced'` (the authors' image code), or
         `'right'`, on our `b` (their language code).
       start: `'paper'`, or `'exact'`: nothing is truncated, the offset is
@@ -92,7 +100,7 @@ def fedsmooth_lora(
       gradient: `'sketch'`, or `'dense'`: the whole g, to check the sketch with.
 
     Raises:
-      ValueError: On an unknown option, a zeta_min without rounds, or, when the federation is made,
+      ValueError: On an unknown option, a zeta that falls without rounds, or, when the federation is made,
         a layer with :math:`2 r > \min(d_{in}, d_{out})`.
 
     References:
