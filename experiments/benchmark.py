@@ -1,8 +1,9 @@
-"""Speed and memory of the aggregation functions, beside dense code in PyTorch.
+"""Speed and memory of the aggregation functions, beside dense code in PyTorch; size of programs.
 
     python -m experiments.benchmark aggregation
     python -m experiments.benchmark aggregation --only=fedit,flexlora --noreference
     python -m experiments.benchmark growth
+    python -m experiments.benchmark programs --clients=4 --rank=8
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -10,7 +11,11 @@ function runs in a process of its own: the first call with its compilation, the 
 of later calls, and how far the process grew beyond the stacked factors. The dense reference runs
 one kernel of each kind, and 10 of the 1000 steps of gradient descents; what is multiplied up from
 that is marked with a tilde. `growth` measures one kernel for K from 2 to 256 and r from 4 to 128,
-fits exponents, and draws them.
+fits exponents, and draws them. `programs` compiles a round of every method on the shapes of a
+SmolLM2-135M (30 blocks, all seven linear layers of each adapted, windows of 128 tokens, batches of
+four, one client at a time), each in a process of its own, and runs none: lines of StableHLO,
+seconds to trace and to compile, the most memory that took, and what the compiler plans for the
+round.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -25,7 +30,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,11 +45,13 @@ import numpy as np
 from absl import app, flags
 from tabulate import tabulate
 
-from fedlora_jax import Factors, aggregation
+from experiments.benchmarks import programs
+from fedlora_jax import Factors, aggregation, methods
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
 _RANK = flags.DEFINE_integer("rank", 32, "Rank r.", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers.", lower_bound=1)
+_BLOCKS = flags.DEFINE_integer("blocks", 30, "Blocks of `programs`.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the adapters.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls after the first one.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
@@ -296,7 +303,7 @@ def measure_growth() -> dict[str, Any]:
 def worker(task: str) -> dict[str, Any]:
     """Runs a measurement in a process of its own, which flags are passed on to."""
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
-    for flag in (_CLIENTS, _RANK, _LAYERS, _SEED, _REPEATS):
+    for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS):
         command.append(f"--{flag.name}={flag.value}")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -324,16 +331,34 @@ def environment() -> dict[str, Any]:
         "clients": _CLIENTS.value,
         "rank": _RANK.value,
         "layers": _LAYERS.value,
+        "blocks": _BLOCKS.value,
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
 
 
+def rows_of(known: Iterable[str]) -> list[str]:
+    """The rows that are asked for."""
+    rows = _ONLY.value or list(known)
+    unknown = set(rows) - set(known)
+    if unknown:
+        raise app.UsageError(f"unknown rows {sorted(unknown)}; there are: {', '.join(known)}")
+    return rows
+
+
+def write(name: str, results: dict[str, Any], page: str) -> None:
+    """Prints a page, and writes it and the results."""
+    print(page)
+    output = Path(_OUTPUT.value)
+    output.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}_{results['environment']['platform']}"
+    (output / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / f"{stem}.md").write_text(page + "\n")
+    print(f"written to {output / stem}.json and .md", file=sys.stderr)
+
+
 def aggregation_table() -> None:
     """Measures all rows and the dense code, prints the tables and writes them."""
-    rows = _ONLY.value or list(ROWS)
-    unknown = set(rows) - set(ROWS)
-    if unknown:
-        raise app.UsageError(f"unknown rows {sorted(unknown)}; there are: {', '.join(ROWS)}")
+    rows = rows_of(ROWS)
     results: dict[str, Any] = {"environment": environment(), "ours": {}, "dense": {}}
     for row in rows:
         print(f"{row} ...", file=sys.stderr, flush=True)
@@ -346,14 +371,7 @@ def aggregation_table() -> None:
         for name in names:
             print(f"dense {name} ...", file=sys.stderr, flush=True)
             results["dense"][name] = worker(f"dense:{name}")
-    page = report(results)
-    print(page)
-    output = Path(_OUTPUT.value)
-    output.mkdir(parents=True, exist_ok=True)
-    stem = f"aggregation_{results['environment']['platform']}"
-    (output / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
-    (output / f"{stem}.md").write_text(page + "\n")
-    print(f"written to {output / stem}.json and .md", file=sys.stderr)
+    write("aggregation", results, report(results))
 
 
 def report(results: dict[str, Any]) -> str:
@@ -425,6 +443,52 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def programs_table() -> None:
+    """Measures the program of every method, prints the table and writes it."""
+    results: dict[str, Any] = {"environment": environment(), "methods": {}}
+    for name in rows_of(sorted(methods.REGISTRY)):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results["methods"][name] = worker(f"program:{name}")
+    write("programs", results, programs_report(results))
+
+
+def programs_report(results: dict[str, Any]) -> str:
+    """The table of programs, as Markdown."""
+    facts = results["environment"]
+
+    def gigabytes(size: int | None) -> str:
+        return "" if size is None else f"{size / 1e9:.2f}"
+
+    table = [
+        [
+            name,
+            line["lines"],
+            f"{line['trace_s']:.0f}",
+            f"{line['compile_s']:.0f}",
+            gigabytes(line["peak_bytes"]),
+            gigabytes(line["held_bytes"]),
+            gigabytes(line["working_bytes"]),
+        ]
+        for name, line in results["methods"].items()
+    ]
+    headers = ["method", "lines", "trace, s", "compile, s", "peak, GB", "held, GB", "working, GB"]
+    lines = [
+        "# Programs: size, and what compiling takes",
+        "",
+        f"A round on the shapes of a SmolLM2-135M with {facts['blocks']} blocks, "
+        f"{7 * facts['blocks']} adapted kernels at r = {facts['rank']}, {facts['clients']} clients "
+        f"one at a time. {facts['date']}, {facts['device']}, {facts['cores']} cores, jax "
+        f"{facts['versions']['jax']}, load average {facts['load_average_at_start']} when it began.",
+        "",
+        tabulate(table, headers=headers, tablefmt="github", colalign=("left", *["right"] * 6)),
+        "",
+        "`lines`: of StableHLO. `peak`: most resident memory of the process that traced and "
+        "compiled. `held`: state and data of the round; `working`: what it needs besides, as the "
+        "compiler plans it.",
+    ]
+    return "\n".join(lines)
+
+
 def growth_plot() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
     import matplotlib
@@ -470,10 +534,17 @@ def main(argv: list[str]) -> None:
             "kinds": lambda: measure_kinds(name),
             "dense": lambda: measure_dense(name),
             "growth": measure_growth,
+            "program": lambda: programs.measure(
+                name, blocks=_BLOCKS.value, clients=_CLIENTS.value, rank=_RANK.value
+            ),
         }
         print(json.dumps(tasks[kind]()))
         return
-    commands = {"aggregation": aggregation_table, "growth": growth_plot}
+    commands = {
+        "aggregation": aggregation_table,
+        "growth": growth_plot,
+        "programs": programs_table,
+    }
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"name one of: {', '.join(commands)}")
     commands[argv[1]]()

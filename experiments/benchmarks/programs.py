@@ -3,7 +3,6 @@
 Shapes alone: no weight is made, and nothing is run.
 """
 
-import functools
 import resource
 import sys
 import time
@@ -58,7 +57,6 @@ def lower(method: str, *, blocks: int, clients: int, rank: int) -> jax.stages.Lo
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0)), BATCH_SIZE, STEPS
     )
     key = jax.eval_shape(jax.random.key, 0)
-    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
     def federation(key: jax.Array) -> Any:
         params = model.init(key, jnp.zeros((1, WINDOW), jnp.int32))["params"]
@@ -66,14 +64,15 @@ def lower(method: str, *, blocks: int, clients: int, rank: int) -> jax.stages.Lo
         server = Server(params, Trainable(adapters, {}), jnp.float32(2), (), jnp.int32(0))
         return create(key, made, server, clients)
 
+    def data() -> ClientData:
+        tokens = jnp.zeros((clients * EXAMPLES, WINDOW), jnp.int32)
+        indices = jnp.zeros((clients, EXAMPLES), jnp.int32)
+        return ClientData({"tokens": tokens}, indices, jnp.zeros(clients, jnp.int32))
+
     return make_round(next_token(model), made, training, clients_per_chunk=1).lower(
         jax.eval_shape(federation, key),
-        ClientData(
-            {"tokens": integers((clients * EXAMPLES, WINDOW))},
-            integers((clients, EXAMPLES)),
-            integers((clients,)),
-        ),
-        integers((clients,)),
+        jax.eval_shape(data),
+        jax.ShapeDtypeStruct((clients,), jnp.int32),
         key,
         jax.ShapeDtypeStruct((), jnp.float32),
     )

@@ -100,8 +100,8 @@ def fedsmooth_lora(
       gradient: `'sketch'`, or `'dense'`: the whole g, to check the sketch with.
 
     Raises:
-      ValueError: On an unknown option, a zeta that falls without rounds, or, when the federation is made,
-        a layer with :math:`2 r > \min(d_{in}, d_{out})`.
+      ValueError: On an unknown option, a zeta that falls without rounds, or, when the federation is
+        made, a layer with :math:`2 r > \min(d_{in}, d_{out})`.
 
     References:
       *FedSmoothLoRA*, arXiv:2605.29460. The sketch and `start='exact'` are ours.
