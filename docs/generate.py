@@ -21,6 +21,7 @@ OTHERS: list[Callable[..., Any]] = [
     aggregation.diagnostics,
     aggregation.stack,
     aggregation.cut,
+    aggregation.shares,
     aggregation.tail_penalty,
 ]
 SECTIONS = ("Args", "Returns", "Raises", "Examples", "References")

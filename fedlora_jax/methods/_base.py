@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lora, lowrank
+from fedlora_jax import aggregation, lora, lowrank
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
@@ -229,8 +229,7 @@ def absorb(server: Server, aggregated: Aggregated, head: Params) -> Server:
 
 def mean(stacked: PyTree, weights: jax.Array) -> PyTree:
     """The weighted mean of arrays stacked along `[K]`; weights as in an aggregation function."""
-    total = jnp.sum(weights)
-    shares = weights / jnp.where(total > 0, total, 1)
+    shares = aggregation.shares(weights)
 
     def average(x: jax.Array) -> jax.Array:
         here = shares.reshape(-1, *[1] * (x.ndim - 1))

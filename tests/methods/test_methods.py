@@ -43,6 +43,10 @@ def kernels(server, adapters):
     }
 
 
+def models_of(server):
+    return kernels(server, server.trainable.adapters)
+
+
 def ideal(world, before, result):
     """`W + s sum_k p_k (a_k b_k + offset_k)` from what the clients arrived at."""
     counts = np.float64(world.data.counts[COHORT])
@@ -215,6 +219,18 @@ def test_server_depends_on_what_is_sent_alone(world, cohort_of, name):
     one, _ = method.aggregate(before.server, result.uploads, weights)
     two, _ = method.aggregate(before.server, other, weights)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), one, two)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("scale", [np.int32(100_000_000), np.float32(1e37)])
+def test_scale_and_type_of_weights_do_not_matter(world, cohort_of, name, scale):
+    """The integers' sum, 3.6e9, is none of their type; that of the numbers is infinite."""
+    before, result, _ = cohort_of(name)
+    method, counts = method_of(name), np.asarray(world.data.counts[COHORT])
+    one, _ = method.aggregate(before.server, result.uploads, counts.astype(np.float32))
+    two, _ = method.aggregate(before.server, result.uploads, counts.astype(scale.dtype) * scale)
+    for x, y in (one.trainable.head, two.trainable.head), (models_of(one), models_of(two)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), x, y)
 
 
 @pytest.mark.parametrize("name", ALL)
