@@ -290,7 +290,7 @@ def present_clients(stacked: PyTree, weights: jax.Array) -> tuple[jax.Array, jax
       of non-zero weight that is not present because something in it is not finite.
     """
     known = wide(weights)
-    finite = finite_everywhere(stacked) & (abs(known) < jnp.inf)
+    finite = finite_everywhere(stacked) & (known < jnp.inf) & (known > -jnp.inf)
     return finite & (known > 0), finite | (known == 0)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import aggregation
-from fedlora_jax.aggregation._hetlora import Per
+from fedlora_jax.aggregation._hetlora import Per, pruned_rank
 from fedlora_jax.methods._base import (
     READS_EACH_CLIENT,
     Context,
@@ -47,7 +47,7 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
 
     def init(key: jax.Array, server: Server) -> tuple[Server, jax.Array]:
         """A client's state is the rank that its pruning has left."""
-        return server, jnp.int32(max(f.rank for f in server.trainable.adapters.values()))
+        return server, jnp.int32(_largest(server))
 
     def start(server: Server, client: jax.Array, context: Context) -> Start:
         return Start(server.trainable, rank=jnp.minimum(client, context.rank))
@@ -61,7 +61,7 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
         server: Server, client: jax.Array, start: Start, trained: Trained
     ) -> tuple[Trainable, jax.Array]:
         shrunk = tail(start, trained.trainable) < tail(start, start.trainable)
-        smaller = jnp.floor(decay * _rank(start)).astype(jnp.int32)
+        smaller = pruned_rank(_rank(start), _largest(server), decay)
         return trained.trainable, jnp.where(shrunk, smaller, _rank(start))
 
     return method._replace(
@@ -70,6 +70,10 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
         finish=finish,
         penalty=lambda server, client, start, trainable: pruning * tail(start, trainable),
     )
+
+
+def _largest(server: Server) -> int:
+    return max(factors.rank for factors in server.trainable.adapters.values())
 
 
 def _rank(start: Start) -> jax.Array:

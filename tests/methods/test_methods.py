@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedlora_jax import aggregation, lora, methods
+from fedlora_jax import Factors, aggregation, lora, methods
 from fedlora_jax.federated import communication, records
 from fedlora_jax.federated.round import run_round
-from fedlora_jax.methods import change, trained_mask
+from fedlora_jax.methods import Server, Start, Trainable, Trained, change, trained_mask
 from tests.world import COHORT, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
@@ -175,6 +175,31 @@ def test_hetlora_prunes_a_tail_that_shrinks_and_keeps_what_it_pruned(world):
 
 def at(tree, position):
     return jax.tree.map(lambda x: x[position], tree)
+
+
+@pytest.mark.parametrize("percent", [39, 50, 52, 59, 75, 78, 84, 90, 95, 99])
+def test_hetlora_prunes_to_the_floor_exactly(percent):
+    """Of adapters of ones the penalty of a tail is its length."""
+    largest = 512
+    ranks = np.arange(1, largest + 1)
+    want = ranks * percent // 100
+    ones = {"dense": Factors(jnp.ones((1, largest)), jnp.ones((largest, 1)))}
+
+    @jax.vmap
+    def length(rank):
+        return aggregation.tail_penalty(ones, rank, decay=percent / 100)
+
+    np.testing.assert_array_equal(np.round(length(ranks)), largest - want)
+    method = methods.hetlora(decay=percent / 100)
+    server = Server({}, Trainable(ones, {}), jnp.float32(1), (), jnp.int32(0))
+    arrived = Trainable(jax.tree.map(jnp.zeros_like, ones), {})
+
+    @jax.vmap
+    def kept(rank):
+        start = Start(Trainable(ones, {}), rank=rank)
+        return method.finish(server, rank, start, Trained(arrived, arrived))[1]
+
+    np.testing.assert_array_equal(kept(ranks), np.where(ranks > 1, want, 1))
 
 
 def test_hetlora_without_pruning_is_its_aggregation_alone():
