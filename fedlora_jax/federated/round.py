@@ -250,7 +250,8 @@ def run_round(
       cohort: Identities, int32 `[K]`, without repetition.
       seed: The seed's key.
       learning_rate: Of this round.
-      equal_weights: Weigh clients equally instead of by their number of examples.
+      equal_weights: Weigh clients equally instead of by their number of examples. So it is done
+        anyhow for a method that says so of itself.
       clients_per_chunk: As in `train_cohort`.
 
     Returns:
@@ -269,7 +270,8 @@ def run_round(
         clients_per_chunk=clients_per_chunk,
     )
     finite = _all_finite((result.trained, result.uploads, result.clients))
-    counts = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
+    equal = equal_weights or method.equal_weights
+    counts = jnp.ones(len(cohort)) if equal else data.counts[cohort]
     weights = jnp.where(finite, counts.astype(jnp.float32), 0)
     changed, aggregated = method.aggregate(server, result.uploads, weights)
     server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)

@@ -120,6 +120,8 @@ class Method(NamedTuple):
       personal: `(server, client) -> Trainable`, a client's own model, if the method keeps one.
       shared: Whether the server has a model for all; if not, the method is judged by the clients'.
       pooled: Whether all data lie with one client, as a reference.
+      equal_weights: Whether clients count equally in it, whatever their examples: a round then
+        weighs them so, in what it measures too.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
 
@@ -134,6 +136,7 @@ class Method(NamedTuple):
     personal: Callable[[Server, PyTree], Trainable] | None = None
     shared: bool = True
     pooled: bool = False
+    equal_weights: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 
 

@@ -38,6 +38,10 @@ def run(world, method, rounds=1, training=None, cohort=COHORT):
     return history
 
 
+def products(server):
+    return {path: f.a @ f.b for path, f in server.trainable.adapters.items()}
+
+
 def mean(trees, shares=None):
     shares = world_shares() if shares is None else shares
     return jax.tree.map(lambda *x: sum(p * y for p, y in zip(shares, x, strict=True)), *trees)
@@ -204,10 +208,14 @@ def privately(world, name, clip, noise):
     return run(world, method)[0]
 
 
-def test_privacy_without_clip_or_noise_is_the_mean_by_equal_weights(world):
-    _, _, _, after = privately(world, "fedit", clip=1e6, noise=0.0)
-    _, plain, _, _ = world.run("fedit", [COHORT], equal_weights=True)
-    assert_close(after.server.trainable, plain.server.trainable)
+@pytest.mark.parametrize("name", ["fedit", "ffa_lora"])
+def test_privacy_without_clip_or_noise_is_the_round_by_equal_weights(world, name):
+    """And is measured by them."""
+    _, _, metrics, after = privately(world, name, clip=1e6, noise=0.0)
+    _, plain, measured, _ = world.run(name, [COHORT], equal_weights=True)
+    assert_close(after.server.trainable.head, plain.server.trainable.head)
+    assert_close(products(after.server), products(plain.server))
+    assert_close(metrics, measured, atol=1e-6)
 
 
 def test_clients_are_clipped_over_all_that_they_send(world):
