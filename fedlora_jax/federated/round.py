@@ -271,8 +271,8 @@ def run_round(
     )
     finite = _all_finite((result.trained, result.uploads, result.clients))
     equal = equal_weights or method.equal_weights
-    counts = jnp.ones(len(cohort)) if equal else data.counts[cohort]
-    weights = jnp.where(finite, counts.astype(jnp.float32), 0)
+    shares = aggregation.shares(jnp.ones_like(data.counts) if equal else data.counts)
+    weights = jnp.where(finite, shares[cohort], 0)
     changed, aggregated = method.aggregate(server, result.uploads, weights)
     server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
     metrics = RoundMetrics(

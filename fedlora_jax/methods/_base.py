@@ -109,8 +109,9 @@ class Method(NamedTuple):
       finish: `(server, client, start, trained) -> (upload, client)`: what the server may read,
         any pytree of arrays, and what the client keeps.
       aggregate: `(server, uploads, weights) -> (server, aggregated)` from uploads stacked along
-        `[K]` and weights `[K]`, zero for a client to be left out. `aggregated` is what the error
-        of the aggregation is measured on; None if the method does not aggregate.
+        `[K]` and weights `[K]`: each client's share of all N, which a mean over the cohort has to
+        normalise, and zero for a client to be left out. `aggregated` is what the error of the
+        aggregation is measured on; None if the method does not aggregate.
       sent: `(upload, round) -> pytree` of those arrays of an upload that cross in that round, an
         int; `aggregate` depends on no others.
       received: `(server, aggregated, round) -> pytree` of the arrays that each client then gets.

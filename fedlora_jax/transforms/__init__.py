@@ -2,7 +2,7 @@
 
 Each function takes a `Method` and returns one, so that they chain:
 
-    method = scaffold(server_optimizer(methods.fedit(), optax.sgd(1.0, 0.9)), num_clients=30)
+    method = scaffold(server_optimizer(methods.fedit(), optax.sgd(1.0, 0.9)))
 
 A combination that makes no sense raises ValueError with the reason, which the method gives
 (`Method.refuses`).

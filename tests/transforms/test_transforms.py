@@ -16,7 +16,7 @@ from tests.world import COHORT, COUNTS, method_of, train_by_hand
 ALL = sorted(methods.REGISTRY)
 COMBINE = {
     "fedprox": lambda method: transforms.fedprox(method, mu=0.3),
-    "scaffold": lambda method: transforms.scaffold(method, num_clients=len(COUNTS)),
+    "scaffold": transforms.scaffold,
     "server_optimizer": lambda method: transforms.server_optimizer(method, optax.adam(0.1)),
     "privacy": lambda method: transforms.private(method, clip=0.5, noise_multiplier=1.0),
 }
@@ -96,7 +96,7 @@ def test_fedprox_of_mu_zero_is_the_method(world):
 def scaffolded(world):
     """Two rounds with plain SGD, where the mean gradient is the paper's option II."""
     training = LocalTraining(optax.sgd(1.0), batch_size=6, steps=3)
-    method = transforms.scaffold(methods.fedit(), num_clients=len(COUNTS))
+    method = transforms.scaffold(methods.fedit())
     return training, run(world, method, rounds=2, training=training)
 
 
@@ -124,7 +124,7 @@ def test_scaffold_is_algorithm_1(world, scaffolded):
             own[client] = new
             trained.append(end)
         reached = mean(trained)
-        added = jax.tree.map(lambda *x: sum(x) / len(COUNTS), *changes)
+        added = mean(changes, np.array(COUNTS)[np.asarray(COHORT)] / sum(COUNTS))
         server_control = jax.tree.map(jnp.add, server_control, added)
         assert_close(after.server.trainable, reached, rtol=1e-3, atol=1e-5)
         assert_close(after.server.memory.own, server_control, rtol=1e-3, atol=1e-4)
@@ -134,7 +134,7 @@ def test_scaffold_is_algorithm_1(world, scaffolded):
 
 
 def test_scaffold_leaves_absent_clients_and_resting_factors(world):
-    method = transforms.scaffold(methods.rolora(), num_clients=len(COUNTS))
+    method = transforms.scaffold(methods.rolora())
     (_, _, _, first), (_, _, _, second) = run(world, method, rounds=2)
     for path, control in first.clients.control.adapters.items():
         other = second.clients.control.adapters[path]
@@ -148,7 +148,7 @@ def test_scaffold_sends_the_control_variates_of_what_is_trained(world):
 
     plain, method = (
         methods.ffa_lora(),
-        transforms.scaffold(methods.ffa_lora(), num_clients=len(COUNTS)),
+        transforms.scaffold(methods.ffa_lora()),
     )
     sizes = []
     for each in (plain, method):
@@ -156,6 +156,25 @@ def test_scaffold_sends_the_control_variates_of_what_is_trained(world):
         made = communication.messages(each, federation, 4)
         sizes.append(communication.count(each, federation, made, 0))
     assert sizes[1].up == 2 * sizes[0].up and sizes[1].down == 2 * sizes[0].down
+
+
+def test_catching_up_with_scaffold_is_of_factors_and_control_variates(world):
+    """Rank 2, kernels 6 x 10 and 10 x 7, in bytes of float32; a residual has no control variate."""
+    from fedlora_jax.federated import communication
+
+    def counted(name, round_index, absent):
+        method = transforms.scaffold(methods.get(name)())
+        federation = world.federation(method)
+        made = communication.messages(method, federation, 4)
+        return communication.count(method, federation, made, round_index, absent=absent).catch_up
+
+    a, b = 2 * (6 + 10), 2 * (10 + 7)
+    for absent in (0, 1, 3):
+        once = min(absent, 1)
+        assert counted("rolora", 0, absent) == 4 * 2 * a * once
+        assert counted("rolora", 1, absent) == 4 * 2 * b * once
+        assert counted("ffa_lora", 0, absent) == counted("fedit", 0, absent) == 0
+    assert counted("fedex_lora", 0, 1) == 4 * min(3 * (a + b), 6 * 10 + 10 * 7)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +316,7 @@ def test_epsilon_is_that_of_the_library_and_behaves():
         (lambda: transforms.private(methods.fedit(), clip=0, noise_multiplier=1), "positive"),
         (lambda: transforms.private(methods.fedit(), clip=1, noise_multiplier=-1), "negative"),
         (
-            lambda: transforms.scaffold(COMBINE["privacy"](methods.fedit()), num_clients=3),
+            lambda: transforms.scaffold(COMBINE["privacy"](methods.fedit())),
             "unprotected",
         ),
         (
