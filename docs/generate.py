@@ -21,6 +21,7 @@ OTHERS: list[Callable[..., Any]] = [
     aggregation.diagnostics,
     aggregation.stack,
     aggregation.cut,
+    aggregation.ordered,
     aggregation.shares,
     aggregation.tail_penalty,
 ]

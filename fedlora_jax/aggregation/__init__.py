@@ -35,6 +35,7 @@ from fedlora_jax.aggregation._flora_na import flora_na
 from fedlora_jax.aggregation._frlora import frlora
 from fedlora_jax.aggregation._hetlora import hetlora, tail_penalty
 from fedlora_jax.aggregation._lora_fair import lora_fair
+from fedlora_jax.aggregation._ordered import ordered
 from fedlora_jax.aggregation._rolora import rolora
 from fedlora_jax.aggregation._spectral import spectral
 from fedlora_jax.names import lookup
@@ -77,6 +78,7 @@ __all__ = [
     "diagnostics",
     "error",
     "get",
+    "ordered",
     "present_clients",
     "shares",
     "stack",

@@ -310,8 +310,9 @@ def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:
     """What clients of unequal ranks continue from: the first `ranks[k]` columns of the adapters.
 
     Args:
-      adapters: Adapter tree of `Factors(a [d_in, r], b [r, d_out])`, directions in descending
-        order.
+      adapters: Adapter tree of `Factors(a [d_in, r], b [r, d_out])`. The first columns are the
+        best approximation only if directions are in descending order: `flexlora`, `fedsvd` and
+        `spectral` leave them so, after any other function `ordered` puts them in order.
       ranks: `[K]`.
 
     Returns:

@@ -115,7 +115,7 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
         method = transforms.fedprox(method, mu=config.local.proximal)
     if config.local.scaffold:
         method = transforms.scaffold(method)
-    return method
+    return method if config.lora.ranks == ranks.EQUAL else transforms.ordered(method)
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

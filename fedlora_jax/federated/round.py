@@ -93,7 +93,8 @@ def create(
       method: How clients and server work together.
       server: Backbone, first adapters, head and scale.
       num_clients: N.
-      ranks: The rank of each client; by default that of the server's adapters.
+      ranks: The rank of each client; by default that of the server's adapters. A method for unequal
+        ones is best wrapped by `transforms.ordered`.
 
     Raises:
       ValueError: If the ranks are not N numbers from 1 to the rank of the server's adapters, or

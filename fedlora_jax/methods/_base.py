@@ -123,6 +123,8 @@ class Method(NamedTuple):
       pooled: Whether all data lie with one client, as a reference.
       equal_weights: Whether clients count equally in it, whatever their examples: a round then
         weighs them so, in what it measures too.
+      free_basis: Whether nothing but the product of the server's adapters matters from round to
+        round, so that `transforms.ordered` may give them another basis.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
 
@@ -138,6 +140,7 @@ class Method(NamedTuple):
     shared: bool = True
     pooled: bool = False
     equal_weights: bool = False
+    free_basis: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 
 
@@ -148,6 +151,7 @@ def averaging(
     sends: Callable[[int], str] = lambda round_index: "ab",
     receives: Callable[[int], str] = lambda round_index: "ab",
     refuses: Mapping[str, str] = MappingProxyType({}),
+    free_basis: bool = False,
 ) -> Method:
     """A method whose clients start from the server's adapters and keep nothing of their own.
 
@@ -157,6 +161,7 @@ def averaging(
       sends: From the round, an int, to the sides that clients send.
       receives: Likewise to the sides that clients receive, beside a residual.
       refuses: What makes no sense with the method, and why.
+      free_basis: As in `Method`.
     """
 
     def init(key: jax.Array, server: Server) -> tuple[Server, tuple[()]]:
@@ -190,7 +195,17 @@ def averaging(
         """Of adapters the newest will do; a residual of each round is in the backbone for good."""
         return [None if aggregated is None else aggregated.residual] * absent
 
-    return Method(init, start, finish, aggregate, sent, received, missed, refuses=refuses)
+    return Method(
+        init,
+        start,
+        finish,
+        aggregate,
+        sent,
+        received,
+        missed,
+        refuses=refuses,
+        free_basis=free_basis,
+    )
 
 
 def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:

@@ -22,4 +22,5 @@ def fedrot_lora(*, strength: float = 1.0) -> Method:
             strength=strength,
         ),
         refuses={"privacy": READS_EACH_CLIENT},
+        free_basis=True,
     )

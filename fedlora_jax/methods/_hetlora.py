@@ -27,7 +27,8 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
       t = \lfloor \gamma r_k \rfloor .
 
     If that tail is smaller after training than it was before, the client goes on with rank t from
-    its next round. A rank of 1 stays.
+    its next round. A rank of 1 stays. The penalty is what puts directions in order, so that their
+    basis is not free.
 
     Args:
       per: As in `aggregation.hetlora`.

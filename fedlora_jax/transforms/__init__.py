@@ -9,6 +9,7 @@ A combination that makes no sense raises ValueError with the reason, which the m
 """
 
 from fedlora_jax.transforms._fedprox import fedprox
+from fedlora_jax.transforms._ordered import ordered
 from fedlora_jax.transforms._privacy import epsilon, private
 from fedlora_jax.transforms._scaffold import scaffold
 from fedlora_jax.transforms._server_optimizer import SERVER_OPTIMIZERS, server_optimizer
@@ -17,6 +18,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "epsilon",
     "fedprox",
+    "ordered",
     "private",
     "scaffold",
     "server_optimizer",

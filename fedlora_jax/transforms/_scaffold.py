@@ -140,5 +140,6 @@ def scaffold(method: Method) -> Method:
         ),
         received=received,
         missed=missed,
+        free_basis=False,
         refuses={**method.refuses, "privacy": "its control variates would be sent unprotected"},
     )

@@ -108,4 +108,4 @@ def server_optimizer(method: Method, optimizer: optax.GradientTransformation) ->
         trainable = optax.apply_updates(server.trainable, updates)
         return _base.outer(changed._replace(trainable=trainable), state), aggregated
 
-    return _base.around(method, init=init, aggregate=aggregate)
+    return _base.around(method, init=init, aggregate=aggregate, free_basis=False)

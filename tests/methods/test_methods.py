@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from fedlora_jax import Factors, aggregation, lora, methods
+from fedlora_jax import Factors, aggregation, lora, methods, transforms
 from fedlora_jax.federated import communication, records
 from fedlora_jax.federated.round import run_round
-from fedlora_jax.methods import Server, Start, Trainable, Trained, change, trained_mask
+from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
 from tests.world import COHORT, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
@@ -132,6 +133,53 @@ def test_clients_of_a_smaller_rank_train_and_send_no_more_than_that(world, name)
         reached = kernels(after.server, after.server.trainable.adapters)
         for path, kernel in ideal(world, before, result).items():
             np.testing.assert_allclose(reached[path], kernel, rtol=1e-5, atol=2e-6)
+
+
+# Of methods for unequal ranks, those whose clients get no best approximation, and why.
+UNORDERED = {
+    "central": "all data lie with one client, which has the whole rank",
+    "fedsa_lora": "b stays with the client, in the basis that it was trained in",
+    "ffa_lora": "a is the same for ever",
+    "flora": "clients start afresh: the product is zero, and any first columns are as good",
+    "hetlora": "its penalty puts in the first columns what matters",
+    "local": "clients go on from their own",
+    "rolora": "the resting factor is not sent again",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(RANKED) - set(UNORDERED)))
+def test_clients_of_a_smaller_rank_start_from_the_best_of_that_rank(world, name):
+    """Within rounding of float32; what lies there in no order is far from it."""
+    before, _, _, result = world.run(name, [COHORT] * 2, ranks=RANKS)
+    method, weights = transforms.ordered(method_of(name)), world.data.counts[COHORT]
+    plain, _ = method_of(name).aggregate(before.server, result.uploads, weights)
+    server, _ = method.aggregate(before.server, result.uploads, weights)
+    start = method.start(server, (), Context(jax.random.key(0), None, jnp.int32(1)))
+    for path, factors in start.trainable.adapters.items():
+        whole = plain.trainable.adapters[path]
+        product = np.float64(whole.a) @ np.float64(whole.b)
+        np.testing.assert_allclose(factors.a @ factors.b, product, atol=1e-6)
+        u, s, v = np.linalg.svd(product)
+        got = np.float64(factors.a[:, :1]) @ np.float64(factors.b[:1])
+        np.testing.assert_allclose(got, s[0] * np.outer(u[:, 0], v[0]), atol=1e-5 * s[0])
+        first = np.float64(whole.a[:, :1]) @ np.float64(whole.b[:1])
+        assert not method.free_basis or np.linalg.norm(product - first) > 1.1 * s[1]
+
+
+@pytest.mark.parametrize("name", sorted(UNORDERED))
+def test_methods_that_hold_to_their_basis_are_left_alone(name):
+    assert transforms.ordered(method_of(name)) is method_of(name)
+
+
+def test_what_remembers_a_basis_is_left_alone():
+    for method in (
+        transforms.scaffold(methods.fedit()),
+        transforms.server_optimizer(methods.lora_fair(), optax.sgd(1.0, 0.9)),
+        transforms.fedprox(transforms.scaffold(methods.fedit()), mu=0.1),
+    ):
+        assert transforms.ordered(method) is method
+    kept = transforms.fedprox(methods.fedit(), mu=0.1)
+    assert transforms.ordered(kept).aggregate is not kept.aggregate
 
 
 @pytest.mark.parametrize("name", sorted(set(ALL) - set(RANKED)))
