@@ -171,6 +171,13 @@ def test_methods_that_hold_to_their_basis_are_left_alone(name):
     assert transforms.ordered(method_of(name)) is method_of(name)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_free_basis_is_of_methods_that_remember_nothing(world, name):
+    if method_of(name).free_basis:
+        federation = world.federation(method_of(name))
+        assert federation.clients == () and federation.server.memory == ()
+
+
 def test_what_remembers_a_basis_is_left_alone():
     for method in (
         transforms.scaffold(methods.fedit()),
