@@ -93,7 +93,8 @@ def create(
       method: How clients and server work together.
       server: Backbone, first adapters, head and scale.
       num_clients: N.
-      ranks: The rank of each client; by default that of the server's adapters.
+      ranks: The rank of each client; by default that of the server's adapters. A method for unequal
+        ones is best wrapped by `transforms.ordered`.
 
     Raises:
       ValueError: If the ranks are not N numbers from 1 to the rank of the server's adapters, or
@@ -250,7 +251,8 @@ def run_round(
       cohort: Identities, int32 `[K]`, without repetition.
       seed: The seed's key.
       learning_rate: Of this round.
-      equal_weights: Weigh clients equally instead of by their number of examples.
+      equal_weights: Weigh clients equally instead of by their number of examples. So it is done
+        anyhow for a method that says so of itself.
       clients_per_chunk: As in `train_cohort`.
 
     Returns:
@@ -269,8 +271,9 @@ def run_round(
         clients_per_chunk=clients_per_chunk,
     )
     finite = _all_finite((result.trained, result.uploads, result.clients))
-    counts = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
-    weights = jnp.where(finite, counts.astype(jnp.float32), 0)
+    equal = equal_weights or method.equal_weights
+    shares = aggregation.shares(jnp.ones_like(data.counts) if equal else data.counts)
+    weights = jnp.where(finite, shares[cohort], 0)
     changed, aggregated = method.aggregate(server, result.uploads, weights)
     server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
     metrics = RoundMetrics(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lora, lowrank
+from fedlora_jax import aggregation, lora, lowrank
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
@@ -109,8 +109,9 @@ class Method(NamedTuple):
       finish: `(server, client, start, trained) -> (upload, client)`: what the server may read,
         any pytree of arrays, and what the client keeps.
       aggregate: `(server, uploads, weights) -> (server, aggregated)` from uploads stacked along
-        `[K]` and weights `[K]`, zero for a client to be left out. `aggregated` is what the error
-        of the aggregation is measured on; None if the method does not aggregate.
+        `[K]` and weights `[K]`: each client's share of all N, which a mean over the cohort has to
+        normalise, and zero for a client to be left out. `aggregated` is what the error of the
+        aggregation is measured on; None if the method does not aggregate.
       sent: `(upload, round) -> pytree` of those arrays of an upload that cross in that round, an
         int; `aggregate` depends on no others.
       received: `(server, aggregated, round) -> pytree` of the arrays that each client then gets.
@@ -120,6 +121,10 @@ class Method(NamedTuple):
       personal: `(server, client) -> Trainable`, a client's own model, if the method keeps one.
       shared: Whether the server has a model for all; if not, the method is judged by the clients'.
       pooled: Whether all data lie with one client, as a reference.
+      equal_weights: Whether clients count equally in it, whatever their examples: a round then
+        weighs them so, in what it measures too.
+      free_basis: Whether nothing but the product of the server's adapters matters from round to
+        round, so that `transforms.ordered` may give them another basis.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
 
@@ -134,6 +139,8 @@ class Method(NamedTuple):
     personal: Callable[[Server, PyTree], Trainable] | None = None
     shared: bool = True
     pooled: bool = False
+    equal_weights: bool = False
+    free_basis: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 
 
@@ -144,6 +151,7 @@ def averaging(
     sends: Callable[[int], str] = lambda round_index: "ab",
     receives: Callable[[int], str] = lambda round_index: "ab",
     refuses: Mapping[str, str] = MappingProxyType({}),
+    free_basis: bool = False,
 ) -> Method:
     """A method whose clients start from the server's adapters and keep nothing of their own.
 
@@ -153,6 +161,7 @@ def averaging(
       sends: From the round, an int, to the sides that clients send.
       receives: Likewise to the sides that clients receive, beside a residual.
       refuses: What makes no sense with the method, and why.
+      free_basis: As in `Method`.
     """
 
     def init(key: jax.Array, server: Server) -> tuple[Server, tuple[()]]:
@@ -186,7 +195,17 @@ def averaging(
         """Of adapters the newest will do; a residual of each round is in the backbone for good."""
         return [None if aggregated is None else aggregated.residual] * absent
 
-    return Method(init, start, finish, aggregate, sent, received, missed, refuses=refuses)
+    return Method(
+        init,
+        start,
+        finish,
+        aggregate,
+        sent,
+        received,
+        missed,
+        refuses=refuses,
+        free_basis=free_basis,
+    )
 
 
 def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
@@ -229,8 +248,7 @@ def absorb(server: Server, aggregated: Aggregated, head: Params) -> Server:
 
 def mean(stacked: PyTree, weights: jax.Array) -> PyTree:
     """The weighted mean of arrays stacked along `[K]`; weights as in an aggregation function."""
-    total = jnp.sum(weights)
-    shares = weights / jnp.where(total > 0, total, 1)
+    shares = aggregation.shares(weights)
 
     def average(x: jax.Array) -> jax.Array:
         here = shares.reshape(-1, *[1] * (x.ndim - 1))

@@ -24,4 +24,5 @@ def fedrot_lora(*, strength: float = 1.0, reflections: bool = False) -> Method:
             reflections=reflections,
         ),
         refuses={"privacy": READS_EACH_CLIENT},
+        free_basis=True,
     )

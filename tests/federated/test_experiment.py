@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs import digits
-from fedlora_jax.federated import communication, experiment, ranks
+from fedlora_jax import transforms
+from fedlora_jax.federated import communication, experiment, program, ranks
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +200,16 @@ def test_distributions_of_ranks(name):
     assert sorted(other) == sorted(found) and other != found
     assert min(ranks.assign(name, 2, 100, seed=0)) == 1
     assert len(ranks.assign(name, 8, 7, seed=0)) == 7
+
+
+def test_adapters_are_put_in_order_for_unequal_ranks_alone(make, monkeypatch):
+    """Equal ranks must not pay for it."""
+    wrapped = []
+    monkeypatch.setattr(transforms, "ordered", lambda method: wrapped.append(method) or method)
+    program.make_method(make())
+    assert not wrapped
+    program.make_method(make(**{"lora.ranks": "uniform"}))
+    assert len(wrapped) == 1
 
 
 def test_equal_and_listed_ranks():
