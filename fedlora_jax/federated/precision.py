@@ -30,7 +30,8 @@ def with_wide_kernels(method: Method, server: Server, client: PyTree, rank: jax.
     kernels = lora.kernels(server.backbone)
     if all(kernels[path].dtype == jnp.float32 for path in server.trainable.adapters):
         return server
-    after = outline(method, server, client, rank, cohort_size=1).server.backbone
+    # Of one client some methods merge nothing, with two they do what they do with any number.
+    after = outline(method, server, client, rank, cohort_size=2).server.backbone
     backbone = jax.tree.map(lambda x, like: x.astype(like.dtype), server.backbone, after)
     return server._replace(backbone=backbone)
 
