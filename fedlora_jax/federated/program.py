@@ -12,7 +12,7 @@ from fedlora_jax.federated import ranks
 from fedlora_jax.federated.evaluation import Accuracy, HeldOut, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import Federation, RoundFunction, make_round
-from fedlora_jax.federated.setting import Setting
+from fedlora_jax.federated.setting import Setting, dtype_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
 
@@ -51,6 +51,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     epsilon(config, num_clients=config.clients_per_round, rounds=1)
     lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
     partition.get(config.data.partition)
+    for name in (config.precision.compute, config.precision.storage):
+        dtype_of(name)
+    if "dtype" in config.model.options:
+        raise ValueError("config.model.options.dtype is config.precision.compute")
     optimizer(config.local)
     schedule(config)
 

@@ -235,13 +235,16 @@ def sides(adapters: Adapters, names: str) -> PyTree:
 def absorb(server: Server, aggregated: Aggregated, head: Params) -> Server:
     """The server after a round: residual merged into the backbone, adapters and head replaced.
 
-    Adapters that are None become zero: the backbone then holds the whole model.
+    Adapters that are None become zero: the backbone then holds the whole model. Kernels that a
+    residual is merged into become float32, or it would be rounded away; see
+    `fedlora_jax.federated.round.create`.
     """
     adapters = aggregated.adapters
     if adapters is None:
         adapters = jax.tree.map(jnp.zeros_like, server.trainable.adapters)
     backbone = server.backbone
     if aggregated.residual is not None:
+        backbone = lora.widen(backbone, aggregated.residual)
         backbone = lora.merge(backbone, aggregated.residual, scale=server.scale)
     return server._replace(backbone=backbone, trainable=Trainable(adapters, head))
 
