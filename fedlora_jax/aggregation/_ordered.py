@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import PyTree
 from fedlora_jax.lowrank import Factors
 
 
@@ -46,13 +46,18 @@ def ordered(adapters: PyTree) -> PyTree:
        [0. 5.]]
     """
     alone = jax.tree.map(lambda x: jnp.asarray(x)[None], adapters)
-    return _base.run(_ordered, alone, jnp.ones(1)).adapters
+    results = _base.each_kernel(_ordered, alone, jnp.ones(1))
+    nodes = [
+        jax.tree.map(lambda x, y, some=some: jnp.where(some, x.astype(y.dtype), y), new, old)
+        for (new, some), old in zip(results, _base.leaves(adapters), strict=True)
+    ]
+    return _base.unflatten(adapters, nodes)
 
 
-def _ordered(clients: Factors, weights: jax.Array) -> Aggregated:
+def _ordered(clients: Factors, weights: jax.Array) -> tuple[Factors, jax.Array]:
+    """The factors in order, and whether there is any: the product is not zero."""
     old = Factors(*(x[0] for x in clients))
     size = lowrank.vector_norm(old.a) / old.rank**0.5
     best = lowrank.truncate(old, old.rank)
     some = jnp.any(best.b != 0)
-    new = Factors(size * best.a, best.b / jnp.where(some, size, 1))
-    return Aggregated(jax.tree.map(lambda x, y: jnp.where(some, x, y), new, old), residual=None)
+    return Factors(size * best.a, best.b / jnp.where(some, size, 1)), some
