@@ -85,11 +85,17 @@ def models(name, federation):
     return np.concatenate([x for client in clients for x in entries(client)])
 
 
+def merged_into(first, last):
+    """The change of the backbone's kernels."""
+    before, after = (lora.kernels(x.server.backbone) for x in (first, last))
+    return np.concatenate([np.ravel(np.float64(after[p]) - np.float64(before[p])) for p in after])
+
+
 @pytest.mark.parametrize("name", sorted(methods.REGISTRY))
 @pytest.mark.parametrize("size", [0.5, 0.01])
 def test_twelve_rounds_in_bfloat16_learn_what_float32_learns(run, name, size):
-    """The whole change of the model within 2% of its size, and the loss of each round within 2% of
-    how much the loss moves.
+    """The whole change of the model within 2% of its size, so also what was merged into the
+    backbone, and the loss of each round within 2% of how much the loss moves.
 
     At the small size no entry moves by half a unit in the last place of bfloat16.
     """
@@ -98,6 +104,9 @@ def test_twelve_rounds_in_bfloat16_learn_what_float32_learns(run, name, size):
     change = models(name, last) - models(name, first)
     wanted = models(name, plain_last) - models(name, plain_first)
     assert np.linalg.norm(change - wanted) < 0.02 * np.linalg.norm(wanted)
+    merged, plain_merged = merged_into(first, last), merged_into(plain_first, plain_last)
+    assert np.linalg.norm(merged - plain_merged) <= 0.02 * np.linalg.norm(plain_merged)
+    assert np.any(plain_merged) == (name in MERGING)
     assert np.abs(losses - plain_losses).max() < 0.02 * np.ptp(plain_losses)
 
 
