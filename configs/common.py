@@ -1,7 +1,8 @@
 """What the configurations share: their argument string, and the options of the methods."""
 
 import difflib
-from typing import Any
+import inspect
+from typing import Any, get_args
 
 import ml_collections
 
@@ -46,10 +47,20 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
 
 def method_options(rounds: int) -> ml_collections.ConfigDict:
     """The hyperparameters of every method with their defaults: `config.options.<method>.<name>`."""
-    options = {name: methods.defaults(name) for name in sorted(methods.REGISTRY)}
+    options = {
+        name: {key: _option(p) for key, p in methods.hyperparameters(name).items()}
+        for name in sorted(methods.REGISTRY)
+    }
     options["fedsmooth_lora"]["rounds"] = rounds
-    # An option whose default is None takes any type.
-    return ml_collections.ConfigDict(options, type_safe=False)
+    return ml_collections.ConfigDict(options)
+
+
+def _option(parameter: inspect.Parameter) -> Any:
+    """The default; where that is None, with a type, without which no command line can set it."""
+    if parameter.default is not None:
+        return parameter.default
+    kind, _ = get_args(parameter.annotation)
+    return ml_collections.config_dict.placeholder(kind)
 
 
 def add_combinations(config: ml_collections.ConfigDict) -> None:

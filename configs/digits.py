@@ -59,6 +59,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     add_combinations(config)
     config.options = method_options(config.get_ref("rounds"))
+    # As the authors have it for images.
+    config.options.fedsmooth_lora.zeta_min = 0.0
     # Each is passed over six times, against eight local steps.
     config.options.fedsmooth_lora.calibration_batches = 2
     return config

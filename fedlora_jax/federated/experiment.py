@@ -232,7 +232,8 @@ _LENGTHS = ("config.rounds ", "config.options.rounds ")
 
 def _same_rounds(config: ml_collections.ConfigDict) -> bool:
     """Whether a round is the same however many follow."""
-    falls = config.options[config.method].get("zeta_min") is not None
+    options = config.options[config.method]
+    falls = options.get("zeta_min", 0) < options.get("zeta", 0)
     return config.local.schedule == "constant" and not falls
 
 

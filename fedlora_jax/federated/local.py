@@ -35,7 +35,11 @@ class LocalTraining(NamedTuple):
         """The steps a round of clients with so many examples, int32 of the same shape."""
         if not self.epochs:
             return jnp.full_like(count, self.steps)
-        return self.epochs * ((count + self.batch_size - 1) // self.batch_size)
+        return self.epochs * self.steps_of_epoch(count)
+
+    def steps_of_epoch(self, count: jax.Array) -> jax.Array:
+        """The batches of one pass over so many examples, int32 of the same shape."""
+        return (count + self.batch_size - 1) // self.batch_size
 
 
 def train(
@@ -128,17 +132,21 @@ def gradient(
     trainable: Trainable,
     offset: Adapters | None,
     batch_of: BatchOf,
-    batches: int,
-) -> Trainable:
-    """The mean over batches of the gradient of the loss, without training anything."""
-    loss = functools.partial(_loss, task, backbone, scale, offset)
+    batches: jax.Array,
+) -> Adapters:
+    """The mean over so many batches of the gradient for the adapters, without training anything."""
 
-    def add(total: Trainable, index: jax.Array) -> tuple[Trainable, None]:
-        slope = jax.grad(loss)(trainable, *batch_of(index))
-        return jax.tree.map(lambda x, y: x + y / batches, total, slope), None
+    def objective(adapters: Adapters, batch: Batch, mask: jax.Array) -> jax.Array:
+        at = trainable._replace(adapters=adapters)
+        return _loss(task, backbone, scale, offset, at, batch, mask)
 
-    zero = jax.tree.map(jnp.zeros_like, trainable)
-    return jax.lax.scan(add, zero, jnp.arange(batches))[0]
+    def add(index: jax.Array, total: Adapters) -> Adapters:
+        slope = jax.grad(objective)(trainable.adapters, *batch_of(index))
+        return jax.tree.map(jnp.add, total, slope)
+
+    zero = jax.tree.map(jnp.zeros_like, trainable.adapters)
+    total = jax.lax.fori_loop(0, batches, add, zero)
+    return jax.tree.map(lambda x: x / batches, total)
 
 
 def _loss(

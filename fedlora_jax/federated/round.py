@@ -192,9 +192,9 @@ def train_cohort(
 
         def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
             at = server.trainable._replace(adapters=adapters)
-            own = batches_of("calibration")
+            own, available = batches_of("calibration"), training.steps_of_epoch(count)
             frozen = (task, server.backbone, server.scale)
-            return local.gradient(*frozen, at, offset, own, batches).adapters
+            return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
 
         affordable = federation.ranks[identity]
         start = method.start(server, client, Context(key("start"), gradient, affordable))
@@ -345,10 +345,15 @@ def _error(
 
 def _put(clients: PyTree, cohort: jax.Array, new: PyTree, finite: jax.Array) -> PyTree:
     """The states of all clients, with the new ones where they are finite."""
+    absent = len(cohort)
+    num_clients = len(jax.tree.leaves(clients)[0]) if jax.tree.leaves(clients) else 0
+    # Gathered by each client's place in the cohort: a scatter is a loop of its own for each array.
+    places = jnp.where(finite, jnp.arange(absent), absent)
+    place = jnp.full(num_clients, absent).at[cohort].set(places)
 
     def put(stacked: jax.Array, values: jax.Array) -> jax.Array:
-        usable = finite.reshape(-1, *[1] * (values.ndim - 1))
-        return stacked.at[cohort].set(jnp.where(usable, values, stacked[cohort]))
+        renewed = (place < absent).reshape(-1, *[1] * (values.ndim - 1))
+        return jnp.where(renewed, values.at[place].get(mode="clip"), stacked)
 
     return jax.tree.map(put, clients, new)
 
@@ -360,7 +365,10 @@ def _all_finite(tree: PyTree) -> jax.Array:
         for x in jax.tree.leaves(tree)
         if jnp.issubdtype(x.dtype, jnp.inexact)
     ]
-    return jnp.all(jnp.stack(checks), axis=0)
+    # Counted by a product: the compiler makes of `all` a chain over the arrays, and puts it into
+    # every operation that depends on the result, of which there is one an array.
+    counts = lowrank.matmul(jnp.ones(len(checks)), jnp.stack(checks).astype(jnp.float32))
+    return counts == len(checks)
 
 
 def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

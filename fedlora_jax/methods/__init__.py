@@ -78,8 +78,8 @@ def get(name: str) -> Callable[..., Method]:
     return lookup(REGISTRY, name, "method")
 
 
-def defaults(name: str) -> dict[str, Any]:
-    """The hyperparameters of a method and their defaults.
+def hyperparameters(name: str) -> dict[str, inspect.Parameter]:
+    """The hyperparameters of a method, with their types and defaults.
 
     A factory that passes all it gets to the aggregation function of its name has the
     hyperparameters of that function.
@@ -87,7 +87,12 @@ def defaults(name: str) -> dict[str, Any]:
     parameters = inspect.signature(get(name)).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         parameters = inspect.signature(aggregation.get(name)).parameters
-    return {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    return {p.name: p for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The defaults of the hyperparameters of a method."""
+    return {name: parameter.default for name, parameter in hyperparameters(name).items()}
 
 
 __all__ = [
@@ -105,6 +110,7 @@ __all__ = [
     "check_combination",
     "defaults",
     "get",
+    "hyperparameters",
     "mean",
     "trained_mask",
     *sorted(REGISTRY),

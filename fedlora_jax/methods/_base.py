@@ -13,6 +13,8 @@ from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
 
 PyTree: TypeAlias = Any
+# Layers of equal shapes, by their paths.
+Kind: TypeAlias = tuple[str, ...]
 
 BOTH = Factors(a=True, b=True)  # type: ignore[arg-type]
 
@@ -55,8 +57,9 @@ class Context(NamedTuple):
     Attributes:
       key: A random key that depends on the seed, the round and the client's identity alone.
       gradient: `(adapters, *, offset, batches) -> adapters`: the gradient for these adapters, of
-        any rank, of the mean loss over so many batches of the client's own data, at the server's
-        backbone and head changed by them and by a frozen offset.
+        any rank, of the mean loss over so many batches of the client's own data, or one pass over
+        them if that is less, at the server's backbone and head changed by them and by a frozen
+        offset.
       rank: The rank r_k that the client can afford, int32 `[]`, at most that of the server's
         adapters.
     """
@@ -213,18 +216,39 @@ def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str
 
     A model has few kinds of layers and many of each: it then compiles in the time of its kinds.
     """
+    kinds = stacked_layers(*trees)
+
+    def one(nodes: list[Any]) -> Any:
+        return function(*nodes)
+
+    # A loop and not a batch: its results are arrays of their own, where the compiler would put the
+    # end of the function into whatever reads a layer of them, once a layer.
+    results = unstacked_layers({kind: jax.lax.map(one, nodes) for kind, nodes in kinds.items()})
+    return {path: results[path] for path in trees[0]}
+
+
+def stacked_layers(*trees: dict[str, Any]) -> dict[Kind, list[Any]]:
+    """Layers of equal shapes stacked: by the paths of a kind, the nodes of each tree."""
     kinds: dict[Any, list[str]] = {}
     for path in trees[0]:
         nodes = [tree[path] for tree in trees]
         kind = (jax.tree.structure(nodes), *((x.shape, x.dtype) for x in jax.tree.leaves(nodes)))
         kinds.setdefault(kind, []).append(path)
-    results = {}
-    for paths in kinds.values():
+
+    def together(paths: list[str]) -> list[Any]:
         rows = ([tree[path] for tree in trees] for path in paths)
-        outputs = jax.vmap(function)(*jax.tree.map(lambda *x: jnp.stack(x), *rows))
-        for index, path in enumerate(paths):
-            results[path] = jax.tree.map(lambda x, i=index: x[i], outputs)
-    return {path: results[path] for path in trees[0]}
+        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
+    return {tuple(paths): together(paths) for paths in kinds.values()}
+
+
+def unstacked_layers(kinds: Mapping[Kind, Any]) -> dict[str, Any]:
+    """The layers by path again."""
+    return {
+        path: jax.tree.map(lambda x, i=index: jax.lax.index_in_dim(x, i, keepdims=False), nodes)
+        for paths, nodes in kinds.items()
+        for index, path in enumerate(paths)
+    }
 
 
 def sides(adapters: Adapters, names: str) -> PyTree:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-import zlib
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -14,23 +14,28 @@ from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors, Split
 from fedlora_jax.methods._base import (
     Context,
+    Kind,
     Method,
     Server,
     Start,
     Trainable,
     Trained,
     absorb,
-    change,
     each_layer,
     mean,
+    stacked_layers,
+    unstacked_layers,
 )
 from fedlora_jax.names import lookup
 
 StartKind = Literal["paper", "exact"]
 GradientKind = Literal["sketch", "dense"]
 
-_OVERSAMPLING = 8
-_POWER_ITERATIONS = 2
+# Columns of the sketch, in ranks, and gradients taken: so many columns that few gradients do.
+# Where they are as many as a kernel has, two gradients give all of it.
+_COLUMNS = 8
+_TURNS = 6
+_EXACT_TURNS = 2
 
 
 class ClientState(NamedTuple):
@@ -42,8 +47,8 @@ class ClientState(NamedTuple):
 
 def fedsmooth_lora(
     *,
-    zeta: float = 0.5,
-    zeta_min: float | None = None,
+    zeta: float = 1.0,
+    zeta_min: float = 1.0,
     rounds: int | None = None,
     gamma: float = 256.0,
     calibration_batches: int = 8,
@@ -66,20 +71,28 @@ def fedsmooth_lora(
     * upload :math:`L_c = SVD_r(a b - A)`; the server takes :math:`G = SVD_r(\sum_c p_c L_c)` and
       merges it, :math:`W \leftarrow W + s G`.
 
+    The sign of a singular vector is the one that makes the sum of the cubes of its entries
+    positive: the SVD leaves it open, but training depends on it.
+
     The frozen :math:`- s A` is a second, untrained adapter, not a backbone a client. The singular
     vectors come from LoRA-sized gradients: that of `b` at :math:`a = \Omega, b = 0` is
-    :math:`s \Omega^T g`, so a randomised range finder with two power iterations needs six backward
-    passes over the calibration batches and nothing of the size of a kernel.
+    :math:`s \Omega^T g`, that of `a` at :math:`a = 0, b = Q^T` is :math:`s g Q`. Six of them, of
+    8 r columns, are a subspace iteration that is as exact as one of 4 r columns and ten: error of A
+    5e-4 for singular values 1 / i, at r = 4 to 32. It costs six forward and backward passes over
+    the calibration batches and nothing of the size of a kernel; two passes where 8 r reaches the
+    smaller side of every kernel, and the result is exact.
 
     Up and down a kernel: :math:`r (d_{in} + d_{out})`.
 
     Args:
       zeta: :math:`\zeta_0`, the weight of the round-matching matrix. With 1, and but for the
         truncations, a client restarts exactly where it ended.
-      zeta_min: If given, zeta falls to it along half a cosine over `rounds`.
+      zeta_min: If it is less than zeta, zeta falls to it along half a cosine over `rounds`. The
+        authors' language code keeps 1, their image code goes from 1 to 0.
       rounds: T of that cosine.
       gamma: Damps the gradient-aligned matrix; the paper has 256 for images, 64 for language.
-      calibration_batches: Batches of the client's own data in the gradient estimate.
+      calibration_batches: Batches of the client's own data in the gradient estimate, at most one
+        pass over them.
       split: Where `SVD_r` puts the singular values: `'balanced'` (the authors' image code), or
         `'right'`, on our `b` (their language code).
       start: `'paper'`, or `'exact'`: nothing is truncated, the offset is
@@ -87,7 +100,7 @@ def fedsmooth_lora(
       gradient: `'sketch'`, or `'dense'`: the whole g, to check the sketch with.
 
     Raises:
-      ValueError: On an unknown option, a zeta_min without rounds, or, when the federation is made,
+      ValueError: On an unknown option, a zeta that falls without rounds, or, when the federation is made,
         a layer with :math:`2 r > \min(d_{in}, d_{out})`.
 
     References:
@@ -99,12 +112,14 @@ def fedsmooth_lora(
         ("split", split, Split),
     ):
         lookup(dict.fromkeys(get_args(kind)), value, name)
-    if zeta_min is not None and rounds is None:
+    falls = zeta_min < zeta
+    if falls and rounds is None:
         raise ValueError("fedsmooth_lora: zeta_min needs rounds, over which zeta falls to it")
 
     def zeta_of(round_index: jax.Array) -> jax.Array:
-        if zeta_min is None or rounds is None:
+        if not falls:
             return jnp.float32(zeta)
+        assert rounds is not None
         return zeta_min + (zeta - zeta_min) * (1 + jnp.cos(jnp.pi * round_index / rounds)) / 2
 
     def init(key: jax.Array, server: Server) -> tuple[Server, ClientState]:
@@ -130,30 +145,31 @@ def fedsmooth_lora(
         triplets = {"sketch": _sketched, "dense": _dense}[gradient](
             estimate, client.upload, context.key
         )
-        aligned = each_layer(lambda svd: _aligned(svd, gamma), triplets)
-        negative = {path: lowrank.scaled(factors, -1.0) for path, factors in aligned.items()}
-        if start == "exact":
-            offset = {
-                path: lowrank.concatenate([matching[path], negative[path]]) for path in aligned
-            }
-            return Start(server.trainable._replace(adapters=aligned), offset=offset)
 
-        def smoothed(own: Factors, matched: Factors) -> Factors:
+        def starts(found: lowrank.SVD, matched: Factors) -> tuple[Factors, Factors]:
+            """Where the trained adapter of a layer starts, and its frozen offset."""
+            own = _aligned(found, gamma)
+            negative = lowrank.scaled(own, -1.0)
+            if start == "exact":
+                return own, lowrank.concatenate([matched, negative])
             smooth = lowrank.truncated_sum([own, matched], own.rank, split=split)
-            return _first(server.round == 0, own, smooth)
+            return _first(server.round == 0, own, smooth), negative
 
-        smooth = each_layer(smoothed, aligned, matching)
-        return Start(server.trainable._replace(adapters=smooth), offset=negative)
+        pairs = each_layer(starts, triplets, matching)
+        adapters = {path: pair[0] for path, pair in pairs.items()}
+        offset = {path: pair[1] for path, pair in pairs.items()}
+        return Start(server.trainable._replace(adapters=adapters), offset=offset)
 
     def finish(
         server: Server, client: ClientState, start: Start, trained: Trained
     ) -> tuple[Trainable, ClientState]:
+        assert start.offset is not None
         arrived = trained.trainable
-        upload = each_layer(
-            lambda whole, own: lowrank.truncate(whole, own.rank, split=split),
-            change(start, arrived),
-            arrived.adapters,
-        )
+
+        def sent(own: Factors, frozen: Factors) -> Factors:
+            return lowrank.truncated_sum([own, frozen], own.rank, split=split)
+
+        upload = each_layer(sent, arrived.adapters, start.offset)
         return Trainable(upload, arrived.head), ClientState(upload, server.round)
 
     def aggregate(
@@ -203,57 +219,63 @@ def _aligned(triplets: lowrank.SVD, gamma: float) -> Factors:
     """Input-side singular vectors 1..r with output-side ones r+1..2r, at one length."""
     rank, d_out = triplets.s.shape[0] // 2, triplets.v.shape[1]
     length = d_out**0.25 / math.sqrt(gamma)
-    return Factors(length * triplets.u[:, :rank], length * triplets.v[rank:])
+    a, b = _signed(triplets.u[:, :rank]), _signed(triplets.v[rank:].T).T
+    return Factors(length * a, length * b)
+
+
+def _signed(columns: jax.Array) -> jax.Array:
+    """Each column with the sign that makes the sum of the cubes of its entries positive."""
+    return jnp.where(jnp.sum(columns**3, axis=0) < 0, -columns, columns)
 
 
 def _first(condition: jax.Array, x: Factors, y: Factors) -> Factors:
     return jax.tree.map(lambda one, other: jnp.where(condition, one, other), x, y)
 
 
-def _sketched(estimate, like: Adapters, key: jax.Array) -> dict[str, lowrank.SVD]:  # type: ignore[no-untyped-def]
+def _sketched(
+    estimate: Callable[[Adapters], Adapters], like: Adapters, key: jax.Array
+) -> dict[str, lowrank.SVD]:
     """The leading 2 r singular triplets of every layer's gradient, from adapter gradients alone.
 
-    All layers at once: each pass probes them through adapters of 2 r + 8 columns.
+    Subspace iteration on all layers at once. A turn takes the gradient at a product of which one
+    side is an orthonormal basis and the other is zero: that of the zero side is the image of the
+    basis under g or its transpose, that of the basis itself is zero.
     """
-    sizes = {
-        path: min(2 * f.rank + _OVERSAMPLING, f.a.shape[0], f.b.shape[1])
-        for path, f in like.items()
-    }
+    kinds = {kind: factors for kind, (factors,) in stacked_layers(like).items()}
+    longest = max(f.a.shape[1] for f in kinds.values())
+    widest = _COLUMNS * max(f.rank for f in kinds.values())
+    noise = jax.random.normal(key, (longest, widest))
+    first, exact = {}, True
+    for kind, factors in kinds.items():
+        (count, d_in, _), d_out = factors.a.shape, factors.b.shape[2]
+        columns = min(_COLUMNS * factors.rank, d_in, d_out)
+        exact = exact and columns == min(d_in, d_out)
+        bases = jnp.broadcast_to(noise[:d_in, :columns], (count, d_in, columns))
+        first[kind] = Factors(bases, jnp.zeros((count, columns, d_out)))
 
-    def from_left(bases: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """An orthonormal basis `[d_out, p]` of the rows of `basis^T g`."""
-        probes = {
-            path: Factors(basis, jnp.zeros((sizes[path], like[path].b.shape[1])))
-            for path, basis in bases.items()
-        }
-        return each_layer(lambda x: lowrank.orthonormal(x.b.T), estimate(probes))
+    def left(factors: Factors) -> Factors:
+        return Factors(jax.lax.map(lowrank.orthonormal, factors.a), jnp.zeros_like(factors.b))
 
-    def from_right(bases: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """`g basis` up to the scale, `[d_in, p]`."""
-        probes = {
-            path: Factors(jnp.zeros((like[path].a.shape[0], sizes[path])), basis.T)
-            for path, basis in bases.items()
-        }
-        return {path: x.a for path, x in estimate(probes).items()}
+    def right(factors: Factors) -> Factors:
+        return lowrank.transpose(left(lowrank.transpose(factors)))
 
-    rows = from_left(
-        {
-            path: jax.random.normal(
-                jax.random.fold_in(key, zlib.crc32(path.encode())), (f.a.shape[0], sizes[path])
-            )
-            for path, f in like.items()
+    def turn(index: jax.Array, images: dict[Kind, Factors]) -> dict[Kind, Factors]:
+        even = index % 2 == 0
+        probes = {kind: jax.lax.cond(even, left, right, f) for kind, f in images.items()}
+        slopes = stacked_layers(estimate(unstacked_layers(probes)))
+        return {
+            kind: jax.tree.map(jnp.add, probes[kind], slope) for kind, (slope,) in slopes.items()
         }
+
+    last = jax.lax.fori_loop(0, _EXACT_TURNS if exact else _TURNS, turn, first)
+    return each_layer(
+        lambda image, own: lowrank.svd(image, 2 * own.rank), unstacked_layers(last), like
     )
-    for _ in range(_POWER_ITERATIONS):
-        rows = from_left(each_layer(lowrank.orthonormal, from_right(rows)))
-
-    def triplets(image: jax.Array, basis: jax.Array, own: Factors) -> lowrank.SVD:
-        return lowrank.svd(Factors(image, basis.T), 2 * own.rank)
-
-    return each_layer(triplets, from_right(rows), rows, like)
 
 
-def _dense(estimate, like: Adapters, key: jax.Array) -> dict[str, lowrank.SVD]:  # type: ignore[no-untyped-def]
+def _dense(
+    estimate: Callable[[Adapters], Adapters], like: Adapters, key: jax.Array
+) -> dict[str, lowrank.SVD]:
     """The same from whole gradients: the gradient of `b` at `a = I` is `s g`."""
     probes = {
         path: Factors(jnp.eye(f.a.shape[0]), jnp.zeros((f.a.shape[0], f.b.shape[1])))

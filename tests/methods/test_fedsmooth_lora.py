@@ -10,13 +10,14 @@ import optax
 import pytest
 
 from fedlora_jax import lora, methods
-from fedlora_jax.data.clients import client_data
+from fedlora_jax.data.clients import client_data, local_batch
+from fedlora_jax.federated import randomness
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, run_round
+from fedlora_jax.federated.round import create, run_round, train_cohort
 from fedlora_jax.federated.task import Task
 from fedlora_jax.methods import Server, Trainable
 
-D_IN, D_OUT, RANK, SCALE, ZETA, GAMMA, RATE, STEPS = 9, 7, 2, 1.3, 0.6, 4.0, 0.05, 3
+D_IN, D_OUT, RANK, SCALE, GAMMA, RATE, STEPS = 9, 7, 2, 1.3, 4.0, 0.05, 3
 COUNTS = (8, 5)
 COHORT = jnp.array([0, 1])
 
@@ -51,7 +52,8 @@ def two_rounds(linear):
 
 def run_two_rounds(linear, **options):
     task, training, server, data, _, _ = linear
-    method = methods.fedsmooth_lora(zeta=ZETA, gamma=GAMMA, calibration_batches=1, **options)
+    options = {"gamma": GAMMA, "calibration_batches": 1, **options}
+    method = methods.fedsmooth_lora(**options)
     step = jax.jit(lambda *state: run_round(task, method, training, *state))
     federation, rounds = create(jax.random.key(2), method, server, len(COUNTS)), []
     for _ in range(2):
@@ -66,15 +68,16 @@ def best(matrix, rank, split):
     return u[:, :rank] * left[:rank], right[:rank, None] * v[:rank]
 
 
-def aligned(gradient, seen):
-    """The gradient-aligned factors; the sign of each pair is free, and taken from `seen`."""
+def aligned(gradient):
+    """The gradient-aligned factors: each vector has the sign of a positive sum of cubes."""
     u, _, v = np.linalg.svd(gradient)
     length = D_OUT**0.25 / np.sqrt(GAMMA)
-    a, b = length * u[:, :RANK], length * v[RANK : 2 * RANK]
-    return a * np.sign(np.einsum("ir,io,ro->r", a, seen, b)), b
+    left, right = u[:, :RANK], v[RANK : 2 * RANK].T
+    a, b = (length * x * np.sign(np.sum(x**3, axis=0)) for x in (left, right))
+    return a, b.T
 
 
-def port(linear, rounds, split, exact):
+def port(linear, rounds, zetas, split, exact):
     """The formulas of METHODS.md, items 1 to 7, on dense float64 matrices."""
     _, _, server, _, examples, parts = linear
     weight = np.float64(server.backbone["layers_0"]["kernel"])
@@ -83,13 +86,11 @@ def port(linear, rounds, split, exact):
     for t, (_, result) in enumerate(rounds):
         for c, part in enumerate(parts):
             x, y = np.float64(examples["x"][part]), np.float64(examples["y"][part])
-            matching = ZETA * (own[c] - merged)
-            slope = x.T @ (x @ (weight + SCALE * matching) - y) / len(x)
+            matching = zetas[t] * (own[c] - merged)
+            a, b = aligned(x.T @ (x @ (weight + SCALE * matching) - y) / len(x))
             offset = jax.tree.map(lambda z, c=c: np.float64(z[c]), result.start.offset)["layers_0"]
             seen = (matching if exact else 0) - offset.a @ offset.b
-            a, b = aligned(slope, seen)
             np.testing.assert_allclose(a @ b, seen, rtol=1e-4, atol=1e-5)
-            assert abs(np.sum((a @ b) * slope)) < 1e-8
             product = a @ b
             frozen = weight - SCALE * product + (SCALE * matching if exact else 0)
             if t > 0 and not exact:
@@ -106,29 +107,47 @@ def port(linear, rounds, split, exact):
         yield weight
 
 
-@pytest.mark.parametrize("options", [{}, {"split": "right"}, {"start": "exact"}], ids=str)
-def test_two_rounds_are_those_of_the_formulas(linear, two_rounds, options):
+# Options, and zeta in the two rounds. By default it is one.
+CASES = [
+    ({}, (1, 1)),
+    ({"zeta": 0.6, "split": "right"}, (0.6, 0.6)),
+    ({"zeta": 0.6, "start": "exact"}, (0.6, 0.6)),
+    ({"zeta_min": 0.0, "rounds": 2}, (1, 0.5)),
+    ({"zeta": 0.8, "zeta_min": 0.2, "rounds": 3, "gradient": "dense"}, (0.8, 0.65)),
+]
+
+
+@pytest.mark.parametrize(("options", "zetas"), CASES, ids=str)
+def test_two_rounds_are_those_of_the_formulas(linear, two_rounds, options, zetas):
     rounds = two_rounds(**options)
-    expected = port(linear, rounds, options.get("split", "balanced"), "start" in options)
+    exact = options.get("start") == "exact"
+    expected = port(linear, rounds, zetas, options.get("split", "balanced"), exact)
     for (federation, _), weight in zip(rounds, expected, strict=True):
         kernel = federation.server.backbone["layers_0"]["kernel"]
         np.testing.assert_allclose(kernel, weight, rtol=2e-4, atol=2e-5)
         assert not any(x.any() for x in jax.tree.leaves(federation.server.trainable.adapters))
 
 
-def test_sketch_equals_dense_gradient(two_rounds):
-    sketch, dense = two_rounds()[0][1], two_rounds(gradient="dense")[0][1]
-    for one, two in zip(sketch.start.offset.values(), dense.start.offset.values(), strict=True):
-        for client in range(len(COUNTS)):
-            for x, y in ((one.a[client], two.a[client]), (one.b[client].T, two.b[client].T)):
-                np.testing.assert_allclose(x @ x.T, y @ y.T, rtol=1e-3, atol=1e-4)
-
-
-def test_zeta_falls_along_a_cosine(two_rounds):
-    constant = two_rounds()[1][0]
-    falling = two_rounds(zeta_min=0.0, rounds=2)[1][0]
-    kernels = [f.server.backbone["layers_0"]["kernel"] for f in (constant, falling)]
-    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+@pytest.mark.parametrize("batches", [1, 2, 100])
+def test_calibration_is_the_mean_over_batches_of_one_pass_at_most(linear, batches):
+    """Of eight examples there are two batches of five at most, and of five one."""
+    task, _, server, data, examples, _ = linear
+    method = methods.fedsmooth_lora(gamma=GAMMA, calibration_batches=batches)
+    training = LocalTraining(optax.sgd(1.0), batch_size=5, steps=1)
+    federation, seed = create(jax.random.key(2), method, server, len(COUNTS)), jax.random.key(3)
+    step = jax.jit(functools.partial(train_cohort, task, method, training))
+    offset = step(federation, data, COHORT, seed, RATE).start.offset["layers_0"]
+    weight = np.float64(server.backbone["layers_0"]["kernel"])
+    for client, (count, most) in enumerate(zip(COUNTS, (2, 1), strict=True)):
+        key = randomness.of_client(seed, "calibration", 0, client)
+        slopes = []
+        for index in range(min(batches, most)):
+            rows, mask = local_batch(data.indices[client], count, key, index, 5)
+            x, y = (np.float64(examples[name][rows[mask]]) for name in "xy")
+            slopes.append(x.T @ (x @ weight - y) / len(x))
+        a, b = aligned(np.mean(slopes, axis=0))
+        found = -np.float64(offset.a[client]) @ np.float64(offset.b[client])
+        np.testing.assert_allclose(found, a @ b, rtol=1e-3, atol=1e-4)
 
 
 def test_impossible_ranks_and_options_are_refused(linear):
