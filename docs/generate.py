@@ -21,6 +21,8 @@ OTHERS: list[Callable[..., Any]] = [
     aggregation.diagnostics,
     aggregation.stack,
     aggregation.cut,
+    aggregation.ordered,
+    aggregation.shares,
     aggregation.tail_penalty,
 ]
 SECTIONS = ("Args", "Returns", "Raises", "Examples", "References")

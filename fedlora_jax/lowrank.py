@@ -25,6 +25,8 @@ _BLOCK = 128
 _EXACT = 1024
 _OVERSAMPLING = 8
 _SWEEPS = 4
+# Singular values closer than this, relatively, count as one in derivatives.
+_APART = 1e-3
 
 
 class Factors(NamedTuple):
@@ -218,8 +220,8 @@ def svd(factors: Factors, rank: int | None = None) -> SVD:
       truncation is a few per cent above the optimum at worst, for a flat spectrum. Cost:
       :math:`O(R\, l\, (d_{in} + d_{out}))`, so linear in R.
 
-    Vectors of zero singular values are orthonormal too, completed arbitrarily. The derivative of
-    the values is right, and finite always; for functions of the product differentiate `truncate`.
+    Vectors of zero singular values are orthonormal too, completed arbitrarily. The derivative is
+    finite always, and right but for rotations among vectors whose singular values nearly coincide.
 
     Args:
       factors: Without batch axes (`jax.vmap` adds them).
@@ -384,8 +386,8 @@ def _truncate(factors: Factors, rank: int) -> Factors:
 class _Motion(NamedTuple):
     """How singular vectors move with a product: the derivative of its SVD, in parts.
 
-    Rotations among the vectors kept are left out. They are what divides by zero when singular
-    values coincide, and no function of the space that the vectors span depends on them.
+    Rotations among vectors that are kept, of singular values that nearly coincide, are left out:
+    they divide by the gap, and no function of the space that the vectors span depends on them.
 
     Attributes:
       all: Every triplet there is, of which the first k are kept.
@@ -405,33 +407,31 @@ class _Motion(NamedTuple):
 def _motion(factors: Factors, tangent: Factors, rank: int) -> _Motion:
     columns = min(factors.rank, factors.a.shape[0], factors.b.shape[1])
     whole = _svd(factors, columns if columns <= _EXACT else 2 * rank + _OVERSAMPLING)
-    u, s, v = whole
-    (u, u_other), (v, v_other) = jnp.split(u, [rank], axis=1), jnp.split(v, [rank])
-    s, s_other = jnp.split(s, [rank])
-    (a, b), (da, db) = factors, tangent
+    (u_all, s_all, v_all), (a, b), (da, db) = whole, factors, tangent
+    u, s, v = u_all[:, :rank], s_all[:rank], v_all[:rank]
     forward = matmul(da, matmul(b, v.T)) + matmul(a, matmul(db, v.T))
     backward = matmul(matmul(u.T, da), b) + matmul(matmul(u.T, a), db)
 
+    # Row i and column j: how much vector j turns towards vector i.
     tiny = jnp.finfo(s.dtype).eps * s[0]
-    gaps = (s - s_other[:, None]) * (s + s_other[:, None])
-    good = s - s_other[:, None] > tiny
+    distance, others = s - s_all[:, None], jnp.arange(len(s_all))[:, None] >= rank
+    good = jnp.where(others, distance > tiny, jnp.abs(distance) > tiny + _APART * s)
+    gaps = distance * (s + s_all[:, None])
     inverse = jnp.where(good, 1 / jnp.where(good, gaps, 1), 0)
+    left, right = matmul(u_all.T, forward), matmul(v_all, backward.T)
+    turn_u = inverse * (left * s + s_all[:, None] * right)
+    turn_v = inverse * (right * s + s_all[:, None] * left)
     unit = jnp.where(s > tiny, 1 / jnp.where(s > tiny, s, 1), 0)
-    left, right = matmul(u_other.T, forward), matmul(v_other, backward.T)
-    turn_u = inverse * (left * s + s_other[:, None] * right)
-    turn_v = inverse * (right * s + s_other[:, None] * left)
 
-    def outside(x: jax.Array, *bases: jax.Array) -> jax.Array:
-        for basis in bases:
-            x -= matmul(basis, matmul(basis.T, x))
-        return x
+    def outside(x: jax.Array, basis: jax.Array) -> jax.Array:
+        return x - matmul(basis, matmul(basis.T, x))
 
     return _Motion(
         whole,
-        du=matmul(u_other, turn_u) + outside(forward, u, u_other) * unit,
-        dv=(matmul(v_other.T, turn_v) + outside(backward.T, v.T, v_other.T) * unit).T,
+        du=matmul(u_all, turn_u) + outside(forward, u_all) * unit,
+        dv=(matmul(v_all.T, turn_v) + outside(backward.T, v_all.T) * unit).T,
         ds=jnp.sum(u * forward, axis=0),
-        db=backward + matmul(turn_u.T, s_other[:, None] * v_other),
+        db=backward + matmul(turn_u.T, s_all[:, None] * v_all),
     )
 
 

@@ -1,5 +1,8 @@
 """Adapters on Linen models, against the dense formula W + s a b."""
 
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -125,6 +128,47 @@ def test_head_is_split_off_and_joined(setup):
     joined = lora.join_head(backbone, head)
     assert jax.tree.structure(joined) == jax.tree.structure(params)
     assert lora.split_head(params, None)[1] == {}
+
+
+TWICE = """
+import flax.linen as nn, jax.numpy as jnp
+from fedlora_jax import Factors, lora
+
+model, x = nn.Dense(1, use_bias=False), jnp.ones((1, 1))
+params = {"kernel": jnp.ones((1, 1))}
+for size in (2.0, 3.0):
+    adapters = {"": Factors(jnp.full((1, 1), size), jnp.ones((1, 1)))}
+    print(float(lora.apply(model, params, adapters, x, scale=1.0)[0, 0]))
+    try:
+        lora.apply(model, params, {"nowhere": adapters[""]}, x, scale=1.0)
+    except ValueError:
+        print(float(model.apply({"params": params}, x)[0, 0]))
+"""
+
+
+def test_nothing_is_left_behind_under_python_without_assertions():
+    """Flax takes interceptors off inside an `assert`, which `python -O` does not execute."""
+    command = [sys.executable, "-O", "-c", TWICE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3.0", "1.0", "4.0", "1.0"]
+
+
+def test_wide_kernels_keep_what_bfloat16_would_round_away(setup):
+    x, params, adapters = setup
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    wide = lora.widen({"params": half}, ["hidden", "attention/out"])["params"]
+    types = {path: kernel.dtype for path, kernel in lora.kernels(wide).items()}
+    assert types.pop("hidden") == types.pop("attention/out") == jnp.float32
+    assert set(types.values()) == {np.dtype(jnp.bfloat16)}
+    assert wide["hidden"]["bias"].dtype == jnp.bfloat16
+    small = {"hidden": Factors(1e-4 * adapters["hidden"].a, adapters["hidden"].b)}
+    for _ in range(10):
+        half, wide = (lora.merge(tree, small, scale=SCALE) for tree in (half, wide))
+    before, total = params["hidden"]["kernel"], 10 * SCALE * small["hidden"].a @ small["hidden"].b
+    error = wide["hidden"]["kernel"] - before.astype(jnp.bfloat16).astype(jnp.float32) - total
+    assert jnp.abs(error).max() < 1e-3 * jnp.abs(total).max()
+    lost = half["hidden"]["kernel"].astype(jnp.float32) - before - total
+    assert jnp.abs(lost).max() > 0.1 * jnp.abs(total).max()
 
 
 @pytest.mark.parametrize(

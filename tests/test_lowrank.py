@@ -181,12 +181,13 @@ def test_basis_is_orthonormal_whatever_it_is_made_of():
         np.testing.assert_allclose(q @ (q.T @ columns), columns, atol=3e-5)
 
 
-def test_the_derivative_of_a_truncation():
+@pytest.mark.parametrize("kept", [1, 2])
+def test_the_derivative_of_a_truncation_and_of_its_first_columns(kept):
     factors = jax.tree.map(jnp.asarray, draw(rank=4))
     weight = np.random.default_rng(5).standard_normal((37, 29))
 
     def value(x):
-        y = lowrank.truncate(x, 2)
+        y = lowrank.cut(lowrank.truncate(x, 2), kept)
         return jnp.sum(weight * lowrank.matmul(y.a, y.b))
 
     direction = draw(7, rank=4)
@@ -194,7 +195,7 @@ def test_the_derivative_of_a_truncation():
 
     def oracle(step):
         moved = Factors(*(np.asarray(x, np.float64) + step * d for x, d in zip(factors, direction)))
-        return np.sum(weight * best(dense(moved), 2))
+        return np.sum(weight * best(dense(moved), kept))
 
     assert got == pytest.approx((oracle(1e-5) - oracle(-1e-5)) / 2e-5, rel=1e-3)
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from fedlora_jax import lora, methods
 from fedlora_jax.data.clients import ClientData, client_data, local_batch
@@ -25,10 +26,13 @@ SCALE = 1.5
 class Net(nn.Module):
     """Two layers and a head."""
 
+    dtype: DTypeLike = jnp.float32
+
     @nn.compact
     def __call__(self, x):
-        x = nn.tanh(nn.Dense(10, name="first")(x))
-        return nn.Dense(3, name="head")(nn.tanh(nn.Dense(7, name="second")(x)))
+        x = nn.tanh(nn.Dense(10, dtype=self.dtype, name="first")(x))
+        x = nn.tanh(nn.Dense(7, dtype=self.dtype, name="second")(x))
+        return nn.Dense(3, name="head")(x.astype(jnp.float32))
 
 
 class World(NamedTuple):
@@ -54,11 +58,17 @@ class World(NamedTuple):
 
     def go_on(self, name: str, federation: Federation) -> Federation:
         """The state after one more round."""
+        return self.step(name, federation, learning_rate(federation))[0]
+
+    def step(self, name: str, federation: Federation, rate) -> tuple[Federation, jax.Array]:
+        """The state after a round with this learning rate, and its loss."""
         function = _compiled(name, self.task, self.training)
-        return function(federation, self.data, COHORT, self.seed, learning_rate(federation))[0]
+        federation, metrics, _ = function(federation, self.data, COHORT, self.seed, rate)
+        return federation, metrics.loss
 
     def federation(self, method: methods.Method, ranks=None) -> Federation:
-        return create(jax.random.key(5), method, self.server, len(COUNTS), ranks)
+        dtype = self.task.model.dtype
+        return create(jax.random.key(5), method, self.server, len(COUNTS), ranks, dtype)
 
 
 def make_world() -> World:

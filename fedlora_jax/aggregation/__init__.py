@@ -6,8 +6,9 @@ Every function has one signature:
 
 `stacked` is any pytree whose leaves are `Factors(a [K, d_in, r], b [K, r, d_out])`, K clients on
 the leading axis (`stack` makes one from a list of clients, also of unequal ranks). `weights` is
-`[K]`, non-negative, normalised inside; weight 0 is the same as absence. The result is
-`Aggregated(adapters, residual)`; the new global model is `backbone + scale (residual + adapters)`.
+`[K]`, non-negative numbers of any type and size, normalised inside (`shares`); weight 0 is the same
+as absence. The result is `Aggregated(adapters, residual)`; the new global model is
+`backbone + scale (residual + adapters)`.
 Nothing of size d_in x d_out is ever formed, and arithmetic is in float32 at the least, whatever the
 storage type. All functions can be called under `jit`, `vmap` and `grad`.
 
@@ -19,7 +20,7 @@ its upload, counts as absent, and if nobody is left the means are zero. The resu
 
 from collections.abc import Callable
 
-from fedlora_jax.aggregation._base import Aggregated, cut, present_clients, stack
+from fedlora_jax.aggregation._base import Aggregated, cut, present_clients, shares, stack
 from fedlora_jax.aggregation._diagnostics import Diagnostics, diagnostics
 from fedlora_jax.aggregation._error import error
 from fedlora_jax.aggregation._fedex_lora import fedex_lora
@@ -34,6 +35,7 @@ from fedlora_jax.aggregation._flora_na import flora_na
 from fedlora_jax.aggregation._frlora import frlora
 from fedlora_jax.aggregation._hetlora import hetlora, tail_penalty
 from fedlora_jax.aggregation._lora_fair import lora_fair
+from fedlora_jax.aggregation._ordered import ordered
 from fedlora_jax.aggregation._rolora import rolora
 from fedlora_jax.aggregation._spectral import spectral
 from fedlora_jax.names import lookup
@@ -76,7 +78,9 @@ __all__ = [
     "diagnostics",
     "error",
     "get",
+    "ordered",
     "present_clients",
+    "shares",
     "stack",
     "tail_penalty",
     *sorted(REGISTRY),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fedlora_jax import lowrank
 from fedlora_jax.lowrank import Factors
@@ -150,28 +151,27 @@ def each_kernel(
       ValueError: As described in the docstring of `fedlora_jax.aggregation`.
     """
     stacked = jax.tree.map(jnp.asarray, stacked)
-    weights, arrays = jnp.asarray(weights), arrays or {}
-    check(stacked, weights)
+    known, arrays = wide(weights), arrays or {}
+    check(stacked, known)
     for tree in trees:
         check_fit(stacked, tree)
     rows = list(zip(*(leaves(tree) for tree in (stacked, *trees)), strict=True))
     run_rows = functools.partial(_run_rows, core, tuple(options.items()), rows, arrays)
-    if not all(map(_concrete, jax.tree.leaves((rows, weights, arrays)))):
+    if not all(map(_concrete, jax.tree.leaves((rows, known, arrays)))):
         finite = finite_everywhere(stacked)
-        present = finite & jnp.isfinite(weights) & (weights > 0)
-        return run_rows(normalized(weights, present), finite, largest=None)[0]
-    results, found = run_rows(normalized(weights, weights > 0), None, largest=_LARGEST_BATCHED)
+        present = finite & (known > 0) & (known < jnp.inf)
+        return run_rows(normalized(known, present), finite, largest=None)[0]
+    shares = normalized(known, known > 0)
+    results, found = run_rows(shares, None, largest=_LARGEST_BATCHED)
     if np.all(jax.device_get(found)):
         return results
     healthy = np.asarray(finite_everywhere(stacked))
     if np.all(healthy):
         return results
-    sick = np.flatnonzero(~healthy & (np.asarray(weights) > 0))
+    sick = np.flatnonzero(~healthy & (np.asarray(known) > 0))
     if len(sick):
         raise ValueError(_blame(stacked, sick))
-    return run_rows(
-        normalized(weights, weights > 0), jnp.asarray(healthy), largest=_LARGEST_BATCHED
-    )[0]
+    return run_rows(shares, jnp.asarray(healthy), largest=_LARGEST_BATCHED)[0]
 
 
 def _run_rows(
@@ -232,7 +232,7 @@ def _run_batch(
     return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(batch))]
 
 
-def check(stacked: PyTree, weights: jax.Array) -> None:
+def check(stacked: PyTree, weights: np.ndarray | jax.Array) -> None:
     """Raises ValueError unless shapes fit together and concrete weights are usable."""
     if weights.ndim != 1:
         raise ValueError(f"weights must have one axis [K], got shape {weights.shape}")
@@ -244,13 +244,12 @@ def check(stacked: PyTree, weights: jax.Array) -> None:
                 f"adapter {name!r}: expected a [K={clients}, d_in, r] and b [K={clients}, r, "
                 f"d_out] for {clients} weights, got a {list(a)} and b {list(b)}"
             )
-    if not _concrete(weights):
+    if not isinstance(weights, np.ndarray):
         return
-    values = np.asarray(weights, np.float64)
-    if not np.all(np.isfinite(values)) or np.any(values < 0) or not np.any(values > 0):
+    if not np.all(np.isfinite(weights)) or np.any(weights < 0) or not np.any(weights > 0):
         raise ValueError(
             "weights must be finite, non-negative and not all zero, got "
-            f"{np.array2string(values, threshold=20)}"
+            f"{np.array2string(weights, threshold=20)}"
         )
 
 
@@ -290,9 +289,9 @@ def present_clients(stacked: PyTree, weights: jax.Array) -> tuple[jax.Array, jax
       `present`: finite adapters and a finite weight above zero; and `finite`: False for a client
       of non-zero weight that is not present because something in it is not finite.
     """
-    finite = finite_everywhere(stacked) & jnp.isfinite(weights)
-    present = finite & (weights > 0)
-    return present, finite | (weights == 0)
+    known = wide(weights)
+    finite = finite_everywhere(stacked) & (known < jnp.inf) & (known > -jnp.inf)
+    return finite & (known > 0), finite | (known == 0)
 
 
 def first_present(clients: Factors, weights: jax.Array) -> Factors:
@@ -311,8 +310,9 @@ def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:
     """What clients of unequal ranks continue from: the first `ranks[k]` columns of the adapters.
 
     Args:
-      adapters: Adapter tree of `Factors(a [d_in, r], b [r, d_out])`, directions in descending
-        order.
+      adapters: Adapter tree of `Factors(a [d_in, r], b [r, d_out])`. The first columns are the
+        best approximation only if directions are in descending order: `flexlora`, `fedsvd` and
+        `spectral` leave them so, after any other function `ordered` puts them in order.
       ranks: `[K]`.
 
     Returns:
@@ -322,21 +322,62 @@ def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:
     return map_factors(lambda factors: lowrank.cut(factors, ranks), adapters)
 
 
-def normalized(weights: jax.Array, present: jax.Array) -> jax.Array:
-    """Weights of the present clients over their sum; all zero if nobody is present."""
-    weights = jnp.where(present, weights, 0.0)
-    total = jnp.sum(weights)
-    return weights / jnp.where(total > 0, total, 1.0)
+def wide(weights: ArrayLike | Sequence[ArrayLike]) -> np.ndarray | jax.Array:
+    """Weights of any type, in which none of them wraps around, overflows or vanishes.
+
+    Returns:
+      float64 on the host if the values are known; traced ones in float32 at the least.
+    """
+    if all(map(_concrete, jax.tree.leaves(weights))):
+        return np.asarray(weights, np.float64)
+    traced = jnp.asarray(weights)
+    return traced.astype(jnp.promote_types(traced.dtype, jnp.float32))
 
 
-def prepared(stacked: PyTree, weights: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
-    """The input as a core sees it (see `run`), and `finite` of `present_clients`."""
-    stacked = jax.tree.map(jnp.asarray, stacked)
-    compute = jnp.promote_types(jnp.result_type(*jax.tree.leaves(stacked)), jnp.float32)
-    weights = jnp.asarray(weights).astype(compute)
-    present, finite = present_clients(stacked, weights)
-    clean = jax.tree.map(lambda x: jnp.where(present[:, None, None], x, 0).astype(compute), stacked)
-    return clean, normalized(weights, present), finite
+def normalized(weights: np.ndarray | jax.Array, present: np.ndarray | jax.Array) -> jax.Array:
+    """Weights of the present clients over their sum; all zero if nobody is present.
+
+    They are brought near one first, so that no sum of them overflows or vanishes, and a client that
+    is present keeps a positive share. Traced weights below the smallest normal number (1.2e-38) are
+    zero where the device takes them for zero, as XLA does on a CPU.
+
+    Args:
+      weights: `[K]`, from `wide`.
+      present: Which clients count, boolean `[K]`.
+
+    Returns:
+      `[K]`, of one type whatever that of the weights.
+    """
+    if isinstance(weights, np.ndarray):
+        weights = weights / (np.max(weights, initial=0, where=weights > 0) or 1)
+    xp = np if isinstance(weights, np.ndarray) and isinstance(present, np.ndarray) else jnp
+    weights = xp.where(present, weights, 0.0)
+    largest = xp.max(weights)
+    # By a power of two: a compiler may divide by multiplying with an inverse that is no number.
+    weights = weights * xp.where(largest > 2.0**64, 2.0**-64, 1.0)
+    weights = weights * xp.where(largest < 2.0**-64, 2.0**64, 1.0)
+    total = xp.sum(weights)
+    smallest = np.finfo(np.float32).tiny
+    shares = xp.where(present, xp.maximum(weights / xp.where(total > 0, total, 1), smallest), 0)
+    return jnp.asarray(shares)
+
+
+def shares(weights: ArrayLike | Sequence[ArrayLike]) -> jax.Array:
+    """Weights over their sum, as every function here takes them.
+
+    Args:
+      weights: `[K]`, numbers of any type and size. Those that are negative or not finite count as
+        zero.
+
+    Returns:
+      `[K]`, of sum one, or all zero if no weight is positive.
+
+    Examples:
+      >>> print(shares([6_000_000_000, 2_000_000_000]))
+      [0.75 0.25]
+    """
+    known = wide(weights)
+    return normalized(known, (known > 0) & (known < jnp.inf))
 
 
 def _concrete(x: Any) -> bool:

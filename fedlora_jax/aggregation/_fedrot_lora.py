@@ -1,5 +1,7 @@
 """FedRot-LoRA: rotate the clients' factors into one frame before they are averaged."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +20,7 @@ def fedrot_lora(
     reference: PyTree,
     aligned: str | jax.Array | bool = "a",
     strength: jax.Array | float = 1.0,
+    reflections: bool = False,
 ) -> Aggregated:
     r"""Rotates each client's factors towards the last global ones, then averages.
 
@@ -30,8 +33,11 @@ def fedrot_lora(
       \text{adapters} = \Big(\sum_k p_k a_k R_k,\; \sum_k p_k R_k^T b_k\Big)
 
     Authors align `a` in odd rounds and `b` in even ones. The soft version takes the orthogonal
-    matrix nearest to :math:`(1 - \lambda) I + \lambda R_k`. No client's product changes; the
-    product of the means is still biased, usually less than FedIT's.
+    matrix nearest to :math:`(1 - \lambda) I + \lambda R_k`. With any lambda above 1, and they ship
+    1.5, their code does something else, which is `reflections=True` here: lambda is not used, and
+    R may have determinant -1. What of R the factors leave open (both are zero there, or of
+    deficient rank) is as near to the identity as can be. No client's product changes; the product
+    of the means is still biased, usually less than FedIT's.
 
     Cost: :math:`O(K r^2 (d_{in} + d_{out}) + K r^3)`. Up and down a kernel:
     :math:`r (d_{in} + d_{out})`, as FedIT.
@@ -43,13 +49,14 @@ def fedrot_lora(
         Where the factor to be aligned is zero (`b` at the start) nothing is rotated.
       aligned: `'a'` or `'b'`; or, where the round is a traced value, a boolean: whether `b` is.
       strength: lambda, from 0 (FedIT) to 1.
+      reflections: Whether R may be a reflection too.
 
     Returns:
       `Aggregated(adapters, None)`.
 
     Raises:
-      ValueError: On a reference of other kernels or a larger rank, an unknown factor, or weights or
-        factors that cannot be used, see `fedlora_jax.aggregation`.
+      ValueError: On a reference of other kernels or a larger rank, an unknown factor, a strength
+        outside of 0 to 1, or weights or factors that cannot be used, see `fedlora_jax.aggregation`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -65,6 +72,11 @@ def fedrot_lora(
     References:
       *FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA*, 2026.
     """
+    if not isinstance(strength, jax.core.Tracer) and not 0 <= float(strength) <= 1:
+        raise ValueError(
+            f"strength must be from 0 to 1, got {strength}; what the authors' code does with more "
+            "is reflections=True"
+        )
     return _base.run(
         _fedrot_lora,
         stacked,
@@ -74,6 +86,7 @@ def fedrot_lora(
             "b_aligned": is_b(aligned, "aligned factor"),
             "strength": jnp.asarray(strength, jnp.float32),
         },
+        reflections=reflections,
     )
 
 
@@ -84,6 +97,7 @@ def _fedrot_lora(
     *,
     b_aligned: jax.Array,
     strength: jax.Array,
+    reflections: bool,
 ) -> Aggregated:
     reference = lowrank.pad(reference, clients.rank)
     cores = jnp.where(
@@ -95,37 +109,51 @@ def _fedrot_lora(
     identity = jnp.eye(clients.rank, dtype=cores.dtype)
 
     def rotate(core: jax.Array, client: Factors) -> Factors:
-        full = _nearest_rotation(core)
-        soft = _nearest_rotation((1 - strength) * identity + strength * full)
-        turn = jnp.where(strength < 1, soft, full)
+        turn = _nearest_rotation(core, reflections)
+        soft = _nearest_rotation((1 - strength) * identity + strength * turn, True)
+        turn = jnp.where(strength < 1, soft, turn)
         return Factors(matmul(client.a, turn), matmul(turn.T, client.b))
 
     return _fedit(jax.vmap(rotate)(cores, clients), weights)
 
 
-@jax.custom_jvp
-def _nearest_rotation(core: jax.Array) -> jax.Array:
-    """The rotation R, det R = 1, that maximises `trace(R^T core)`."""
-    return _rotation_and_frame(core)[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _nearest_rotation(core: jax.Array, reflections: bool) -> jax.Array:
+    """The R that maximises `trace(R^T core)`: orthogonal, and det R = 1 unless `reflections`."""
+    return _rotation_and_frame(core, reflections)[0]
 
 
-def _rotation_and_frame(core: jax.Array) -> tuple[jax.Array, ...]:
-    # Where both are padded by zeros R is the identity, by an entry above all singular values. A
-    # core that is otherwise deficient leaves R free in part, and a little entry chooses there.
-    size = jnp.linalg.norm(core)
-    size = jnp.where(size > 0, size, 1)
+def _rotation_and_frame(core: jax.Array, reflections: bool) -> tuple[jax.Array, ...]:
+    """`R = u v`, and the singular values s of the core in these bases."""
+    # Where both are padded by zeros R is the identity, by an entry above all singular values.
+    size = lowrank.vector_norm(core)
     padded = jnp.all(core == 0, axis=0) & jnp.all(core == 0, axis=1)
-    u, s, v = _linalg.svd(core + jnp.diag(jnp.where(padded, 2 * size, 1e-6 * size)))
-    sign = jnp.where(_linalg.det(matmul(u, v)) < 0, -1.0, 1.0).astype(core.dtype)
-    u, s = u.at[:, -1].multiply(sign), s.at[-1].multiply(sign)
+    core += jnp.diag(jnp.where(padded, jnp.where(size > 0, 2 * size, 1), 0))
+    # Rows and columns of very different size are kept apart by a decomposition of large ones first.
+    rows, columns = (jnp.max(jnp.abs(core), axis=axis) for axis in (1, 0))
+    row_order, column_order = jnp.argsort(-rows), jnp.argsort(-columns)
+    u, s, v = _linalg.svd(core[row_order][:, column_order])
+    u, v = jnp.zeros_like(u).at[row_order].set(u), jnp.zeros_like(v).at[:, column_order].set(v)
+    # A core of deficient rank leaves R free in part: there it is the one nearest to the identity.
+    # Singular values of `among` are one, but for those of that part; its directions do not mix.
+    smallest = [jnp.min(jnp.where(x > 0, x, jnp.inf)) for x in (rows, columns)]
+    rounding = len(s) * jnp.finfo(s.dtype).eps * smallest[0] * (smallest[1] / s[0])
+    free = (s <= rounding) | (s == 0)
+    here = u * free
+    among = matmul(u * ~free, v) + matmul(matmul(here, here.T), matmul(v.T * free, v))
+    left, _, right = _linalg.svd(among)
+    u = matmul(matmul(left, right), v.T)
+    if not reflections:
+        sign = jnp.where(_linalg.det(matmul(u, v)) < 0, -1.0, 1.0).astype(core.dtype)
+        u, s = u.at[:, -1].multiply(sign), s.at[-1].multiply(sign)
     return matmul(u, v), u, s, v
 
 
 @_nearest_rotation.defjvp
 def _nearest_rotation_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+    reflections: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    rotation, u, s, v = _rotation_and_frame(*primals)
+    rotation, u, s, v = _rotation_and_frame(*primals, reflections)
     inner = matmul(matmul(u.T, tangents[0]), v.T)
     sums = s[:, None] + s
     good = jnp.abs(sums) > 1e-6 * s[0]

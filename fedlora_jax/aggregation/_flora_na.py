@@ -203,17 +203,28 @@ def _step(kinds: Sequence[_Grams], weights: jax.Array, fit: _Fit) -> jax.Array:
     """
     left = _with_mean(weights + fit.dq)
     misfit = _misfit(weights, fit)
-    matrix = vector = jnp.zeros((), weights.dtype)
+    matrix = vector = rounding = jnp.zeros((), weights.dtype)
     for grams in kinds:
         matrix += _square(grams, left)
         vector += _against(misfit, grams, left)
+        rounding += _rounding(grams, left)
     here = weights > 0
     matrix = matrix[1:, 1:] + matrix[1:, :1] + matrix[:1, 1:] + matrix[0, 0]
     matrix = jnp.where(here[:, None] & here, matrix, 0)
     vector = jnp.where(here, vector[1:] + vector[0], 0)
-    ridge = (_RIDGE * jnp.trace(matrix) + _TINY) * jnp.eye(len(weights), dtype=weights.dtype)
-    root = _linalg.triangular_inverse(_linalg.cholesky(matrix + ridge))
+    identity = jnp.eye(len(weights), dtype=weights.dtype)
+    ridge = _RIDGE * jnp.trace(matrix) + _TINY
+    tried = _linalg.cholesky(jax.lax.stop_gradient(matrix + ridge * identity))
+    ridge += jnp.where(jnp.all(jnp.isfinite(tried)), 0, rounding)
+    root = _linalg.triangular_inverse(_linalg.cholesky(matrix + ridge * identity))
     return lowrank.matmul(root.T, lowrank.matmul(root, vector))
+
+
+def _rounding(grams: _Grams, left: jax.Array) -> jax.Array:
+    """What rounding can take from `_square` at most; all of it where `a(left)` cancels."""
+    a, b = (lowrank.safe_sqrt(einsum("nkkrr->nk", x)) for x in grams)
+    terms = jnp.sum(jnp.abs(left) * a, axis=1) * lowrank.safe_sqrt(jnp.sum(b**2, axis=1))
+    return 8 * jnp.finfo(left.dtype).eps * jnp.sum(terms**2)
 
 
 def _scale_fixed(weights: jax.Array, fit: _Fit) -> tuple[jax.Array, jax.Array]:

@@ -35,6 +35,8 @@ def spectral(
     * `selection='noise'`: those above ScreeNOT's threshold, which estimates the noise's spectrum
       from the singular values beyond `rank` and minimises the error of the denoised matrix.
       It sees the K r singular values of M, so it needs K r > 2 `rank` to have something to look at.
+      The first direction is always kept: where all of M looks like noise, a server that kept
+      nothing would throw the round away.
 
     When: what goes down must shrink with what was learned. A flat spectrum (many clients that
     disagree) has no energy threshold that helps.
@@ -109,7 +111,8 @@ def _spectral(
         keep = (before < threshold.astype(s.dtype) * total) & (s > 0)
     else:
         values = lowrank.singular_values(ideal)
-        keep = s > _screenot(values, max(clients.a.shape[1], clients.b.shape[2]), rank)
+        noise_level = _screenot(values, max(clients.a.shape[1], clients.b.shape[2]), rank)
+        keep = (s > noise_level) | (jnp.arange(len(s)) == 0)
     d_in = best.a.shape[0]
     noise = jax.random.normal(key, best.a.shape, best.a.dtype) * d_in**-0.5
     kept = Factors(jnp.where(keep, best.a, noise), jnp.where(keep[:, None], best.b, 0))

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-import jax.numpy as jnp
 
 from fedlora_jax import lora, lowrank
+from fedlora_jax.federated.outline import outline
 from fedlora_jax.federated.round import Federation
 from fedlora_jax.lowrank import Factors
-from fedlora_jax.methods import Context, Method, Server, Trained
+from fedlora_jax.methods import Method, Server
 
 PyTree: TypeAlias = Any
 
@@ -38,23 +38,9 @@ class Messages(NamedTuple):
 
 def messages(method: Method, federation: Federation, cohort_size: int) -> Messages:
     """The shapes of a client's upload and of the aggregate, without computing anything."""
-    server, clients, ranks = federation
-    client = jax.tree.map(lambda x: x[0], clients)
-
-    def gradient(adapters: PyTree, **_: Any) -> PyTree:
-        return adapters
-
-    def everything(server: Server, client: PyTree, rank: jax.Array) -> Messages:
-        context = Context(jax.random.key(0), gradient, rank)
-        start = method.start(server, client, context)
-        # Shapes do not depend on what training does.
-        trained = Trained(start.trainable, start.trainable)
-        start = start._replace(rank=rank if start.rank is None else start.rank)
-        upload = method.finish(server, client, start, trained)[0]
-        stacked = jax.tree.map(lambda x: jnp.stack([x] * cohort_size), upload)
-        return Messages(upload, method.aggregate(server, stacked, jnp.ones(cohort_size))[1])
-
-    return jax.eval_shape(everything, server, client, ranks[0])
+    client = jax.tree.map(lambda x: x[0], federation.clients)
+    made = outline(method, federation.server, client, federation.ranks[0], cohort_size)
+    return Messages(made.upload, made.aggregated)
 
 
 def count(

@@ -23,7 +23,13 @@ from fedlora_jax.federated.evaluation import HeldOut, held_out
 from fedlora_jax.federated.measure import make_measure
 from fedlora_jax.federated.program import Program, check, compile_program, schedule
 from fedlora_jax.federated.round import Federation, create
-from fedlora_jax.federated.setting import Setting, partition_counts, partitioned, prepare
+from fedlora_jax.federated.setting import (
+    Setting,
+    dtype_of,
+    partition_counts,
+    partitioned,
+    prepare,
+)
 from fedlora_jax.methods import Method, Server, Trainable
 
 __all__ = [
@@ -84,7 +90,14 @@ def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Met
     affordable = None
     if not method.pooled:
         affordable = ranks.assign(config.lora.ranks, config.lora.rank, len(parts), config.seed)
-    federation = create(randomness.stream(seed, "method"), method, server, len(parts), affordable)
+    federation = create(
+        randomness.stream(seed, "method"),
+        method,
+        server,
+        len(parts),
+        affordable,
+        dtype_of(config.precision.compute),
+    )
     # Arrays read from a file are tied to a device, new ones are not, and a round's results are if
     # any input was: all tied from the start, a round compiles once, also after a restart.
     federation = jax.tree.map(lambda x: jax.device_put(x, x.sharding), federation)

@@ -160,7 +160,7 @@ def _loss(
 ) -> jax.Array:
     """The mean loss over the examples of a batch that the mask keeps."""
     values = outputs(task, backbone, trainable, batch, scale=scale, offset=offset)
-    losses = jnp.where(mask > 0, task.loss(values, batch), 0.0)
+    losses = jnp.where(mask > 0, task.loss(values, batch).astype(jnp.float32), 0.0)
     return jnp.sum(losses) / jnp.maximum(jnp.sum(mask), 1.0)
 
 

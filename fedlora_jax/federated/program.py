@@ -12,7 +12,7 @@ from fedlora_jax.federated import ranks
 from fedlora_jax.federated.evaluation import Accuracy, HeldOut, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import Federation, RoundFunction, make_round
-from fedlora_jax.federated.setting import Setting, partitioned
+from fedlora_jax.federated.setting import Setting, dtype_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
 
@@ -46,11 +46,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     }.items():
         if value < 0:
             raise ValueError(f"config.{name} must not be negative, got {value}")
-    make_method(config, num_clients=1)
+    make_method(config)
     ranks.check(config.lora.ranks)
     epsilon(config, num_clients=config.clients_per_round, rounds=1)
     lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
     partition.get(config.data.partition)
+    for name in (config.precision.compute, config.precision.storage):
+        dtype_of(name)
+    if "dtype" in config.model.options:
+        raise ValueError("config.model.options.dtype is config.precision.compute")
     optimizer(config.local)
     schedule(config)
 
@@ -60,7 +64,7 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
 
     They serve all seeds and learning rates.
     """
-    method = make_method(config, len(partitioned(config, setting, config.seed)))
+    method = make_method(config)
     # A pooled method sees as many examples a step as the cohort of any other.
     batch_size = config.local.batch_size * (config.clients_per_round if method.pooled else 1)
     training = LocalTraining(
@@ -81,19 +85,19 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     )
 
 
-def make_method(config: ml_collections.ConfigDict, num_clients: int) -> Method:
+def make_method(config: ml_collections.ConfigDict) -> Method:
     """The method of the configuration, with all that it is combined with.
 
     Raises:
       ValueError: On unknown names and impossible values, or a combination that makes no sense.
     """
     try:
-        return _combined(config, num_clients)
+        return _combined(config)
     except ValueError as error:
         raise ValueError(f"{config.method}: {error}") from None
 
 
-def _combined(config: ml_collections.ConfigDict, num_clients: int) -> Method:
+def _combined(config: ml_collections.ConfigDict) -> Method:
     method = methods.get(config.method)(**config.options[config.method])
     if config.lora.ranks != ranks.EQUAL:
         methods.check_combination(method, "unequal_ranks", "unequal ranks")
@@ -114,8 +118,8 @@ def _combined(config: ml_collections.ConfigDict, num_clients: int) -> Method:
     if config.local.proximal:
         method = transforms.fedprox(method, mu=config.local.proximal)
     if config.local.scaffold:
-        method = transforms.scaffold(method, num_clients=num_clients)
-    return method
+        method = transforms.scaffold(method)
+    return method if config.lora.ranks == ranks.EQUAL else transforms.ordered(method)
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

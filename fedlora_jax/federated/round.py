@@ -7,11 +7,11 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from fedlora_jax import aggregation, lowrank
 from fedlora_jax.data.clients import ClientData, local_batch
-from fedlora_jax.federated import local, randomness
+from fedlora_jax.federated import local, precision, randomness
 from fedlora_jax.federated.local import BatchOf, LocalTraining
 from fedlora_jax.federated.task import Task
 from fedlora_jax.lora import Adapters
@@ -85,15 +85,24 @@ def create(
     server: Server,
     num_clients: int,
     ranks: Sequence[int] | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Federation:
     """The state before the first round, with the same initial state for each client.
+
+    What learns is float32 in it, whatever the backbone is stored in: the head, and the adapted
+    kernels if the method merges into them. With a backbone in bfloat16 that is 4 bytes an entry
+    instead of 2, of adapted kernels and of merging methods alone; all else stays as it is. With
+    arithmetic in bfloat16, adapted kernels in float32 are also moved off its grid, so that what is
+    merged is seen, see `precision.off_the_grid`.
 
     Args:
       key: Random key of the method's own choices.
       method: How clients and server work together.
       server: Backbone, first adapters, head and scale.
       num_clients: N.
-      ranks: The rank of each client; by default that of the server's adapters.
+      ranks: The rank of each client; by default that of the server's adapters. A method for unequal
+        ones is best wrapped by `transforms.ordered`.
+      dtype: Type of the model's arithmetic.
 
     Raises:
       ValueError: If the ranks are not N numbers from 1 to the rank of the server's adapters, or
@@ -108,7 +117,9 @@ def create(
         )
     if chosen.min() < full:
         check_combination(method, "unequal_ranks", "unequal ranks")
-    server, client = method.init(key, server)
+    server, client = method.init(key, precision.with_wide_head(server))
+    server = precision.with_wide_kernels(method, server, client, jnp.int32(full))
+    server = precision.off_the_grid(key, server, dtype)
     clients = jax.tree.map(lambda x: jnp.repeat(x[None], num_clients, axis=0), client)
     return Federation(server, clients, jnp.asarray(chosen, jnp.int32))
 
@@ -250,7 +261,8 @@ def run_round(
       cohort: Identities, int32 `[K]`, without repetition.
       seed: The seed's key.
       learning_rate: Of this round.
-      equal_weights: Weigh clients equally instead of by their number of examples.
+      equal_weights: Weigh clients equally instead of by their number of examples. So it is done
+        anyhow for a method that says so of itself.
       clients_per_chunk: As in `train_cohort`.
 
     Returns:
@@ -269,8 +281,9 @@ def run_round(
         clients_per_chunk=clients_per_chunk,
     )
     finite = _all_finite((result.trained, result.uploads, result.clients))
-    counts = jnp.ones(len(cohort)) if equal_weights else data.counts[cohort]
-    weights = jnp.where(finite, counts.astype(jnp.float32), 0)
+    equal = equal_weights or method.equal_weights
+    shares = aggregation.shares(jnp.ones_like(data.counts) if equal else data.counts)
+    weights = jnp.where(finite, shares[cohort], 0)
     changed, aggregated = method.aggregate(server, result.uploads, weights)
     server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
     metrics = RoundMetrics(

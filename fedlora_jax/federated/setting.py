@@ -17,6 +17,9 @@ from fedlora_jax.data import images, partition, python_docs, sources
 from fedlora_jax.federated.task import Batch, Task, classification
 from fedlora_jax.lora import Params
 from fedlora_jax.models import pretrain, pretrained
+from fedlora_jax.names import lookup
+
+_PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Setting(NamedTuple):
@@ -45,9 +48,19 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     model = models.get(config.model.name, **config.model.options)
     inputs = _tokens if "tokens" in train else _images
     params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
+    model = model.clone(dtype=dtype_of(config.precision.compute))
     return Setting(
         classification(model, inputs), params, _examples(train), _examples(test), domains
     )
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The type called `name` in `config.precision`.
+
+    Raises:
+      ValueError: If it is neither float32 nor bfloat16.
+    """
+    return jnp.dtype(lookup(_PRECISIONS, name, "precision"))
 
 
 def _load(config: ml_collections.ConfigDict, split: str) -> dict[str, np.ndarray]:
@@ -60,15 +73,19 @@ def _backbone(
     config: ml_collections.ConfigDict, model: nn.Module, inputs: tuple[jax.Array, ...]
 ) -> Params:
     """Parameters read from `config.pretrained`, or made as `config.pretraining` says."""
+    storage = dtype_of(config.precision.storage)
     if "pretrained" in config:
-        wanted = config.pretrained
-        return pretrained.load(model, wanted.source, *inputs, new=wanted.new, key=jax.random.key(0))
-    return pretrain.cached(
+        wanted, key = config.pretrained, jax.random.key(0)
+        return pretrained.load(
+            model, wanted.source, *inputs, new=wanted.new, key=key, dtype=storage
+        )
+    made = pretrain.cached(
         _backbone_path(config),
         model,
         sources.load(config.data.name, config.pretraining.split),
         **config.pretraining.options,
     )
+    return jax.tree.map(lambda x: x.astype(storage), made)
 
 
 def _backbone_path(config: ml_collections.ConfigDict) -> Path:

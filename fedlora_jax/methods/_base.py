@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lora, lowrank
+from fedlora_jax import aggregation, lora, lowrank
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
@@ -112,8 +112,9 @@ class Method(NamedTuple):
       finish: `(server, client, start, trained) -> (upload, client)`: what the server may read,
         any pytree of arrays, and what the client keeps.
       aggregate: `(server, uploads, weights) -> (server, aggregated)` from uploads stacked along
-        `[K]` and weights `[K]`, zero for a client to be left out. `aggregated` is what the error
-        of the aggregation is measured on; None if the method does not aggregate.
+        `[K]` and weights `[K]`: each client's share of all N, which a mean over the cohort has to
+        normalise, and zero for a client to be left out. `aggregated` is what the error of the
+        aggregation is measured on; None if the method does not aggregate.
       sent: `(upload, round) -> pytree` of those arrays of an upload that cross in that round, an
         int; `aggregate` depends on no others.
       received: `(server, aggregated, round) -> pytree` of the arrays that each client then gets.
@@ -123,6 +124,10 @@ class Method(NamedTuple):
       personal: `(server, client) -> Trainable`, a client's own model, if the method keeps one.
       shared: Whether the server has a model for all; if not, the method is judged by the clients'.
       pooled: Whether all data lie with one client, as a reference.
+      equal_weights: Whether clients count equally in it, whatever their examples: a round then
+        weighs them so, in what it measures too.
+      free_basis: Whether nothing but the product of the server's adapters matters from round to
+        round, so that `transforms.ordered` may give them another basis.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
 
@@ -137,6 +142,8 @@ class Method(NamedTuple):
     personal: Callable[[Server, PyTree], Trainable] | None = None
     shared: bool = True
     pooled: bool = False
+    equal_weights: bool = False
+    free_basis: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 
 
@@ -147,6 +154,7 @@ def averaging(
     sends: Callable[[int], str] = lambda round_index: "ab",
     receives: Callable[[int], str] = lambda round_index: "ab",
     refuses: Mapping[str, str] = MappingProxyType({}),
+    free_basis: bool = False,
 ) -> Method:
     """A method whose clients start from the server's adapters and keep nothing of their own.
 
@@ -156,6 +164,7 @@ def averaging(
       sends: From the round, an int, to the sides that clients send.
       receives: Likewise to the sides that clients receive, beside a residual.
       refuses: What makes no sense with the method, and why.
+      free_basis: As in `Method`.
     """
 
     def init(key: jax.Array, server: Server) -> tuple[Server, tuple[()]]:
@@ -189,7 +198,17 @@ def averaging(
         """Of adapters the newest will do; a residual of each round is in the backbone for good."""
         return [None if aggregated is None else aggregated.residual] * absent
 
-    return Method(init, start, finish, aggregate, sent, received, missed, refuses=refuses)
+    return Method(
+        init,
+        start,
+        finish,
+        aggregate,
+        sent,
+        received,
+        missed,
+        refuses=refuses,
+        free_basis=free_basis,
+    )
 
 
 def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
@@ -240,21 +259,23 @@ def sides(adapters: Adapters, names: str) -> PyTree:
 def absorb(server: Server, aggregated: Aggregated, head: Params) -> Server:
     """The server after a round: residual merged into the backbone, adapters and head replaced.
 
-    Adapters that are None become zero: the backbone then holds the whole model.
+    Adapters that are None become zero: the backbone then holds the whole model. Kernels that a
+    residual is merged into become float32, or it would be rounded away; see
+    `fedlora_jax.federated.round.create`.
     """
     adapters = aggregated.adapters
     if adapters is None:
         adapters = jax.tree.map(jnp.zeros_like, server.trainable.adapters)
     backbone = server.backbone
     if aggregated.residual is not None:
+        backbone = lora.widen(backbone, aggregated.residual)
         backbone = lora.merge(backbone, aggregated.residual, scale=server.scale)
     return server._replace(backbone=backbone, trainable=Trainable(adapters, head))
 
 
 def mean(stacked: PyTree, weights: jax.Array) -> PyTree:
     """The weighted mean of arrays stacked along `[K]`; weights as in an aggregation function."""
-    total = jnp.sum(weights)
-    shares = weights / jnp.where(total > 0, total, 1)
+    shares = aggregation.shares(weights)
 
     def average(x: jax.Array) -> jax.Array:
         here = shares.reshape(-1, *[1] * (x.ndim - 1))

@@ -8,6 +8,7 @@ def central() -> Method:
     """One client holds all the data and sees as many examples a step as a cohort together."""
     return fedit()._replace(
         pooled=True,
+        free_basis=False,
         sent=lambda upload, round_index: (),
         received=lambda server, aggregated, round_index: (),
         refuses=dict.fromkeys(

@@ -10,4 +10,6 @@ def fedit() -> Method:
     References:
       Zhang et al., *Towards Building the Federated GPT*, arXiv:2305.05644.
     """
-    return averaging(lambda stacked, weights, server: aggregation.fedit(stacked, weights))
+    return averaging(
+        lambda stacked, weights, server: aggregation.fedit(stacked, weights), free_basis=True
+    )

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, lowrank
+from fedlora_jax import _linalg, aggregation, lowrank
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors, Split
@@ -175,7 +175,7 @@ def fedsmooth_lora(
     def aggregate(
         server: Server, uploads: Trainable, weights: jax.Array
     ) -> tuple[Server, Aggregated]:
-        shares = weights / jnp.maximum(jnp.sum(weights), 1e-30)
+        shares = aggregation.shares(weights)
 
         def together(stacked: Factors) -> Factors:
             present = shares[:, None, None] > 0

@@ -18,4 +18,5 @@ def flora_na(**hyperparameters: Any) -> Method:
     return averaging(
         lambda stacked, weights, server: aggregation.flora_na(stacked, weights, **hyperparameters),
         refuses={"privacy": READS_EACH_CLIENT},
+        free_basis=True,
     )

@@ -22,7 +22,8 @@ def frlora() -> Method:
     def init(key: jax.Array, server: Server) -> tuple[Server, tuple[()]]:
         principal = _principal(server)
         negative = {path: Factors(-f.a, f.b) for path, f in principal.items()}
-        backbone = lora.merge(server.backbone, negative, scale=server.scale)
+        backbone = lora.widen(server.backbone, principal)
+        backbone = lora.merge(backbone, negative, scale=server.scale)
         trainable = server.trainable._replace(adapters=principal)
         return server._replace(backbone=backbone, trainable=trainable, memory=principal), ()
 
@@ -50,7 +51,7 @@ def _principal(server: Server) -> Adapters:
     kernels = lora.kernels(server.backbone)
 
     def factors(path: str, rank: int) -> Factors:
-        u, s, v = jnp.linalg.svd(kernels[path], full_matrices=False)
+        u, s, v = jnp.linalg.svd(kernels[path].astype(jnp.float32), full_matrices=False)
         root = jnp.sqrt(s[:rank] / server.scale)
         return Factors(u[:, :rank] * root, root[:, None] * v[:rank])
 

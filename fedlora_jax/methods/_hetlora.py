@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from fedlora_jax import aggregation
-from fedlora_jax.aggregation._hetlora import Per
+from fedlora_jax.aggregation._hetlora import Per, pruned_rank
 from fedlora_jax.methods._base import (
     READS_EACH_CLIENT,
     Context,
@@ -27,7 +27,8 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
       t = \lfloor \gamma r_k \rfloor .
 
     If that tail is smaller after training than it was before, the client goes on with rank t from
-    its next round. A rank of 1 stays.
+    its next round. A rank of 1 stays. The penalty is what puts directions in order, so that their
+    basis is not free.
 
     Args:
       per: As in `aggregation.hetlora`.
@@ -47,7 +48,7 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
 
     def init(key: jax.Array, server: Server) -> tuple[Server, jax.Array]:
         """A client's state is the rank that its pruning has left."""
-        return server, jnp.int32(max(f.rank for f in server.trainable.adapters.values()))
+        return server, jnp.int32(_largest(server))
 
     def start(server: Server, client: jax.Array, context: Context) -> Start:
         return Start(server.trainable, rank=jnp.minimum(client, context.rank))
@@ -61,7 +62,7 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
         server: Server, client: jax.Array, start: Start, trained: Trained
     ) -> tuple[Trainable, jax.Array]:
         shrunk = tail(start, trained.trainable) < tail(start, start.trainable)
-        smaller = jnp.floor(decay * _rank(start)).astype(jnp.int32)
+        smaller = pruned_rank(_rank(start), _largest(server), decay)
         return trained.trainable, jnp.where(shrunk, smaller, _rank(start))
 
     return method._replace(
@@ -70,6 +71,10 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
         finish=finish,
         penalty=lambda server, client, start, trainable: pruning * tail(start, trainable),
     )
+
+
+def _largest(server: Server) -> int:
+    return max(factors.rank for factors in server.trainable.adapters.values())
 
 
 def _rank(start: Start) -> jax.Array:

@@ -20,4 +20,5 @@ def lora_fair(**hyperparameters: Any) -> Method:
     return averaging(
         lambda stacked, weights, server: aggregation.lora_fair(stacked, weights, **hyperparameters),
         refuses={"privacy": READS_EACH_CLIENT},
+        free_basis=True,
     )

@@ -2,14 +2,14 @@
 
     model, params = pretrained.from_pretrained("path/to/Llama-3.2-1B", dtype=jnp.bfloat16)
 
-Sources are safetensors with the names of Hugging Face and timm, sharded or not, and the `.npz`
-files of the original ViT and Mixer releases: as a file, a directory, or a name on the Hugging Face
-hub (extra `hub`). Tensors are read in pieces, straight into the layout and type that are wanted: on
-CPU, memory peaks at the parameters themselves.
+Sources are safetensors with the names of Hugging Face and timm, sharded or not, the `.npz` files of
+the original ViT and Mixer releases, and GGUF files of Llama-architecture models (extra `gguf`): as
+a file, a directory, or a name on the Hugging Face hub (extra `hub`). Tensors are read in pieces,
+straight into the layout and type that are wanted: on CPU, memory peaks at the parameters
+themselves.
 """
 
 import difflib
-import importlib.resources
 import importlib.util
 import json
 import math
@@ -28,7 +28,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from fedlora_jax import lora
-from fedlora_jax.models import pretrained_names
+from fedlora_jax.models import pretrained_gguf, pretrained_names
 from fedlora_jax.models.bert import Bert
 from fedlora_jax.models.llama import Llama, RopeScaling
 from fedlora_jax.models.mixer import Mixer
@@ -37,6 +37,8 @@ from fedlora_jax.models.pretrained_files import (
     StoredTensor,
     Tensors,
     empty,
+    find_file,
+    is_gguf,
     open_tensors,
 )
 from fedlora_jax.models.pretrained_names import Format, Row
@@ -71,9 +73,11 @@ def locate(source: PathLike) -> Path:
     if path.exists():
         return path
     if match := re.fullmatch(r"package:(\w+)/(.+)", os.fspath(source)):
-        if not importlib.util.find_spec(match[1]):
+        # Found, not imported: a package with a file may need others to be imported.
+        spec = importlib.util.find_spec(match[1])
+        if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(f"{source}: the Python package {match[1]} is not installed")
-        return Path(str(importlib.resources.files(match[1]))) / match[2]
+        return Path(spec.submodule_search_locations[0]) / match[2]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(source)):
         raise FileNotFoundError(
             f"{source} is neither a file or directory nor the name of a model (owner/name)"
@@ -98,10 +102,10 @@ def from_pretrained(
     dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that `config.json` describes, with its weights.
+    """The model that `config.json`, or a GGUF file itself, describes, with its weights.
 
     Args:
-      source: A directory, or the name of a model on the hub.
+      source: A directory, a `.gguf` file, or the name of a model on the hub.
       image_size: Side of the images that will come in; by default that of the pretraining.
         Position embeddings are interpolated.
       new: As for `load`.
@@ -116,7 +120,7 @@ def from_pretrained(
       ValueError: On a configuration that is not one of our backbones, or as `load` does.
     """
     directory = locate(source)
-    config = json.loads((directory / "config.json").read_text())
+    config = _read_config(directory)
     model = model_from_config(config, **overrides)
     if isinstance(model, ViT | Mixer):
         default = config.get("image_size") or config.get("pretrained_cfg", {}).get("input_size")
@@ -125,6 +129,13 @@ def from_pretrained(
     else:
         example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return model, load(model, directory, example, new=new, key=key, dtype=dtype)
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    file = source / "config.json"
+    if file.exists() or not is_gguf(find_file(source)):
+        return json.loads(file.read_text())
+    return pretrained_gguf.read_config(find_file(source))
 
 
 def load(

@@ -1,9 +1,9 @@
 """Tensors in files, read one at a time and straight into the type that is wanted.
 
-Reads safetensors (one file, or shards under an index) and NumPy's `.npz`, and writes safetensors. A
-safetensors file is eight bytes of length, a JSON header and the raw data; it is read here and not
-by its library because a slice of rows cast on the way keeps the peak of memory at the model itself,
-and because bfloat16 needs no torch.
+Reads safetensors (one file, or shards under an index), NumPy's `.npz` and GGUF (`pretrained_gguf`),
+and writes safetensors. A safetensors file is eight bytes of length, a JSON header and the raw data;
+it is read here and not by its library because a slice of rows cast on the way keeps the peak of
+memory at the model itself, and because bfloat16 needs no torch.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -82,8 +82,8 @@ def open_tensors(source: PathLike) -> Tensors:
     """Lists the tensors of a checkpoint without reading them.
 
     Args:
-      source: A `.safetensors` or `.npz` file, the index of a sharded checkpoint, or a directory
-        that holds one of them.
+      source: A `.safetensors`, `.npz` or `.gguf` file, the index of a sharded checkpoint, or a
+        directory that holds one of them.
 
     Raises:
       FileNotFoundError: If there is nothing of the kind; it says what there is.
@@ -91,8 +91,18 @@ def open_tensors(source: PathLike) -> Tensors:
     """
     tensors: Tensors = {}
     for path in files_of(source):
-        tensors |= _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)
+        if is_gguf(path):
+            from fedlora_jax.models import pretrained_gguf
+
+            tensors |= pretrained_gguf.open_gguf(path)
+        else:
+            tensors |= _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)
     return tensors
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether it is a file of llama.cpp."""
+    return path.suffix == ".gguf"
 
 
 def files_of(source: PathLike) -> list[Path]:
@@ -108,11 +118,11 @@ def find_file(source: PathLike) -> Path:
     """The file that `open_tensors` reads for `source`."""
     path = Path(source)
     if path.is_file():
-        if path.name.endswith((".safetensors", ".npz", ".safetensors.index.json")):
+        if path.name.endswith((".safetensors", ".npz", ".gguf", ".safetensors.index.json")):
             return path
         raise FileNotFoundError(
-            f"cannot read {path}: expected a .safetensors, .safetensors.index.json or .npz file"
-            + _torch_hint(path.name)
+            f"cannot read {path}: expected a .safetensors, .safetensors.index.json, .npz or .gguf "
+            "file" + _torch_hint(path.name)
         )
     if not path.is_dir():
         raise FileNotFoundError(f"there is no file or directory {path}")
@@ -120,11 +130,13 @@ def find_file(source: PathLike) -> Path:
     for name in named:
         if (path / name).is_file():
             return path / name
-    found = sorted([*path.glob("*.safetensors"), *path.glob("*.npz")])
+    found = sorted(
+        file for kind in ("safetensors", "npz", "gguf") for file in path.glob(f"*.{kind}")
+    )
     if len(found) == 1:
         return found[0]
     listing = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
-    reason = "which of these files is meant" if found else "no .safetensors or .npz file"
+    reason = "which of these files is meant" if found else "no .safetensors, .npz or .gguf file"
     raise FileNotFoundError(f"{path}: {reason}; it holds {listing}" + _torch_hint(listing))
 
 
@@ -162,17 +174,22 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int, size: int
 
     def read_into(out: np.ndarray, first: int) -> None:
         row = math.prod(shape[1:])
-        step = max(1, _CHUNK // max(1, row * dtype.itemsize))
         with path.open("rb") as file:
             file.seek(base + start + first * row * dtype.itemsize)
             if not shape:
                 out[...] = np.fromfile(file, dtype, 1)[0]
                 return
-            for begin in range(0, len(out), step):
-                rows = out[begin : begin + step]
+            for rows, _ in chunks(out, row * dtype.itemsize):
                 rows[...] = np.fromfile(file, dtype, len(rows) * row).reshape(rows.shape)
 
     return StoredTensor(shape, dtype, read_into)
+
+
+def chunks(out: np.ndarray, row_bytes: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Rows of an array to be filled a piece at a time, and the index of the first of each."""
+    step = max(1, _CHUNK // max(1, row_bytes))
+    for begin in range(0, len(out), step):
+        yield out[begin : begin + step], begin
 
 
 def _open_npz(path: Path) -> Tensors:

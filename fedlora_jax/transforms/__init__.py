@@ -2,13 +2,14 @@
 
 Each function takes a `Method` and returns one, so that they chain:
 
-    method = scaffold(server_optimizer(methods.fedit(), optax.sgd(1.0, 0.9)), num_clients=30)
+    method = scaffold(server_optimizer(methods.fedit(), optax.sgd(1.0, 0.9)))
 
 A combination that makes no sense raises ValueError with the reason, which the method gives
 (`Method.refuses`).
 """
 
 from fedlora_jax.transforms._fedprox import fedprox
+from fedlora_jax.transforms._ordered import ordered
 from fedlora_jax.transforms._privacy import epsilon, private
 from fedlora_jax.transforms._scaffold import scaffold
 from fedlora_jax.transforms._server_optimizer import SERVER_OPTIMIZERS, server_optimizer
@@ -17,6 +18,7 @@ __all__ = [
     "SERVER_OPTIMIZERS",
     "epsilon",
     "fedprox",
+    "ordered",
     "private",
     "scaffold",
     "server_optimizer",

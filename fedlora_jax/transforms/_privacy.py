@@ -82,6 +82,7 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
         method,
         init=init,
         aggregate=aggregate,
+        equal_weights=True,
         refuses={
             **method.refuses,
             "scaffold": "its control variates would be sent unprotected",

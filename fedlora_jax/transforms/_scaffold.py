@@ -30,7 +30,7 @@ class _Upload(NamedTuple):
     change: Trainable
 
 
-def scaffold(method: Method, *, num_clients: int) -> Method:
+def scaffold(method: Method) -> Method:
     r"""Corrects each local gradient by what a client's gradients differ from the average client's.
 
     A client k steps along :math:`g - c_k + c`, and then sets, of what it trained,
@@ -38,8 +38,14 @@ def scaffold(method: Method, *, num_clients: int) -> Method:
     .. math:: c_k \leftarrow \text{mean over its steps of } g
 
     It sends the change of :math:`c_k` beside its upload, and the server adds up the changes of the
-    cohort over N: :math:`c \leftarrow c + \frac{1}{N} \sum_{k \in S} \Delta c_k`. All control
-    variates begin at zero. With plain SGD the mean gradient is the paper's option II,
+    cohort, each by the client's share :math:`p_k` of the whole federation:
+
+    .. math:: c \leftarrow c + \sum_{k \in S} p_k \Delta c_k
+
+    so that :math:`c = \sum_k p_k c_k` over all N clients, whoever takes part. The paper has
+    :math:`p_k = 1 / N`; as the models are averaged by examples, so are the control variates, or
+    the clients would rest where their equal mean gradient is zero and not that of the loss. All
+    control variates begin at zero. With plain SGD the mean gradient is the paper's option II,
     :math:`c_k - c + (\theta_{server} - \theta_k) / (\text{steps} \cdot \eta)`; said as a mean it
     serves any local optimiser. Gradients are as the optimiser sees them before its own clipping;
     factors that rest keep their control variates.
@@ -48,7 +54,6 @@ def scaffold(method: Method, *, num_clients: int) -> Method:
 
     Args:
       method: A method whose clients go on from averages of the same factors.
-      num_clients: N.
 
     Raises:
       ValueError: If the method's adapters do not keep their meaning from round to round.
@@ -96,8 +101,8 @@ def scaffold(method: Method, *, num_clients: int) -> Method:
         server: Server, uploads: _Upload, weights: jax.Array
     ) -> tuple[Server, Aggregated | None]:
         def moved(control: jax.Array, changes: jax.Array) -> jax.Array:
-            present = (weights > 0).reshape(-1, *[1] * (changes.ndim - 1))
-            return control + jnp.sum(jnp.where(present, changes, 0), axis=0) / num_clients
+            shares = weights.reshape(-1, *[1] * (changes.ndim - 1))
+            return control + jnp.sum(jnp.where(shares > 0, shares * changes, 0), axis=0)
 
         control = jax.tree.map(moved, server.memory.own, uploads.change)
         changed, aggregated = method.aggregate(_base.inner(server), uploads.inner, weights)
@@ -109,6 +114,17 @@ def scaffold(method: Method, *, num_clients: int) -> Method:
         return (
             method.received(known, aggregated, round_index),
             method.received(control, None, round_index),
+        )
+
+    def missed(
+        server: Server, aggregated: Aggregated | None, round_index: int, absent: int
+    ) -> PyTree:
+        """Whatever of the server's factors has changed meanwhile, its control variate has too."""
+        known = _base.inner(server)
+        control = known._replace(trainable=server.memory.own)
+        return (
+            method.missed(known, aggregated, round_index, absent),
+            method.missed(control, None, round_index, absent),
         )
 
     return _base.around(
@@ -123,5 +139,7 @@ def scaffold(method: Method, *, num_clients: int) -> Method:
             method.sent(upload.change, round_index),
         ),
         received=received,
+        missed=missed,
+        free_basis=False,
         refuses={**method.refuses, "privacy": "its control variates would be sent unprotected"},
     )

@@ -1,6 +1,7 @@
 """Adaptive federated optimisation: the server steps along the mean change of its clients."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,20 +12,62 @@ from fedlora_jax.methods import Method, Server, check_combination
 from fedlora_jax.methods._base import PyTree
 from fedlora_jax.transforms import _base
 
+
+class _Moments(NamedTuple):
+    """The paper's m and v."""
+
+    mean: PyTree
+    square: PyTree
+
+
+def _adaptive(
+    rate: float,
+    momentum: float,
+    adaptivity: float,
+    squared: Callable[[jax.Array, jax.Array], jax.Array],
+) -> optax.GradientTransformation:
+    """Algorithm 2 of Reddi et al., in which nothing corrects the bias of m and v.
+
+    Args:
+      rate: eta.
+      momentum: beta_1.
+      adaptivity: tau; v begins at its square, the least that the paper allows.
+      squared: From v and the squared direction to the next v.
+    """
+
+    def init(params: PyTree) -> _Moments:
+        return _Moments(
+            jax.tree.map(jnp.zeros_like, params),
+            jax.tree.map(lambda x: jnp.full_like(x, adaptivity**2), params),
+        )
+
+    def update(
+        updates: PyTree, state: _Moments, params: PyTree | None = None
+    ) -> tuple[PyTree, _Moments]:
+        mean = jax.tree.map(lambda m, x: momentum * m + (1 - momentum) * x, state.mean, updates)
+        square = jax.tree.map(lambda v, x: squared(v, x**2), state.square, updates)
+        step = jax.tree.map(lambda m, v: -rate * m / (jnp.sqrt(v) + adaptivity), mean, square)
+        return step, _Moments(mean, square)
+
+    return optax.GradientTransformation(init, update)
+
+
 SERVER_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "fedavgm": lambda rate, momentum, second_moment, adaptivity: optax.sgd(rate, momentum),
-    "fedadam": lambda rate, momentum, second_moment, adaptivity: optax.adam(
-        rate, momentum, second_moment, eps=adaptivity
+    "fedadam": lambda rate, momentum, second_moment, adaptivity: _adaptive(
+        rate, momentum, adaptivity, lambda v, x: second_moment * v + (1 - second_moment) * x
     ),
-    "fedyogi": lambda rate, momentum, second_moment, adaptivity: optax.yogi(
-        rate, momentum, second_moment, eps=adaptivity
+    "fedyogi": lambda rate, momentum, second_moment, adaptivity: _adaptive(
+        rate, momentum, adaptivity, lambda v, x: v - (1 - second_moment) * x * jnp.sign(v - x)
     ),
-    "fedadagrad": lambda rate, momentum, second_moment, adaptivity: optax.adagrad(
-        rate, initial_accumulator_value=0.0, eps=adaptivity**2
+    "fedadagrad": lambda rate, momentum, second_moment, adaptivity: _adaptive(
+        rate, 0.0, adaptivity, lambda v, x: v + x
     ),
 }
-"""By name: `(learning_rate, momentum, second_moment, adaptivity) -> optax optimiser`. They are
-optax's, with its bias correction in Adam and Yogi, which the paper leaves out."""
+"""By name: `(learning_rate, momentum, second_moment, adaptivity) -> optax optimiser`. FedAvgM is
+optax's SGD; the adaptive ones are the paper's algorithm 2 to the letter, which optax's differ from
+in correcting the bias of their moments, in where the adaptivity enters and in where they begin.
+FedAdagrad has no momentum, as in the paper's experiments."""
 
 
 def server_optimizer(method: Method, optimizer: optax.GradientTransformation) -> Method:
@@ -39,8 +82,8 @@ def server_optimizer(method: Method, optimizer: optax.GradientTransformation) ->
 
     Args:
       method: A method that returns averages.
-      optimizer: Any optax optimiser; FedAvgM, FedAdam, FedYogi and FedAdagrad by name in
-        `SERVER_OPTIMIZERS`.
+      optimizer: Any optax optimiser; FedAvgM, FedAdam, FedYogi and FedAdagrad, as their papers
+        have them, by name in `SERVER_OPTIMIZERS`.
 
     Raises:
       ValueError: If the method returns no averages.
@@ -65,4 +108,4 @@ def server_optimizer(method: Method, optimizer: optax.GradientTransformation) ->
         trainable = optax.apply_updates(server.trainable, updates)
         return _base.outer(changed._replace(trainable=trainable), state), aggregated
 
-    return _base.around(method, init=init, aggregate=aggregate)
+    return _base.around(method, init=init, aggregate=aggregate, free_basis=False)

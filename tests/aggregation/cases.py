@@ -32,6 +32,8 @@ class Case(NamedTuple):
       smooth: Whether the product is a differentiable function of the factors.
       tolerance: Relative, of the product against the oracle.
       frozen: The factor that all clients must share for the method to make sense.
+      homogeneous: Whether clients' factors times c give the product times c.
+      reduces: Whether the error is never above that of FedIT.
     """
 
     options: dict[str, Any]
@@ -42,6 +44,8 @@ class Case(NamedTuple):
     smooth: bool = True
     tolerance: float = 2e-5
     frozen: str | None = None
+    homogeneous: bool = True
+    reduces: bool = False
 
 
 def alone(oracle, **options):
@@ -71,7 +75,8 @@ def hetlora_kernel(kernels, p):
 
 
 def fair(**options):
-    return Case(options, alone(oracles.lora_fair, **options), tolerance=1e-4, reproduces=True)
+    oracle, relative = alone(oracles.lora_fair, **options), options.get("units") != "raw"
+    return Case(options, oracle, tolerance=1e-4, homogeneous=relative, reduces=relative)
 
 
 CASES: dict[str, list[Case]] = {
@@ -85,19 +90,19 @@ CASES: dict[str, list[Case]] = {
         Case({"trained": "a"}, alone(oracles.rolora, trained="a"), exact=True, frozen="b"),
     ],
     "fedsa_lora": [Case({}, alone(oracles.fedit))],
-    "flora": [Case({}, alone(oracles.ideal), exact=True)],
+    "flora": [Case({}, alone(oracles.ideal), exact=True, reduces=True)],
     "flexlora": [
-        Case({}, alone(oracles.flexlora)),
+        Case({}, alone(oracles.flexlora), reduces=True),
         Case({"rank": 1}, alone(oracles.flexlora, rank=1), reproduces=False),
-        Case({"split": "balanced"}, alone(oracles.flexlora)),
+        Case({"split": "balanced"}, alone(oracles.flexlora), reduces=True),
     ],
     "hetlora": [
         Case({}, whole(hetlora_client)),
         Case({"per": "kernel"}, whole(hetlora_kernel)),
     ],
     "fedex_lora": [
-        Case({}, alone(oracles.fedex_lora), exact=True),
-        Case({"rank": 1}, alone(oracles.fedex_lora, rank=1)),
+        Case({}, alone(oracles.fedex_lora), exact=True, reduces=True),
+        Case({"rank": 1}, alone(oracles.fedex_lora, rank=1), reduces=True),
     ],
     "frlora": [Case({}, alone(oracles.frlora), tree="initial")],
     "lora_fair": [
@@ -118,18 +123,25 @@ CASES: dict[str, list[Case]] = {
             {},
             whole(lambda kernels, p: [oracles.flora_na([k], p)[0] for k in kernels]),
             tolerance=5e-4,
+            reduces=True,
         ),
-        Case({"shared": True}, whole(oracles.flora_na), tolerance=5e-4),
+        Case({"shared": True}, whole(oracles.flora_na), tolerance=5e-4, reduces=True),
         Case(
             {"solver": "gradient"},
             whole(lambda kernels, p: [oracles.flora_na([k], p, 200)[0] for k in kernels]),
             tolerance=0.1,
             smooth=False,
+            reduces=True,
         ),
     ],
     "fedrot_lora": [
         Case({"aligned": "a"}, alone(oracles.fedrot_lora, aligned="a"), tree="reference"),
         Case({"aligned": "b"}, alone(oracles.fedrot_lora, aligned="b"), tree="reference"),
+        Case(
+            {"aligned": "a", "reflections": True},
+            alone(oracles.fedrot_lora, aligned="a", reflections=True),
+            tree="reference",
+        ),
         Case(
             {"aligned": "a", "strength": 0.4},
             alone(oracles.fedrot_lora, aligned="a", strength=0.4),

@@ -65,18 +65,19 @@ def frlora(a, b, p, initial):
     return (mean_a @ mean_b - initial[0] @ initial[1]) + initial[0] @ initial[1]
 
 
-def rotation(core):
+def rotation(core, reflections=False):
     u, _, v = np.linalg.svd(core)
-    u[:, -1] *= np.sign(np.linalg.det(u @ v))
+    if not reflections:
+        u[:, -1] *= np.sign(np.linalg.det(u @ v))
     return u @ v
 
 
-def fedrot_lora(a, b, p, reference, aligned, strength=1.0):
+def fedrot_lora(a, b, p, reference, aligned, strength=1.0, reflections=False):
     turned = []
     for x, y in zip(a, b):
         core = y @ reference[1].T if aligned in ("b", True) else x.T @ reference[0]
-        turn = rotation(core)
-        turn = rotation((1 - strength) * np.eye(len(turn)) + strength * turn)
+        turn = rotation(core, reflections)
+        turn = rotation((1 - strength) * np.eye(len(turn)) + strength * turn, reflections=True)
         turned.append((x @ turn, turn.T @ y))
     return sum(w * x for w, (x, _) in zip(p, turned)) @ sum(w * y for w, (_, y) in zip(p, turned))
 
@@ -110,7 +111,7 @@ def spectral_noise(a, b, p, rank):
 
     top = z.max()
     threshold = scipy.optimize.brentq(equation, top * 1.0001, top * 10)
-    return best(matrix, min(int(np.sum(s > threshold)), rank))
+    return best(matrix, min(max(int(np.sum(s > threshold)), 1), rank))
 
 
 def lora_fair(
@@ -177,6 +178,10 @@ def lora_fair(
             inside = limit**2 - np.linalg.norm(matrix - best * x) ** 2
             reach = np.sqrt(max(inside, 0) / np.sum(x**2))
             return result(np.clip(1, best - reach, best + reach) * (moving + c))
+    if similarity == "feature_cosine" and units == "relative":
+        step = fixed @ c
+        gained = np.sum((matrix - fixed @ moving) * step)
+        c = np.clip(2 * gained / np.sum(step**2), 0, 1) * c
     return result(moving + c)
 
 

@@ -18,6 +18,7 @@ from tests.aggregation import cases
 every = pytest.mark.parametrize("pair", cases.ALL, ids=cases.label)
 WEIGHTS = cases.WEIGHTS
 ONE = {"block/up": cases.KERNELS["block/up"]}
+EXTREMES = (1e-45, 1e-38, 1e-20, 100.0, 1e20, 1e38)
 
 
 @functools.cache
@@ -76,10 +77,58 @@ def test_order_of_clients_does_not_matter(pair):
     cases.close(got, products(pair, stacked), max(5e-5, case_of(pair).tolerance))
 
 
+INTEGERS = np.array([1, 3, 2])
+SCALED_WEIGHTS = {
+    **{f"float32 {c:g}": INTEGERS.astype(np.float32) * np.float32(c) for c in EXTREMES},
+    **{f"jax float32 {c:g}": jnp.asarray(INTEGERS, jnp.float32) * c for c in (1e-37, 1e38)},
+    **{f"floats {c:g}": [c * float(x) for x in INTEGERS] for c in (1e-300, 1e-45, 1e45, 1e300)},
+    **{f"integers {c}": [c * int(x) for x in INTEGERS] for c in (1, 10**9, 10**18, 10**30)},
+    "int64": INTEGERS.astype(np.int64) * 10**18,
+    "uint64": INTEGERS.astype(np.uint64) * np.uint64(6 * 10**18),
+    "int32, whose sum is none": jnp.asarray(INTEGERS * 700_000_000, jnp.int32),
+    "float16, whose sum is none": jnp.asarray(INTEGERS * 20_000, jnp.float16),
+    "a list of scalars": [jnp.float32(1), np.int64(3), 2.0],
+}
+
+
+def rounding(pair) -> float:
+    """What a last digit of a weight may change; Adam's first steps are signs, which enlarge it."""
+    return 1e-3 if case_of(pair).options.get("solver") == "gradient" else 1e-6
+
+
 @every
-def test_scale_of_weights_does_not_matter(pair):
+def test_neither_scale_nor_type_of_weights_matters(pair):
     stacked = clients_of(pair)
-    cases.close(products(pair, stacked, 100 * WEIGHTS), products(pair, stacked), 1e-5)
+    want = products(pair, stacked)
+    sizes = _base._run_batch._cache_size()
+    for name, weights in SCALED_WEIGHTS.items():
+        got = cases.product(cases.bound(pair)(stacked, weights), WEIGHTS)
+        assert cases.close(got, want, rounding(pair)), name
+    assert _base._run_batch._cache_size() == sizes
+
+
+def test_neither_scale_nor_type_of_weights_matters_to_what_is_measured():
+    stacked = cases.clients()
+    aggregated = aggregation.fedit(stacked, WEIGHTS)
+    measured = lambda w: (  # noqa: E731
+        aggregation.error(stacked, w, aggregated),
+        aggregation.diagnostics(stacked, w, aggregated),
+    )
+    want = measured(WEIGHTS)
+    for weights in SCALED_WEIGHTS.values():
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), measured(weights), want
+        )
+        present, finite = aggregation.present_clients(stacked, weights)
+        assert np.all(present) and np.all(finite)
+
+
+def test_a_client_of_a_weight_that_float32_does_not_have_is_present_all_the_same():
+    """HetLoRA asks who is there, not with what weight."""
+    stacked = cases.clients()
+    for weights in ([1e-300, 1.0, 1e300], np.array([1e-45, 1.0, 3e38], np.float32)):
+        got = cases.product(aggregation.hetlora(stacked, weights), WEIGHTS)
+        cases.close(got, cases.product(aggregation.hetlora(stacked, np.ones(3)), WEIGHTS), 1e-6)
 
 
 @every
@@ -149,6 +198,9 @@ def test_jit_agrees_and_there_a_sick_client_is_absent(pair):
     tolerance = case_of(pair).tolerance
     got = cases.product(function(stacked, WEIGHTS), WEIGHTS)
     cases.close(got, cases.expected(pair, stacked, WEIGHTS), 2 * tolerance)
+    for scale in (2e-38, 1e-30, 1e30, 1e38):
+        scaled = function(stacked, WEIGHTS * np.float32(scale))
+        cases.close(cases.product(scaled, WEIGHTS), got, rounding(pair))
     unlike_elsewhere(pair)
     without = WEIGHTS * np.array([1, 0, 1], np.float32)
     want = cases.expected(pair, jax.tree.map(lambda x: x[[0, 2]], stacked), WEIGHTS[[0, 2]])

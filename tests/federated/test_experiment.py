@@ -2,11 +2,14 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import digits
-from fedlora_jax.federated import communication, experiment, ranks
+from fedlora_jax import transforms
+from fedlora_jax.federated import communication, experiment, program, ranks
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +55,6 @@ def test_one_compilation_serves_seeds_rates_and_restarts(base, make, tmp_path, c
     config.rounds = 2
     experiment.run(config, base[1], program, tmp_path / "0")
     caplog.clear()
-    import jax
-
     with jax.log_compiles():
         config.seed, config.local.learning_rate = 1, 0.3
         experiment.run(config, base[1], program, tmp_path / "1")
@@ -150,6 +151,8 @@ def test_accuracy_of_clients_is_on_data_like_theirs(base, make, tmp_path):
         ({"local.steps": 0}, "local.steps or config.local.epochs must be at least 1"),
         ({"clients_per_chunk": -1}, "clients_per_chunk must not be negative"),
         ({"local.scaffold": True, "privacy.clip": 1.0}, "unprotected"),
+        ({"precision.compute": "bfloat61"}, "'bfloat16'"),
+        ({"model.options": {"dtype": "bfloat16"}}, "config.precision.compute"),
     ],
 )
 def test_senseless_configurations_are_refused_before_any_work(make, values, message):
@@ -183,6 +186,22 @@ def test_everything_at_once(base, make, tmp_path):
     assert np.isfinite([row["loss"] for row in whole]).all()
 
 
+def test_bfloat16_by_configuration(base, make, tmp_path):
+    """Killed and gone on with; near float32, on the same backbone."""
+    types = {"precision.compute": "bfloat16", "precision.storage": "bfloat16"}
+    config = make(method="flora", **types)
+    setting = experiment.prepare(config)
+    assert {x.dtype for x in jax.tree.leaves(setting.params)} == {np.dtype(jnp.bfloat16)}
+    assert setting.task.model.dtype == jnp.bfloat16
+    program = experiment.compile_program(config, setting)
+    experiment.run(make(method="flora", rounds=2, **types), setting, program, tmp_path / "half")
+    rows = experiment.run(config, setting, program, tmp_path / "half")
+    whole = run(base, make(method="flora"), tmp_path / "whole")
+    for row, wanted in zip(rows, whole, strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=0.01)
+    assert rows[-1]["loss"] != whole[-1]["loss"]
+
+
 @pytest.mark.parametrize("name", ["uniform", "heavy_tail_light", "heavy_tail_strong"])
 def test_distributions_of_ranks(name):
     found = ranks.assign(name, 64, 100, seed=3)
@@ -199,6 +218,16 @@ def test_distributions_of_ranks(name):
     assert sorted(other) == sorted(found) and other != found
     assert min(ranks.assign(name, 2, 100, seed=0)) == 1
     assert len(ranks.assign(name, 8, 7, seed=0)) == 7
+
+
+def test_adapters_are_put_in_order_for_unequal_ranks_alone(make, monkeypatch):
+    """Equal ranks must not pay for it."""
+    wrapped = []
+    monkeypatch.setattr(transforms, "ordered", lambda method: wrapped.append(method) or method)
+    program.make_method(make())
+    assert not wrapped
+    program.make_method(make(**{"lora.ranks": "uniform"}))
+    assert len(wrapped) == 1
 
 
 def test_equal_and_listed_ranks():

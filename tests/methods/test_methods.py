@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from fedlora_jax import aggregation, lora, methods
+from fedlora_jax import Factors, aggregation, lora, methods, transforms
 from fedlora_jax.federated import communication, records
 from fedlora_jax.federated.round import run_round
-from fedlora_jax.methods import change, trained_mask
+from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
 from tests.world import COHORT, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
@@ -41,6 +42,10 @@ def kernels(server, adapters):
         path: np.float64(dense[path]) + np.float64(server.scale) * np.float64(f.a) @ np.float64(f.b)
         for path, f in adapters.items()
     }
+
+
+def models_of(server):
+    return kernels(server, server.trainable.adapters)
 
 
 def ideal(world, before, result):
@@ -130,6 +135,60 @@ def test_clients_of_a_smaller_rank_train_and_send_no_more_than_that(world, name)
             np.testing.assert_allclose(reached[path], kernel, rtol=1e-5, atol=2e-6)
 
 
+# Of methods for unequal ranks, those whose clients get no best approximation, and why.
+UNORDERED = {
+    "central": "all data lie with one client, which has the whole rank",
+    "fedsa_lora": "b stays with the client, in the basis that it was trained in",
+    "ffa_lora": "a is the same for ever",
+    "flora": "clients start afresh: the product is zero, and any first columns are as good",
+    "hetlora": "its penalty puts in the first columns what matters",
+    "local": "clients go on from their own",
+    "rolora": "the resting factor is not sent again",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(RANKED) - set(UNORDERED)))
+def test_clients_of_a_smaller_rank_start_from_the_best_of_that_rank(world, name):
+    """Within rounding of float32; what lies there in no order is far from it."""
+    before, _, _, result = world.run(name, [COHORT] * 2, ranks=RANKS)
+    method, weights = transforms.ordered(method_of(name)), world.data.counts[COHORT]
+    plain, _ = method_of(name).aggregate(before.server, result.uploads, weights)
+    server, _ = method.aggregate(before.server, result.uploads, weights)
+    start = method.start(server, (), Context(jax.random.key(0), None, jnp.int32(1)))
+    for path, factors in start.trainable.adapters.items():
+        whole = plain.trainable.adapters[path]
+        product = np.float64(whole.a) @ np.float64(whole.b)
+        np.testing.assert_allclose(factors.a @ factors.b, product, atol=1e-6)
+        u, s, v = np.linalg.svd(product)
+        got = np.float64(factors.a[:, :1]) @ np.float64(factors.b[:1])
+        np.testing.assert_allclose(got, s[0] * np.outer(u[:, 0], v[0]), atol=1e-5 * s[0])
+        first = np.float64(whole.a[:, :1]) @ np.float64(whole.b[:1])
+        assert not method.free_basis or np.linalg.norm(product - first) > 1.1 * s[1]
+
+
+@pytest.mark.parametrize("name", sorted(UNORDERED))
+def test_methods_that_hold_to_their_basis_are_left_alone(name):
+    assert transforms.ordered(method_of(name)) is method_of(name)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_free_basis_is_of_methods_that_remember_nothing(world, name):
+    if method_of(name).free_basis:
+        federation = world.federation(method_of(name))
+        assert federation.clients == () and federation.server.memory == ()
+
+
+def test_what_remembers_a_basis_is_left_alone():
+    for method in (
+        transforms.scaffold(methods.fedit()),
+        transforms.server_optimizer(methods.lora_fair(), optax.sgd(1.0, 0.9)),
+        transforms.fedprox(transforms.scaffold(methods.fedit()), mu=0.1),
+    ):
+        assert transforms.ordered(method) is method
+    kept = transforms.fedprox(methods.fedit(), mu=0.1)
+    assert transforms.ordered(kept).aggregate is not kept.aggregate
+
+
 @pytest.mark.parametrize("name", sorted(set(ALL) - set(RANKED)))
 def test_unequal_ranks_are_refused_with_the_reason(world, name):
     with pytest.raises(ValueError, match="unequal ranks: its "):
@@ -171,6 +230,31 @@ def test_hetlora_prunes_a_tail_that_shrinks_and_keeps_what_it_pruned(world):
 
 def at(tree, position):
     return jax.tree.map(lambda x: x[position], tree)
+
+
+@pytest.mark.parametrize("percent", [39, 50, 52, 59, 75, 78, 84, 90, 95, 99])
+def test_hetlora_prunes_to_the_floor_exactly(percent):
+    """Of adapters of ones the penalty of a tail is its length."""
+    largest = 512
+    ranks = np.arange(1, largest + 1)
+    want = ranks * percent // 100
+    ones = {"dense": Factors(jnp.ones((1, largest)), jnp.ones((largest, 1)))}
+
+    @jax.vmap
+    def length(rank):
+        return aggregation.tail_penalty(ones, rank, decay=percent / 100)
+
+    np.testing.assert_array_equal(np.round(length(ranks)), largest - want)
+    method = methods.hetlora(decay=percent / 100)
+    server = Server({}, Trainable(ones, {}), jnp.float32(1), (), jnp.int32(0))
+    arrived = Trainable(jax.tree.map(jnp.zeros_like, ones), {})
+
+    @jax.vmap
+    def kept(rank):
+        start = Start(Trainable(ones, {}), rank=rank)
+        return method.finish(server, rank, start, Trained(arrived, arrived))[1]
+
+    np.testing.assert_array_equal(kept(ranks), np.where(ranks > 1, want, 1))
 
 
 def test_hetlora_without_pruning_is_its_aggregation_alone():
@@ -215,6 +299,18 @@ def test_server_depends_on_what_is_sent_alone(world, cohort_of, name):
     one, _ = method.aggregate(before.server, result.uploads, weights)
     two, _ = method.aggregate(before.server, other, weights)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), one, two)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("scale", [np.int32(100_000_000), np.float32(1e37)])
+def test_scale_and_type_of_weights_do_not_matter(world, cohort_of, name, scale):
+    """The integers' sum, 3.6e9, is none of their type; that of the numbers is infinite."""
+    before, result, _ = cohort_of(name)
+    method, counts = method_of(name), np.asarray(world.data.counts[COHORT])
+    one, _ = method.aggregate(before.server, result.uploads, counts.astype(np.float32))
+    two, _ = method.aggregate(before.server, result.uploads, counts.astype(scale.dtype) * scale)
+    for x, y in (one.trainable.head, two.trainable.head), (models_of(one), models_of(two)):
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), x, y)
 
 
 @pytest.mark.parametrize("name", ALL)

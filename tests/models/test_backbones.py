@@ -1,5 +1,6 @@
 """What holds for all backbones, without their originals (tests/parity has those)."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +59,65 @@ def test_default_adapters_change_the_output_and_merging_changes_it_alike(name):
     merged = apply(model, lora.merge(params, adapters, scale=2.0), inputs)
     np.testing.assert_allclose(adapted, merged, rtol=1e-3, atol=1e-4)
     assert not np.allclose(adapted, apply(model, params, inputs), rtol=0, atol=1e-3)
+
+
+def layer_types(model, params, adapters, inputs):
+    """What each Dense layer returns, by path."""
+    found = {}
+
+    def record(run, arguments, options, context):
+        outputs = run(*arguments, **options)
+        if isinstance(context.module, nn.Dense) and context.method_name == "__call__":
+            found["/".join(context.module.path)] = outputs.dtype
+        return outputs
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda: lora.apply(model, params, adapters, inputs, scale=jnp.float32(2)))
+    return found
+
+
+def in_bfloat16(name, targets):
+    """A case with adapters of float32 on some layers, and all else in bfloat16."""
+    model, params, inputs = case(name)
+    adapters = lora.init(jax.random.key(1), params, targets=targets, rank=2)
+    adapters = jax.tree.map(lambda x: 0.3 * x + 0.05, adapters)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    return model.clone(dtype=jnp.bfloat16), half, adapters, inputs
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+@pytest.mark.parametrize("targets", ["default", "block_0.*/(query|fc1)$", ""])
+def test_adapted_layers_return_what_types_they_do_without_adapters(name, targets):
+    chosen = models.lora_targets(MODELS[name][0]) if targets == "default" else targets
+    model, params, adapters, inputs = in_bfloat16(name, chosen)
+    types = layer_types(model, params, adapters, inputs)
+    assert types == layer_types(model, params, {}, inputs)
+    assert np.dtype(jnp.bfloat16) in [types[path] for path in adapters]
+
+
+@pytest.mark.parametrize("name", ONE_OF_A_KIND)
+def test_adapters_in_bfloat16_do_what_they_do_in_float32(name):
+    """Outputs and gradients, which are of the type of the adapters."""
+    low, half, adapters, inputs = in_bfloat16(name, "")
+
+    def value_and_gradient(model, params):
+        def loss(adapters):
+            outputs = lora.apply(model, params, adapters, inputs, scale=jnp.float32(2))
+            return jnp.mean(outputs**2), outputs
+
+        (_, outputs), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(adapters)
+        return outputs, gradient
+
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), half)
+    wanted = value_and_gradient(low.clone(dtype=jnp.float32), exact)
+    got = value_and_gradient(low, half)
+    assert {x.dtype for x in jax.tree.leaves(got)} == {np.dtype(jnp.float32)}
+    for x, y in zip(map(joined, got), map(joined, wanted), strict=True):
+        assert np.linalg.norm(x - y) < 0.02 * np.linalg.norm(y)
+
+
+def joined(tree):
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
 
 
 @pytest.mark.parametrize("name", ONE_OF_A_KIND)

@@ -1,0 +1,233 @@
+"""GGUF files of Llama-architecture models: weights, configuration and tokenizer of llama.cpp.
+
+One file holds everything. Weights come in the names and the order of Hugging Face, dequantised to
+float32 a few rows at a time, so that memory is bounded as for the other formats. Needs the extra
+`gguf`.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from fedlora_jax.models.llama import RopeScaling, rotary_frequencies
+from fedlora_jax.models.pretrained_files import PathLike, StoredTensor, Tensors, chunks
+
+_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# How much Llama 3 stretches each frequency is stored as it comes out; this is what it comes from.
+_FREQUENCIES = "rope_freqs.weight"
+_LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
+
+# How a byte-level vocabulary was made: the tokenizers' splitting before it.
+_SPLITTERS = ("smollm", "gpt-2", "default")
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def read_config(path: PathLike) -> dict[str, Any]:
+    """What a `config.json` of Hugging Face would say of the model.
+
+    Raises:
+      ImportError: If the extra `gguf` is not installed.
+      ValueError: If the file is damaged, or its architecture is not Llama's.
+    """
+    reader = _open(path)
+    architecture = _value(reader, "general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"{path} holds a model of architecture {architecture!r}; ours is 'llama'")
+
+    def number(name: str, default: Any = None) -> Any:
+        return _value(reader, f"llama.{name}", default)
+
+    heads, width = number("attention.head_count"), number("embedding_length")
+    names = {tensor.name for tensor in reader.tensors}
+    return {
+        "model_type": "llama",
+        "vocab_size": int(_tensor(reader, "token_embd.weight").shape[1]),
+        "hidden_size": width,
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "intermediate_size": number("feed_forward_length"),
+        "head_dim": number("attention.key_length", width // heads),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": number("rope.freq_base", 10_000.0),
+        "rope_scaling": _rope_scaling(reader),
+        "max_position_embeddings": number("context_length"),
+        "tie_word_embeddings": "output.weight" not in names,
+    }
+
+
+def _rope_scaling(reader: Any) -> dict[str, Any] | None:
+    kind = _value(reader, "llama.rope.scaling.type", "none")
+    if kind != "none":
+        return {"rope_type": kind}
+    if _FREQUENCIES not in {tensor.name for tensor in reader.tensors}:
+        return None
+    factors = np.array(_tensor(reader, _FREQUENCIES).data, np.float32)
+    scaling = _LLAMA3._replace(factor=float(factors.max()))
+    base = _value(reader, "llama.rope.freq_base", 10_000.0)
+    plain, stretched = (
+        rotary_frequencies(2 * len(factors), base, wanted) for wanted in (None, scaling)
+    )
+    if not np.allclose(factors, plain / stretched, rtol=1e-3):
+        raise ValueError(f"the frequencies in {_FREQUENCIES!r} are not stretched as Llama 3's are")
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_context,
+    }
+
+
+def open_gguf(path: PathLike) -> Tensors:
+    """Lists the tensors of a file by their Hugging Face names, without reading them.
+
+    llama.cpp turns neighbouring channels of a head as a pair, Hugging Face channels half a head
+    apart: the rows of query and key are put back into the latter's order.
+
+    Raises:
+      ImportError: If the extra `gguf` is not installed.
+      ValueError: If the file is damaged, or a tensor is in a form that `gguf` cannot dequantise.
+    """
+    reader = _open(path)
+    heads = int(_value(reader, "llama.attention.head_count", 1))
+    turned = {
+        "attn_q": heads,
+        "attn_k": int(_value(reader, "llama.attention.head_count_kv", heads)),
+    }
+    tensors = {}
+    for tensor in reader.tensors:
+        if tensor.name != _FREQUENCIES:
+            kind = tensor.name.split(".")[-2]
+            tensors[_hugging_face_name(tensor.name)] = _stored(path, tensor, turned.get(kind))
+    return tensors
+
+
+def _hugging_face_name(name: str) -> str:
+    """The name of a tensor with Hugging Face; as it is if it has none, to be complained about."""
+    match name.split("."):
+        case ["blk", index, kind, leaf] if kind in _BLOCK_NAMES:
+            return f"model.layers.{index}.{_BLOCK_NAMES[kind]}.{leaf}"
+    return _NAMES.get(name, name)
+
+
+def _stored(path: PathLike, tensor: Any, heads: int | None) -> StoredTensor:
+    quants, kind = _library().quants, tensor.tensor_type
+    plain = kind.name in ("F32", "F16", "F64")
+    # Dimensions are listed the other way round.
+    shape = tuple(int(size) for size in tensor.shape[::-1])
+    try:
+        quants.dequantize(tensor.data[:1], kind)
+    except NotImplementedError as error:
+        message = f"{path}: tensor {tensor.name!r} is in {kind.name}, which gguf cannot dequantise"
+        raise ValueError(message) from error
+
+    def read_into(out: np.ndarray, first: int) -> None:
+        for rows, start in chunks(out, int(np.prod(shape[1:])) * 4):
+            index = np.arange(first + start, first + start + len(rows))
+            if heads is not None:
+                index = _turned(index, shape[0] // heads)
+            stored = tensor.data[index]
+            rows[...] = stored if plain else quants.dequantize(stored, kind).reshape(rows.shape)
+
+    return StoredTensor(shape, np.dtype(np.float32), read_into)
+
+
+def _turned(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Where rows in Hugging Face's order are: channel `half d/2 + i` of a head at `2 i + half`."""
+    head, channel = np.divmod(rows, head_dim)
+    half, i = np.divmod(channel, head_dim // 2)
+    return head * head_dim + 2 * i + half
+
+
+def read_tokenizer(path: PathLike) -> Any:
+    """The tokenizer of a file, a `tokenizers.Tokenizer`; it adds no special tokens by itself.
+
+    Raises:
+      ImportError: If the extra `gguf` is not installed.
+      ValueError: If the vocabulary is not a byte-level one split in a way that is known here.
+    """
+    reader, tokenizers = _open(path), _library("tokenizers")
+
+    def entry(name: str, default: Any = None) -> Any:
+        return _value(reader, f"tokenizer.ggml.{name}", default)
+
+    model, splitter = entry("model"), entry("pre", "default")
+    if model != "gpt2" or splitter not in _SPLITTERS:
+        raise ValueError(
+            f"{path} has a tokenizer {model!r} split as {splitter!r}; read here are byte-level "
+            f"ones ('gpt2') split as {', '.join(map(repr, _SPLITTERS))}. Use the tokenizer.json of "
+            "the original model instead."
+        )
+    tokens = entry("tokens")
+    merges = [tuple(merge.split(" ")) for merge in entry("merges")]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = (
+        tokenizers.pre_tokenizers.Sequence([digits, byte_level])
+        if splitter == "smollm"
+        else byte_level
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    for index, kind in enumerate(entry("token_type", [])):
+        if kind in (_CONTROL, _USER_DEFINED):
+            special = kind == _CONTROL
+            added = tokenizers.AddedToken(tokens[index], special=special, normalized=False)
+            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
+    return tokenizer
+
+
+def chat_template(path: PathLike) -> str | None:
+    """The Jinja template of a conversation, if the file has one."""
+    return _value(_open(path), "tokenizer.chat_template")
+
+
+def _open(path: PathLike) -> Any:
+    gguf = _library()
+    try:
+        return gguf.GGUFReader(Path(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        # The reader trusts the file: a damaged one gives errors of any kind.
+        raise ValueError(f"{path} is not a GGUF file, or is damaged: {error}") from error
+
+
+def _value(reader: Any, name: str, default: Any = None) -> Any:
+    field = reader.get_field(name)
+    return default if field is None else field.contents()
+
+
+def _tensor(reader: Any, name: str) -> Any:
+    for tensor in reader.tensors:
+        if tensor.name == name:
+            return tensor
+    raise ValueError(f"the file has no tensor {name!r}")
+
+
+def _library(name: str = "gguf") -> ModuleType:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ImportError(
+            f"reading GGUF files needs the library {name}: pip install 'fedlora-jax[gguf]'"
+        ) from error

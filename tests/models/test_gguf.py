@@ -1,0 +1,151 @@
+"""GGUF files, written by llama.cpp's own library: weights, configuration, tokenizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from fedlora_jax.models import pretrained, pretrained_gguf, pretrained_names
+from fedlora_jax.models.llama import Llama, RopeScaling, rotary_frequencies
+
+gguf = pytest.importorskip("gguf")
+tokenizers = pytest.importorskip("tokenizers")
+
+MODEL = Llama(
+    vocab_size=261, width=64, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=96, rope_base=5e3
+)
+THEIRS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+
+
+def interleaved(weight, heads):
+    """The rows of query or key in llama.cpp's order, as its converter has it."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, columns)
+
+
+def bytes_vocabulary():
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return ["<|end|>", "<|user|>", *letters, "he", "Ġt", "Ġthe"], ["h e", "Ġ t", "Ġt he"]
+
+
+def write(path, params, kind="F32", frequencies=None, **changed):
+    """A file of `MODEL` with matrices in a quantisation; the dequantised parameters as torch's."""
+    writer = gguf.GGUFWriter(path, changed.pop("arch", "llama"))
+    tokens, merges = bytes_vocabulary()
+    writer.add_context_length(128)
+    writer.add_embedding_length(MODEL.width)
+    writer.add_block_count(MODEL.depth)
+    writer.add_feed_forward_length(MODEL.mlp_dim)
+    writer.add_head_count(MODEL.num_heads)
+    writer.add_head_count_kv(MODEL.num_kv_heads)
+    writer.add_layer_norm_rms_eps(MODEL.norm_epsilon)
+    writer.add_rope_freq_base(MODEL.rope_base)
+    writer.add_tokenizer_model(changed.pop("tokenizer", "gpt2"))
+    writer.add_tokenizer_pre(changed.pop("pre", "smollm"))
+    writer.add_token_list(tokens)
+    writer.add_token_merges(merges)
+    writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
+    stored = {}
+    (form,) = pretrained_names.formats(MODEL)
+    quantisation = gguf.GGMLQuantizationType[kind]
+    for path_of, value in traverse_util.flatten_dict(params, sep="/").items():
+        name = pretrained_names.parameter(form, path_of).theirs
+        weight = np.asarray(value, np.float32)
+        weight = weight.T if path_of.endswith("kernel") else weight
+        module = name.removesuffix(".weight")
+        index = module.split(".")[2] if module.startswith("model.layers.") else None
+        short = THEIRS[module.split(".", 3)[3] if index else module]
+        heads = {"attn_q": MODEL.num_heads, "attn_k": MODEL.num_kv_heads}.get(short)
+        data = weight if heads is None else interleaved(weight, heads)
+        own = quantisation if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+        packed = gguf.quants.quantize(data, own)
+        writer.add_tensor(
+            (f"blk.{index}." if index else "") + short + ".weight", packed, raw_dtype=own
+        )
+        # Blocks of a quantisation lie within a row, so that rows can be put in order afterwards.
+        stored[path_of] = gguf.quants.dequantize(gguf.quants.quantize(weight, own), own)
+    if frequencies is not None:
+        writer.add_tensor("rope_freqs.weight", frequencies)
+    assert not changed
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+def test_model_and_weights_come_back_in_every_quantisation(tmp_path, params, kind):
+    stored = write(tmp_path / "model.gguf", params, kind)
+    for source in (tmp_path / "model.gguf", tmp_path):
+        model, got = pretrained.from_pretrained(source)
+        assert model == MODEL.clone(head_dim=16, norm_epsilon=model.norm_epsilon)
+        assert model.norm_epsilon == pytest.approx(MODEL.norm_epsilon)
+        for path, value in traverse_util.flatten_dict(got, sep="/").items():
+            want = stored[path].T if path.endswith("kernel") else stored[path]
+            np.testing.assert_array_equal(value, want, err_msg=path)
+
+
+def test_tokenizer(tmp_path, params):
+    write(tmp_path / "model.gguf", params)
+    tokenizer = pretrained_gguf.read_tokenizer(tmp_path / "model.gguf")
+    tokens, _ = bytes_vocabulary()
+    text = "<|user|>the the 12\n\tnaïve<|end|>"
+    encoded = tokenizer.encode(text)
+    assert encoded.tokens[:3] == ["<|user|>", "t", "he"] and "Ġthe" in encoded.tokens
+    assert encoded.tokens[-1] == "<|end|>"
+    assert encoded.ids == [tokens.index(token) for token in encoded.tokens]
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+
+
+def test_frequencies_of_llama_3(tmp_path, params):
+    scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
+    plain, stretched = (
+        np.asarray(rotary_frequencies(16, MODEL.rope_base, kind)) for kind in (None, scaling)
+    )
+    write(tmp_path / "model.gguf", params, frequencies=plain / stretched)
+    model, _ = pretrained.from_pretrained(tmp_path)
+    assert model.rope_scaling == pytest.approx(scaling)
+    write(tmp_path / "other.gguf", params, frequencies=np.linspace(1, 9, 8, dtype=np.float32))
+    with pytest.raises(ValueError, match="not stretched as Llama 3"):
+        pretrained_gguf.read_config(tmp_path / "other.gguf")
+
+
+def test_mistakes(tmp_path, params):
+    good = tmp_path / "good.gguf"
+    write(good, params)
+    (tmp_path / "cut.gguf").write_bytes(good.read_bytes()[:3000])
+    (tmp_path / "text.gguf").write_text("no weights here")
+    for name in ("cut", "text"):
+        with pytest.raises(ValueError, match="is not a GGUF file, or is damaged"):
+            pretrained.from_pretrained(tmp_path / f"{name}.gguf")
+    with pytest.raises(FileNotFoundError):
+        pretrained_gguf.read_config(tmp_path / "none.gguf")
+    write(tmp_path / "qwen.gguf", params, arch="qwen2")
+    with pytest.raises(ValueError, match="architecture 'qwen2'; ours is 'llama'"):
+        pretrained.from_pretrained(tmp_path / "qwen.gguf")
+    write(tmp_path / "spm.gguf", params, tokenizer="llama", pre="default")
+    with pytest.raises(ValueError, match="tokenizer 'llama'.*tokenizer.json"):
+        pretrained_gguf.read_tokenizer(tmp_path / "spm.gguf")
+    with pytest.raises(FileNotFoundError, match="which of these files is meant"):
+        pretrained.from_pretrained(tmp_path)
