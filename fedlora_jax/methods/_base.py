@@ -212,7 +212,7 @@ def averaging(
 
 
 def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
-    """`{path: function(*nodes)}` for dicts by path, layers of equal shapes in one vmapped call.
+    """`{path: function(*nodes)}` for dicts by path, layers of equal shapes in one loop.
 
     A model has few kinds of layers and many of each: it then compiles in the time of its kinds.
     """

@@ -37,19 +37,13 @@ def test_the_report(small):
 def test_the_program_of_a_round(monkeypatch):
     small = {"vocab_size": 32, "width": 8, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 12}
     monkeypatch.setattr(benchmark.programs, "SMOLLM2", {**small, "tied": True})
-    measured = {
-        blocks: benchmark.programs.measure("fedit", blocks=blocks, clients=2, rank=2)
-        for blocks in (1, 2)
-    }
-    assert 1000 < measured[1]["lines"] < measured[2]["lines"]
-    for line in measured.values():
-        assert line["compile_s"] > 0 and line["held_bytes"] > 0 and line["working_bytes"] > 0
-        assert line["peak_bytes"] > 10**8
-    with flagsaver.flagsaver(blocks=2):
-        page = benchmark.programs_report(
-            {"environment": benchmark.environment(), "methods": {"fedit": measured[2]}}
-        )
-    assert "| fedit" in page and str(measured[2]["lines"]) in page
+    line = benchmark.programs.measure("fedit", blocks=1, clients=2, rank=2)
+    assert line["lines"] > 1000 and line["compile_s"] > 0 and line["peak_bytes"] > 10**8
+    assert line["held_bytes"] > 0 and line["working_bytes"] > 0
+    page = benchmark.programs_report(
+        {"environment": benchmark.environment(), "methods": {"fedit": line}}
+    )
+    assert "| fedit" in page and str(line["lines"]) in page
 
 
 def test_every_row_names_a_function_and_dense_code():

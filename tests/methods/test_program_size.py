@@ -13,8 +13,8 @@ from fedlora_jax.federated.task import classification
 from fedlora_jax.methods import Server, Trainable
 from tests.world import COHORT, COUNTS, method_of
 
-# Of the lines of fedit a layer. On top come a second gradient (fedsmooth_lora), a penalty in the
-# loss (hetlora), and whatever is done to each kernel that could be done to all of a kind together.
+# Of fedit's lines a layer. On top come a second gradient (fedsmooth_lora), a penalty in the loss
+# (hetlora), and whatever is done to each kernel that could be done to all of a kind together.
 LIMIT = 2.5
 
 
