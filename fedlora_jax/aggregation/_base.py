@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from fedlora_jax import lowrank
+from fedlora_jax._batching import over_rows
 from fedlora_jax.lowrank import Factors
 
 PyTree: TypeAlias = Any
@@ -226,10 +227,7 @@ def _run_batch(
             result = jax.tree.map(lambda x: x.astype(back), result)
         return result, healthy
 
-    if len(batch) == 1:
-        return [one(*batch[0])]
-    together = jax.vmap(one)(*jax.tree.map(lambda *x: jnp.stack(x), *batch))
-    return [jax.tree.map(lambda x, i=i: x[i], together) for i in range(len(batch))]
+    return over_rows(one, batch)
 
 
 def check(stacked: PyTree, weights: np.ndarray | jax.Array) -> None:
