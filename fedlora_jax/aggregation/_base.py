@@ -133,9 +133,9 @@ def each_kernel(
     one, and the nodes of `trees` that belong to it. A client of weight zero may hold anything
     that is finite, so a core must not use a client's factors but through its weight.
 
-    A model has few kinds of kernels and many of each. Small ones of a kind run as one batch, large
+    A model has few kinds of kernels and many of each. Small ones of a kind run as a batch, large
     ones in turn through one compiled program: what a batch would save, copying them into it costs
-    again. Inside somebody else's jit every kind is one batch.
+    again. Inside somebody else's jit every kind is a batch.
 
     Args:
       core: A function at module level, so that a second call finds its compiled program.
