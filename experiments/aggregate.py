@@ -20,7 +20,7 @@ import numpy as np
 import tabulate
 from absl import flags
 
-from experiments.apps import run
+from experiments.shared.apps import run
 from fedlora_jax import aggregation
 from fedlora_jax.interop import checkpoints, peft
 from fedlora_jax.interop.checkpoints import Combined

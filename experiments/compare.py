@@ -16,10 +16,16 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import report
-from experiments.apps import announce_memory, method_names, progress_bar, read_learning_rates, run
-from experiments.plots import Rounds, Runs
-from fedlora_jax.federated import experiment
+from experiments.shared import report
+from experiments.shared.apps import (
+    announce_memory,
+    method_names,
+    progress_bar,
+    read_learning_rates,
+    run,
+)
+from experiments.shared.plots import Rounds, Runs
+from fedlora_jax import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/digits.py or configs/digits.py:runlocal."

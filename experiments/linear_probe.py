@@ -17,9 +17,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import StandardScaler
 
-from experiments.apps import run
-from fedlora_jax.federated import experiment
-from fedlora_jax.federated.experiment import Setting
+from experiments.shared.apps import run
+from fedlora_jax import experiment
+from fedlora_jax.experiment import Setting
 
 _BATCH = 64
 

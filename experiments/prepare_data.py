@@ -11,7 +11,7 @@ import os
 
 from absl import flags
 
-from experiments.apps import run
+from experiments.shared.apps import run
 
 _DATASET = flags.DEFINE_string(
     "dataset", None, "A data set of TFDS, with its config: cifar100, domainnet/real.", required=True

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments.apps import run
+from experiments.shared.apps import run
 from fedlora_jax import models
 from fedlora_jax.data import sources
 from fedlora_jax.models import pretrain

@@ -11,9 +11,9 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import report
-from experiments.apps import announce_memory, progress_bar, run
-from fedlora_jax.federated import experiment
+from experiments.shared import report
+from experiments.shared.apps import announce_memory, progress_bar, run
+from fedlora_jax import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/digits.py:method=lora_fair."

@@ -22,9 +22,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from experiments import plots, report
-from experiments.apps import command, method_names, progress_bar, run
-from fedlora_jax.federated import experiment, records
+from experiments.shared import plots, report
+from experiments.shared.apps import command, method_names, progress_bar, run
+from fedlora_jax import experiment
+from fedlora_jax.experiment import records
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file with a validation split, e.g. configs/digits.py."

@@ -1,1 +1,1 @@
-"""Local training, one round, and the loop of an experiment."""
+"""Pure functions of a federation: local training, one round, evaluation, communication."""

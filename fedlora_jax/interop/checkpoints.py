@@ -17,8 +17,9 @@ from fedlora_jax.interop import peft
 from fedlora_jax.interop.peft import Checkpoint
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
-from fedlora_jax.models import pretrained, pretrained_names
-from fedlora_jax.models.pretrained_files import (
+from fedlora_jax.models import pretrained
+from fedlora_jax.models.pretrained import naming
+from fedlora_jax.models.pretrained.files import (
     PathLike,
     StoredTensor,
     empty,
@@ -213,7 +214,7 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
     """Writes a backbone with the adapters merged in, tensor by tensor, in the files it came in.
 
     Works on any safetensors checkpoint whose names are those of the adapters, or others that
-    `pretrained_names` knows for the same layers; shards, their index, the configuration and the
+    `naming` knows for the same layers; shards, their index, the configuration and the
     tokenizer stay as they are.
 
     Args:
@@ -248,7 +249,7 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
 
 
 def _name_in(tensors: Mapping[str, StoredTensor], module: str) -> str:
-    for name in (module, *pretrained_names.aliases(module)):
+    for name in (module, *naming.aliases(module)):
         if f"{name}.weight" in tensors:
             return f"{name}.weight"
     raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")

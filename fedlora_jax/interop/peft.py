@@ -24,14 +24,15 @@ from jax.typing import DTypeLike
 
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
-from fedlora_jax.models import pretrained, pretrained_names
-from fedlora_jax.models.pretrained_files import (
+from fedlora_jax.models import pretrained
+from fedlora_jax.models.pretrained import naming
+from fedlora_jax.models.pretrained.files import (
     PathLike,
     StoredTensor,
     open_tensors,
     write_safetensors,
 )
-from fedlora_jax.models.pretrained_names import Format
+from fedlora_jax.models.pretrained.naming import Format
 from fedlora_jax.names import lookup
 
 CONFIG_FILE = "adapter_config.json"
@@ -147,15 +148,15 @@ def _sorted_out(
 
 def _format(model: nn.Module, names: list[str]) -> Format:
     """The torch names of the backbone under which most of `names` are known."""
-    candidates = [form for form in pretrained_names.formats(model) if form.torch]
-    candidates += [pretrained_names.bare(form) for form in candidates if form.prefix]
+    candidates = [form for form in naming.formats(model) if form.torch]
+    candidates += [naming.bare(form) for form in candidates if form.prefix]
     modules = [name.removesuffix(".weight").removesuffix(".bias") for name in names]
 
     def known(form: Format) -> int:
-        return sum(bool(pretrained_names.to_ours(form, module)) for module in modules)
+        return sum(bool(naming.to_ours(form, module)) for module in modules)
 
     best = max(candidates, key=known)
-    unknown = [m for m in modules if not pretrained_names.to_ours(best, m)]
+    unknown = [m for m in modules if not naming.to_ours(best, m)]
     if unknown:
         raise ValueError(
             f"the adapter is for another model: {type(model).__name__} ({best.name}) has no "
@@ -168,7 +169,7 @@ def _to_ours(form: Format, adapters: Adapters) -> Adapters:
     """With paths of ours; the `b` of a layer that we hold in parts (timm's qkv) is split."""
     result = {}
     for name, factors in adapters.items():
-        for row in pretrained_names.to_ours(form, name):
+        for row in naming.to_ours(form, name):
             b = factors.b
             if row.part:
                 b = jnp.split(b, row.part[1], axis=1)[row.part[0]]
@@ -180,7 +181,7 @@ def _head_to_ours(form: Format, saved: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
     for name, value in saved.items():
         module, _, leaf = name.rpartition(".")
-        (row,) = pretrained_names.to_ours(form, module)
+        (row,) = naming.to_ours(form, module)
         if leaf == "weight" and value.ndim <= 2:
             kind = "scale" if value.ndim == 1 else "kernel"
             leaf = "embedding" if row.ours.endswith("embedding") else kind
@@ -212,7 +213,7 @@ def save(
       config: Entries of `adapter_config.json` to be taken over, e.g. `base_model_name_or_path`,
         `task_type`, or all of a checkpoint that was loaded. Ranks, scales, targets and saved
         modules are set here.
-      names: The name of the format to write; by default the first that `pretrained_names.formats`
+      names: The name of the format to write; by default the first that `naming.formats`
         has for the model, without its prefix if the model has no head.
 
     Raises:
@@ -260,17 +261,17 @@ def _settings(adapters: Adapters, scale: float, config: Mapping[str, Any]) -> di
 
 
 def _format_to_write(model: nn.Module, names: str | None) -> Format:
-    candidates = [form for form in pretrained_names.formats(model) if form.torch]
+    candidates = [form for form in naming.formats(model) if form.torch]
     if names is None:
         first = candidates[0]
         headless = getattr(model, "num_classes", 0) is None
-        return pretrained_names.bare(first) if headless else first
-    candidates += [pretrained_names.bare(form) for form in candidates if form.prefix]
+        return naming.bare(first) if headless else first
+    candidates += [naming.bare(form) for form in candidates if form.prefix]
     return lookup({form.name: form for form in candidates}, names, "format")
 
 
 def _their_name(form: Format, path: str) -> str:
-    row = pretrained_names.to_theirs(form, path)
+    row = naming.to_theirs(form, path)
     if row is None or row.part:
         reason = "is a part of a larger layer" if row else "has no name"
         raise ValueError(f"{path!r} {reason} in {form.name}; choose another format by `names`")
@@ -295,6 +296,6 @@ def _head_to_theirs(form: Format, head: Params) -> dict[str, np.ndarray]:
     tensors = {}
     for path, value in traverse_util.flatten_dict(dict(head), sep="/").items():
         module, _, leaf = path.rpartition("/")
-        name = f"{_their_name(form, module)}.{pretrained_names.TORCH_LEAVES[leaf]}"
+        name = f"{_their_name(form, module)}.{naming.TORCH_LEAVES[leaf]}"
         tensors[name] = np.asarray(value).T if leaf == "kernel" else np.asarray(value)
     return tensors

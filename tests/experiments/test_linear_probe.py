@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from experiments import linear_probe
-from fedlora_jax.federated.experiment import Setting
+from fedlora_jax.experiment import Setting
 from fedlora_jax.federated.task import classification
 from fedlora_jax.models import ViT
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import paired
+from experiments.shared import paired
 
 
 @pytest.fixture

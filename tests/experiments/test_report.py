@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import apps, plots, report
+from experiments.shared import apps, plots, report
 
 DOMAINS = ["original", "noisy"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora_jax import Factors, lora, methods
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.federated import records
+from fedlora_jax.experiment import records
 from fedlora_jax.federated.precision import off_the_grid
 from fedlora_jax.federated.round import create
 from fedlora_jax.federated.task import classification

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedlora_jax import lora, methods
-from fedlora_jax.federated import memory
+from fedlora_jax.experiment import memory
 from fedlora_jax.federated.round import make_round, run_round
 from fedlora_jax.methods import Trainable
 from tests.world import COHORT, learning_rate, method_of, train_by_hand

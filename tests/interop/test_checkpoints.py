@@ -8,7 +8,7 @@ import pytest
 
 from fedlora_jax import Factors, aggregation, lowrank
 from fedlora_jax.interop import checkpoints, peft
-from fedlora_jax.models.pretrained_files import open_tensors, write_safetensors
+from fedlora_jax.models.pretrained.files import open_tensors, write_safetensors
 
 LAYERS = {"model.layers.0.q_proj": (6, 5), "model.layers.1.q_proj": (6, 5), "model.down": (7, 6)}
 

@@ -10,7 +10,7 @@ import pytest
 from fedlora_jax import Factors, lora
 from fedlora_jax.interop import peft
 from fedlora_jax.models import Bert, Llama, ViT
-from fedlora_jax.models.pretrained_files import open_tensors, write_safetensors
+from fedlora_jax.models.pretrained.files import open_tensors, write_safetensors
 
 LLAMA = Llama(vocab_size=20, width=16, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=24)
 LAYER = "model.layers.0.self_attn.q_proj"

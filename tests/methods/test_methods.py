@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from fedlora_jax import Factors, aggregation, lora, methods, transforms
-from fedlora_jax.federated import communication, records
+from fedlora_jax.experiment import records
+from fedlora_jax.federated import communication
 from fedlora_jax.federated.round import run_round
 from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
 from tests.world import COHORT, method_of, train_by_hand

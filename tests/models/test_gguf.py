@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from fedlora_jax.models import pretrained, pretrained_gguf, pretrained_names
+from fedlora_jax.models import pretrained
 from fedlora_jax.models.llama import Llama, RopeScaling, rotary_frequencies
+from fedlora_jax.models.pretrained import gguf_files, naming
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -61,10 +62,10 @@ def write(path, params, kind="F32", frequencies=None, **changed):
     writer.add_token_merges(merges)
     writer.add_token_types([3, 3] + [1] * (len(tokens) - 2))
     stored = {}
-    (form,) = pretrained_names.formats(MODEL)
+    (form,) = naming.formats(MODEL)
     quantisation = gguf.GGMLQuantizationType[kind]
     for path_of, value in traverse_util.flatten_dict(params, sep="/").items():
-        name = pretrained_names.parameter(form, path_of).theirs
+        name = naming.parameter(form, path_of).theirs
         weight = np.asarray(value, np.float32)
         weight = weight.T if path_of.endswith("kernel") else weight
         module = name.removesuffix(".weight")
@@ -108,7 +109,7 @@ def test_model_and_weights_come_back_in_every_quantisation(tmp_path, params, kin
 
 def test_tokenizer(tmp_path, params):
     write(tmp_path / "model.gguf", params)
-    tokenizer = pretrained_gguf.read_tokenizer(tmp_path / "model.gguf")
+    tokenizer = gguf_files.read_tokenizer(tmp_path / "model.gguf")
     tokens, _ = bytes_vocabulary()
     text = "<|user|>the the 12\n\tnaïve<|end|>"
     encoded = tokenizer.encode(text)
@@ -128,7 +129,7 @@ def test_frequencies_of_llama_3(tmp_path, params):
     assert model.rope_scaling == pytest.approx(scaling)
     write(tmp_path / "other.gguf", params, frequencies=np.linspace(1, 9, 8, dtype=np.float32))
     with pytest.raises(ValueError, match="not stretched as Llama 3"):
-        pretrained_gguf.read_config(tmp_path / "other.gguf")
+        gguf_files.read_config(tmp_path / "other.gguf")
 
 
 def test_mistakes(tmp_path, params):
@@ -140,12 +141,12 @@ def test_mistakes(tmp_path, params):
         with pytest.raises(ValueError, match="is not a GGUF file, or is damaged"):
             pretrained.from_pretrained(tmp_path / f"{name}.gguf")
     with pytest.raises(FileNotFoundError):
-        pretrained_gguf.read_config(tmp_path / "none.gguf")
+        gguf_files.read_config(tmp_path / "none.gguf")
     write(tmp_path / "qwen.gguf", params, arch="qwen2")
     with pytest.raises(ValueError, match="architecture 'qwen2'; ours is 'llama'"):
         pretrained.from_pretrained(tmp_path / "qwen.gguf")
     write(tmp_path / "spm.gguf", params, tokenizer="llama", pre="default")
     with pytest.raises(ValueError, match="tokenizer 'llama'.*tokenizer.json"):
-        pretrained_gguf.read_tokenizer(tmp_path / "spm.gguf")
+        gguf_files.read_tokenizer(tmp_path / "spm.gguf")
     with pytest.raises(FileNotFoundError, match="which of these files is meant"):
         pretrained.from_pretrained(tmp_path)

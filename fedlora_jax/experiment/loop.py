@@ -1,8 +1,4 @@
-"""From a configuration to a finished run.
-
-`prepare` reads data and backbone, once for all runs; `compile_program` builds the jitted functions
-of one method, once for all seeds; `run` trains one method under one seed, or goes on with it.
-"""
+"""One method trained under one seed, from its first state to its last record."""
 
 import json
 import time
@@ -18,31 +14,14 @@ import numpy as np
 
 from fedlora_jax import lora
 from fedlora_jax.data.clients import ClientData, client_data
-from fedlora_jax.federated import cohort, memory, randomness, ranks, records
+from fedlora_jax.experiment import memory, records
+from fedlora_jax.experiment.measure import make_measure
+from fedlora_jax.experiment.program import Program, check, schedule
+from fedlora_jax.experiment.setting import Setting, dtype_of, partitioned
+from fedlora_jax.federated import cohort, randomness, ranks
 from fedlora_jax.federated.evaluation import HeldOut, held_out
-from fedlora_jax.federated.measure import make_measure
-from fedlora_jax.federated.program import Program, check, compile_program, schedule
 from fedlora_jax.federated.round import Federation, create
-from fedlora_jax.federated.setting import (
-    Setting,
-    dtype_of,
-    partition_counts,
-    partitioned,
-    prepare,
-)
 from fedlora_jax.methods import Method, Server, Trainable
-
-__all__ = [
-    "Program",
-    "Setting",
-    "State",
-    "check",
-    "compile_program",
-    "first_state",
-    "partition_counts",
-    "prepare",
-    "run",
-]
 
 Progress = Callable[[], Any]
 

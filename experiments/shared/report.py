@@ -8,10 +8,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from experiments import paired, plots
-from experiments.apps import command
-from experiments.plots import Rounds, Runs
-from fedlora_jax.federated import experiment, records
+from experiments.shared import paired, plots
+from experiments.shared.apps import command
+from experiments.shared.plots import Rounds, Runs
+from fedlora_jax import experiment
+from fedlora_jax.experiment import records
 
 _LEGEND = {
     "learning rate": "Learning rate: that of each method's clients at the start.",

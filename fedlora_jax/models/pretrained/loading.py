@@ -1,22 +1,10 @@
-"""Pretrained weights of others, read into our backbones.
-
-    model, params = pretrained.from_pretrained("path/to/Llama-3.2-1B", dtype=jnp.bfloat16)
-
-Sources are safetensors with the names of Hugging Face and timm, sharded or not, the `.npz` files of
-the original ViT and Mixer releases, and GGUF files of Llama-architecture models (extra `gguf`): as
-a file, a directory, or a name on the Hugging Face hub (extra `hub`). Tensors are read in pieces,
-straight into the layout and type that are wanted: on CPU, memory peaks at the parameters
-themselves.
-"""
+"""Parameters of a model, planned tensor by tensor and read."""
 
 import difflib
-import importlib.util
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,20 +16,20 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from fedlora_jax import lora
-from fedlora_jax.models import pretrained_gguf, pretrained_names
-from fedlora_jax.models.bert import Bert
-from fedlora_jax.models.llama import Llama, RopeScaling
 from fedlora_jax.models.mixer import Mixer
-from fedlora_jax.models.pretrained_files import (
+from fedlora_jax.models.pretrained import gguf_files, naming
+from fedlora_jax.models.pretrained.configs import model_from_config
+from fedlora_jax.models.pretrained.files import (
     PathLike,
     StoredTensor,
     Tensors,
     empty,
     find_file,
     is_gguf,
+    locate,
     open_tensors,
 )
-from fedlora_jax.models.pretrained_names import Format, Row
+from fedlora_jax.models.pretrained.naming import Format, Row
 from fedlora_jax.models.vit import ViT
 
 # How many problems of a kind an error lists.
@@ -56,41 +44,6 @@ class _Reading(NamedTuple):
     row: Row
     tensor: StoredTensor
     torch: bool
-
-
-def locate(source: PathLike) -> Path:
-    """A local file or directory for `source`.
-
-    Args:
-      source: A path; `package:NAME/PATH`, what lies in an installed Python package; or
-        `owner/name`, a model on the Hugging Face hub.
-
-    Raises:
-      FileNotFoundError: If it is none of these.
-      ImportError: If it is the name of a model and `huggingface_hub` is not installed.
-    """
-    path = Path(source)
-    if path.exists():
-        return path
-    if match := re.fullmatch(r"package:(\w+)/(.+)", os.fspath(source)):
-        # Found, not imported: a package with a file may need others to be imported.
-        spec = importlib.util.find_spec(match[1])
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(f"{source}: the Python package {match[1]} is not installed")
-        return Path(spec.submodule_search_locations[0]) / match[2]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(source)):
-        raise FileNotFoundError(
-            f"{source} is neither a file or directory nor the name of a model (owner/name)"
-        )
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            f"there is no file or directory {source}; to read it from the hub, "
-            "pip install 'fedlora-jax[hub]'"
-        ) from error
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.npz", "*config.json", "token*"]
-    return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
 
 
 def from_pretrained(
@@ -135,7 +88,7 @@ def _read_config(source: Path) -> dict[str, Any]:
     file = source / "config.json"
     if file.exists() or not is_gguf(find_file(source)):
         return json.loads(file.read_text())
-    return pretrained_gguf.read_config(find_file(source))
+    return gguf_files.read_config(find_file(source))
 
 
 def load(
@@ -216,7 +169,7 @@ def _plan(
     form = _best_format(model, wanted, tensors)
     readings, missing, misshapen = [], [], []
     for path, shape in wanted.items():
-        row = pretrained_names.parameter(form, path)
+        row = naming.parameter(form, path)
         if row is None or row.theirs not in tensors:
             missing.append((path, row))
             continue
@@ -224,7 +177,7 @@ def _plan(
         if not _fits(readings[-1]):
             misshapen.append(readings[-1])
     known = {reading.row.theirs for reading in readings}
-    known |= {row.theirs for path in fresh if (row := pretrained_names.parameter(form, path))}
+    known |= {row.theirs for path in fresh if (row := naming.parameter(form, path))}
     ignored = [form.ignored, form.before_head if "head/kernel" in fresh else None]
     surplus = [
         name
@@ -238,16 +191,16 @@ def _plan(
 
 def _modern(name: str) -> str:
     module, dot, leaf = name.rpartition(".")
-    return module + dot + pretrained_names.OLD_LEAVES.get(leaf, leaf)
+    return module + dot + naming.OLD_LEAVES.get(leaf, leaf)
 
 
 def _best_format(model: nn.Module, wanted: Mapping[str, Any], tensors: Tensors) -> Format:
     """The format, with or without its prefix, in which most of the names are found."""
-    candidates = list(pretrained_names.formats(model))
-    candidates += [pretrained_names.bare(form) for form in candidates if form.prefix]
+    candidates = list(naming.formats(model))
+    candidates += [naming.bare(form) for form in candidates if form.prefix]
 
     def found(form: Format) -> int:
-        rows = [pretrained_names.parameter(form, path) for path in wanted]
+        rows = [naming.parameter(form, path) for path in wanted]
         return sum(row is not None and row.theirs in tensors for row in rows)
 
     return max(candidates, key=found)
@@ -360,120 +313,3 @@ def _listed(title: str, problems: list[Any], describe: Callable[[Any], str]) -> 
     lines = [f"  {describe(problem)}" for problem in problems[:_LISTED]]
     more = len(problems) - _LISTED
     return [f"{title} ({len(problems)}):", *lines] + ([f"  and {more} more"] if more > 0 else [])
-
-
-def model_from_config(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
-    """The backbone that a `config.json` of Hugging Face or timm describes.
-
-    Args:
-      config: Its content.
-      **overrides: Fields of the module to set differently.
-
-    Raises:
-      ValueError: If there is no such backbone here, or it differs in a way that ours lacks.
-    """
-    if "architecture" in config:
-        return _timm_model(config, overrides)
-    kind = config.get("model_type")
-    if kind not in _FROM_CONFIG:
-        raise ValueError(f"model type {kind!r} is none of {', '.join(sorted(_FROM_CONFIG))}")
-    activation, make = _FROM_CONFIG[kind]
-    if config.get("hidden_act", activation) != activation:
-        raise ValueError(f"{kind} with hidden_act={config['hidden_act']!r}; ours is {activation!r}")
-    return make(config, overrides)
-
-
-def _timm_model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
-    from fedlora_jax import models
-
-    architecture = config["architecture"]
-    match = re.match(r"(vit|mixer)_(small|s|base|b|large|l)(_patch)?16(_|$)", architecture)
-    if match is None:
-        raise ValueError(f"timm architecture {architecture!r} is not one of our backbones")
-    name = f"{match[1]}_{match[2][0]}16"
-    fields = {"num_classes": config.get("num_classes", 1000)}
-    if match[1] == "vit":
-        fields["layer_norm_epsilon"] = 1e-6
-    return models.get(name, **{**fields, **overrides})
-
-
-def _num_labels(config: Mapping[str, Any]) -> int:
-    return len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
-
-
-def _vit(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ViT:
-    if not config.get("qkv_bias", True):
-        raise ValueError("vit without qkv_bias; ours has one")
-    fields = {
-        "num_classes": _num_labels(config),
-        "patch_size": config["patch_size"],
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "mlp_dim": config["intermediate_size"],
-        "layer_norm_epsilon": config["layer_norm_eps"],
-    }
-    return ViT(**{**fields, **overrides})
-
-
-def _bert(config: Mapping[str, Any], overrides: Mapping[str, Any], variant: str) -> Bert:
-    if config.get("position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"{variant} with relative positions; ours are absolute")
-    classifies = any("Classification" in name for name in config.get("architectures") or [])
-    fields = {
-        "vocab_size": config["vocab_size"],
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_classes": _num_labels(config) if classifies else None,
-        "variant": variant,
-        "pad_token": config["pad_token_id"],
-        "mlp_dim": config["intermediate_size"],
-        "num_positions": config["max_position_embeddings"],
-        "num_token_types": config["type_vocab_size"],
-        "layer_norm_epsilon": config["layer_norm_eps"],
-    }
-    return Bert(**{**fields, **overrides})
-
-
-def _llama(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Llama:
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise ValueError("llama with biases; ours has none")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"llama with rope scaling {kind!r}; ours knows 'llama3'")
-    fields = {
-        "vocab_size": config["vocab_size"],
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
-        "mlp_dim": config["intermediate_size"],
-        "head_dim": config.get("head_dim"),
-        "rope_base": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
-        "rope_scaling": None if kind == "default" else _rope_scaling(rope),
-        "norm_epsilon": config["rms_norm_eps"],
-        "tied": config.get("tie_word_embeddings", False),
-    }
-    return Llama(**{**fields, **overrides})
-
-
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
-    return RopeScaling(
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        rope["original_max_position_embeddings"],
-    )
-
-
-_Make = Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]
-
-# By model type: the activation that ours has, and how to make it.
-_FROM_CONFIG: dict[str, tuple[str, _Make]] = {
-    "vit": ("gelu", _vit),
-    "bert": ("gelu", partial(_bert, variant="bert")),
-    "roberta": ("gelu", partial(_bert, variant="roberta")),
-    "llama": ("silu", _llama),
-}

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from fedlora_jax import methods
-from fedlora_jax.federated.memory import Memory
+from fedlora_jax.experiment.memory import Memory
 
 
 def run(main: Callable[[], None]) -> None:

@@ -8,10 +8,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from fedlora_jax.experiment.program import Program, epsilon
 from fedlora_jax.federated import communication
 from fedlora_jax.federated.communication import MessageBytes
 from fedlora_jax.federated.evaluation import HeldOut
-from fedlora_jax.federated.program import Program, epsilon
 from fedlora_jax.federated.round import Federation, RoundMetrics
 
 Measure: TypeAlias = Callable[[int, Federation, RoundMetrics], dict[str, Any]]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import paired
+from experiments.shared import paired
 
 Rounds: TypeAlias = list[dict[str, Any]]
 Runs: TypeAlias = Mapping[str, Sequence[Rounds]]  # method -> one list of rounds a seed

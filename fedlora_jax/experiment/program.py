@@ -8,11 +8,11 @@ import optax
 
 from fedlora_jax import methods, transforms
 from fedlora_jax.data import partition
+from fedlora_jax.experiment.setting import Setting, dtype_of
 from fedlora_jax.federated import ranks
 from fedlora_jax.federated.evaluation import Accuracy, HeldOut, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import Federation, RoundFunction, make_round
-from fedlora_jax.federated.setting import Setting, dtype_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
 

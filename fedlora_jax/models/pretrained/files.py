@@ -1,15 +1,17 @@
 """Tensors in files, read one at a time and straight into the type that is wanted.
 
-Reads safetensors (one file, or shards under an index), NumPy's `.npz` and GGUF (`pretrained_gguf`),
-and writes safetensors. A safetensors file is eight bytes of length, a JSON header and the raw data;
-it is read here and not by its library because a slice of rows cast on the way keeps the peak of
-memory at the model itself, and because bfloat16 needs no torch.
+Reads safetensors (one file, or shards under an index), NumPy's `.npz` and GGUF (by
+`gguf_files.py`), and writes safetensors. A safetensors file is eight bytes of length, a JSON header
+and the raw data; it is read here and not by its library because a slice of rows cast on the way
+keeps the peak of memory at the model itself, and because bfloat16 needs no torch.
 """
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -92,9 +94,9 @@ def open_tensors(source: PathLike) -> Tensors:
     tensors: Tensors = {}
     for path in files_of(source):
         if is_gguf(path):
-            from fedlora_jax.models import pretrained_gguf
+            from fedlora_jax.models.pretrained import gguf_files
 
-            tensors |= pretrained_gguf.open_gguf(path)
+            tensors |= gguf_files.open_gguf(path)
         else:
             tensors |= _open_npz(path) if path.suffix == ".npz" else _open_safetensors(path)
     return tensors
@@ -112,6 +114,41 @@ def files_of(source: PathLike) -> list[Path]:
         return [path]
     shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     return [path.parent / shard for shard in shards]
+
+
+def locate(source: PathLike) -> Path:
+    """A local file or directory for `source`.
+
+    Args:
+      source: A path; `package:NAME/PATH`, what lies in an installed Python package; or
+        `owner/name`, a model on the Hugging Face hub.
+
+    Raises:
+      FileNotFoundError: If it is none of these.
+      ImportError: If it is the name of a model and `huggingface_hub` is not installed.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    if match := re.fullmatch(r"package:(\w+)/(.+)", os.fspath(source)):
+        # Found, not imported: a package with a file may need others to be imported.
+        spec = importlib.util.find_spec(match[1])
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(f"{source}: the Python package {match[1]} is not installed")
+        return Path(spec.submodule_search_locations[0]) / match[2]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", os.fspath(source)):
+        raise FileNotFoundError(
+            f"{source} is neither a file or directory nor the name of a model (owner/name)"
+        )
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(
+            f"there is no file or directory {source}; to read it from the hub, "
+            "pip install 'fedlora-jax[hub]'"
+        ) from error
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.npz", "*config.json", "token*"]
+    return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
 
 
 def find_file(source: PathLike) -> Path:

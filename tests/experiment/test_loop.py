@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from configs import digits
-from fedlora_jax import transforms
-from fedlora_jax.federated import communication, experiment, program, ranks
+from fedlora_jax import experiment, transforms
+from fedlora_jax.experiment import loop, program
+from fedlora_jax.experiment.setting import partitioned
+from fedlora_jax.federated import communication, ranks
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +88,10 @@ def test_more_rounds_are_refused_where_they_would_change_the_first_ones(
     base, make, tmp_path, falls
 ):
     path = tmp_path / "config.json"
-    experiment._claim(make(rounds=2, **falls), tmp_path)
+    loop._claim(make(rounds=2, **falls), tmp_path)
     before = path.read_text()
     with pytest.raises(ValueError, match="config.rounds is 2 there, 3 here"):
-        experiment._claim(make(rounds=3, **falls), tmp_path)
+        loop._claim(make(rounds=3, **falls), tmp_path)
     assert path.read_text() == before
 
 
@@ -129,7 +131,7 @@ def test_epsilon_grows_with_the_rounds(base, make, tmp_path):
 def test_accuracy_of_clients_is_on_data_like_theirs(base, make, tmp_path):
     config, setting = make(rounds=1), base[1]
     (row,) = run(base, config, tmp_path)
-    parts = experiment.partitioned(config, setting, config.seed)
+    parts = partitioned(config, setting, config.seed)
     # A client of one domain and mixed labels: reweighted, its accuracy lies between the extremes of
     # that domain, and equals the domain's if its labels are as frequent as those held out.
     assert len(row["client_accuracy"]) == len(parts) == 30

@@ -1,0 +1,1 @@
+"""What the commands share: their flags and bars, reports, plots and statistics."""

@@ -1,0 +1,22 @@
+"""From a configuration to a finished run: what touches configuration, disk, clock or screen.
+
+`prepare` reads data and backbone, once for all runs; `compile_program` builds the jitted functions
+of one method, once for all seeds; `run` trains one method under one seed, or goes on with it.
+"""
+
+from fedlora_jax.experiment.loop import Progress, State, first_state, run
+from fedlora_jax.experiment.program import Program, check, compile_program
+from fedlora_jax.experiment.setting import Setting, partition_counts, prepare
+
+__all__ = [
+    "Program",
+    "Progress",
+    "Setting",
+    "State",
+    "check",
+    "compile_program",
+    "first_state",
+    "partition_counts",
+    "prepare",
+    "run",
+]

@@ -1,0 +1,16 @@
+"""Pretrained weights of others, read into our backbones.
+
+    model, params = pretrained.from_pretrained("path/to/Llama-3.2-1B", dtype=jnp.bfloat16)
+
+Sources are safetensors with the names of Hugging Face and timm, sharded or not, the `.npz` files of
+the original ViT and Mixer releases, and GGUF files of Llama-architecture models (extra `gguf`): as
+a file, a directory, or a name on the Hugging Face hub (extra `hub`). Tensors are read in pieces,
+straight into the layout and type that are wanted: on CPU, memory peaks at the parameters
+themselves.
+"""
+
+from fedlora_jax.models.pretrained.configs import model_from_config
+from fedlora_jax.models.pretrained.files import locate
+from fedlora_jax.models.pretrained.loading import from_pretrained, load, resize_positions
+
+__all__ = ["from_pretrained", "load", "locate", "model_from_config", "resize_positions"]

@@ -1,0 +1,129 @@
+"""Backbones from the configuration files of Hugging Face and timm."""
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+
+from fedlora_jax.models.bert import Bert
+from fedlora_jax.models.llama import Llama, RopeScaling
+from fedlora_jax.models.vit import ViT
+
+
+def model_from_config(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
+    """The backbone that a `config.json` of Hugging Face or timm describes.
+
+    Args:
+      config: Its content.
+      **overrides: Fields of the module to set differently.
+
+    Raises:
+      ValueError: If there is no such backbone here, or it differs in a way that ours lacks.
+    """
+    if "architecture" in config:
+        return _timm_model(config, overrides)
+    kind = config.get("model_type")
+    if kind not in _FROM_CONFIG:
+        raise ValueError(f"model type {kind!r} is none of {', '.join(sorted(_FROM_CONFIG))}")
+    activation, make = _FROM_CONFIG[kind]
+    if config.get("hidden_act", activation) != activation:
+        raise ValueError(f"{kind} with hidden_act={config['hidden_act']!r}; ours is {activation!r}")
+    return make(config, overrides)
+
+
+def _timm_model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:
+    from fedlora_jax import models
+
+    architecture = config["architecture"]
+    match = re.match(r"(vit|mixer)_(small|s|base|b|large|l)(_patch)?16(_|$)", architecture)
+    if match is None:
+        raise ValueError(f"timm architecture {architecture!r} is not one of our backbones")
+    name = f"{match[1]}_{match[2][0]}16"
+    fields = {"num_classes": config.get("num_classes", 1000)}
+    if match[1] == "vit":
+        fields["layer_norm_epsilon"] = 1e-6
+    return models.get(name, **{**fields, **overrides})
+
+
+def _num_labels(config: Mapping[str, Any]) -> int:
+    return len(config["id2label"]) if "id2label" in config else config.get("num_labels", 2)
+
+
+def _vit(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ViT:
+    if not config.get("qkv_bias", True):
+        raise ValueError("vit without qkv_bias; ours has one")
+    fields = {
+        "num_classes": _num_labels(config),
+        "patch_size": config["patch_size"],
+        "width": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "mlp_dim": config["intermediate_size"],
+        "layer_norm_epsilon": config["layer_norm_eps"],
+    }
+    return ViT(**{**fields, **overrides})
+
+
+def _bert(config: Mapping[str, Any], overrides: Mapping[str, Any], variant: str) -> Bert:
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"{variant} with relative positions; ours are absolute")
+    classifies = any("Classification" in name for name in config.get("architectures") or [])
+    fields = {
+        "vocab_size": config["vocab_size"],
+        "width": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "num_classes": _num_labels(config) if classifies else None,
+        "variant": variant,
+        "pad_token": config["pad_token_id"],
+        "mlp_dim": config["intermediate_size"],
+        "num_positions": config["max_position_embeddings"],
+        "num_token_types": config["type_vocab_size"],
+        "layer_norm_epsilon": config["layer_norm_eps"],
+    }
+    return Bert(**{**fields, **overrides})
+
+
+def _llama(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Llama:
+    if config.get("attention_bias") or config.get("mlp_bias"):
+        raise ValueError("llama with biases; ours has none")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"llama with rope scaling {kind!r}; ours knows 'llama3'")
+    fields = {
+        "vocab_size": config["vocab_size"],
+        "width": config["hidden_size"],
+        "depth": config["num_hidden_layers"],
+        "num_heads": config["num_attention_heads"],
+        "num_kv_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "mlp_dim": config["intermediate_size"],
+        "head_dim": config.get("head_dim"),
+        "rope_base": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+        "rope_scaling": None if kind == "default" else _rope_scaling(rope),
+        "norm_epsilon": config["rms_norm_eps"],
+        "tied": config.get("tie_word_embeddings", False),
+    }
+    return Llama(**{**fields, **overrides})
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling:
+    return RopeScaling(
+        rope["factor"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+        rope["original_max_position_embeddings"],
+    )
+
+
+_Make = Callable[[Mapping[str, Any], Mapping[str, Any]], nn.Module]
+
+# By model type: the activation that ours has, and how to make it.
+_FROM_CONFIG: dict[str, tuple[str, _Make]] = {
+    "vit": ("gelu", _vit),
+    "bert": ("gelu", partial(_bert, variant="bert")),
+    "roberta": ("gelu", partial(_bert, variant="roberta")),
+    "llama": ("silu", _llama),
+}
