@@ -285,7 +285,7 @@ class Llama(nn.Module):
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = RMSNorm(self.norm_epsilon, self.dtype, name="norm")(x)
-        head = embedding
+        head: nn.Dense | nn.Embed = embedding
         if not self.tied:
             head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")
         if targets is not None:
