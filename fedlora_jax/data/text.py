@@ -231,8 +231,9 @@ class Template(NamedTuple):
 def format_template(text: str) -> Template:
     """A template from a format string: `"Question: {prompt}\\nAnswer: {response}"`.
 
-    The answer begins where `{response}` stands; without it all is prompt. Braces are doubled to be
-    meant themselves. A field stands by its name alone.
+    The answer begins where `{response}` stands, or at spaces before it, for a space and the word
+    after it are one token; without `{response}` all is prompt. Braces are doubled to be meant
+    themselves. A field stands by its name alone.
 
     Raises:
       ValueError: On anything else between braces.
@@ -254,7 +255,11 @@ def format_template(text: str) -> Template:
             if field == "response":
                 part = 1
             parts[part] += "" if field is None else values[field]
-        return parts[0], parts[1]
+        prompt, answer = parts
+        if part:
+            prompt = prompt.rstrip(" ")
+            answer = parts[0][len(prompt) :] + answer
+        return prompt, answer
 
     return Template(fields, render)
 
@@ -371,7 +376,7 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def encode_examples(
+def encode_prompted(
     examples: Sequence[Mapping[str, str]],
     names: Sequence[str],
     template: Template,
@@ -380,20 +385,48 @@ def encode_examples(
     """Prompts and answers as token ids, each encoded by itself, as a model is asked.
 
     An answer ends with the end-of-text token, whatever the template writes after it.
+
+    Raises:
+      ValueError: If the template refuses an example; it names that.
     """
+    texts = _rendered(examples, names, template)
+    encode = encoder.pieces if template.written_out else encoder.documents
+    answers = encoder.pieces([answer for _, answer in texts])
+    prompts = encode([prompt for prompt, _ in texts])
+    return prompts, [[*_without_end(ids, encoder), encoder.end] if ids else ids for ids in answers]
+
+
+def encode_whole(
+    examples: Sequence[Mapping[str, str]],
+    names: Sequence[str],
+    template: Template,
+    encoder: Encoder,
+) -> list[list[int]]:
+    """Prompts with their answers as token ids, without a token for their end.
+
+    Raises:
+      ValueError: As `encode_prompted`.
+    """
+    texts = [prompt + answer for prompt, answer in _rendered(examples, names, template)]
+    encode = encoder.pieces if template.written_out else encoder.documents
+    return [_without_end(ids, encoder) for ids in encode(texts)]
+
+
+def _rendered(
+    examples: Sequence[Mapping[str, str]], names: Sequence[str], template: Template
+) -> list[tuple[str, str]]:
     texts = []
     for example, name in zip(examples, names, strict=True):
         try:
             texts.append(template.render(example))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    encode = encoder.pieces if template.written_out else encoder.documents
-    prompts = encode([prompt for prompt, _ in texts])
-    return prompts, [_ended(ids, encoder.end) for ids in encoder.pieces([a for _, a in texts])]
+    return texts
 
 
-def _ended(ids: list[int], end: int) -> list[int]:
-    if not ids:
+def _without_end(ids: list[int], encoder: Encoder) -> list[int]:
+    """Ids up to a last end-of-text token after which there is nothing but white space."""
+    if encoder.end not in ids:
         return ids
-    kept = ids[: len(ids) - ids[::-1].index(end) - 1] if end in ids else ids
-    return [*kept, end]
+    last = len(ids) - 1 - ids[::-1].index(encoder.end)
+    return ids if encoder.tokenizer.decode(ids[last + 1 :]).strip() else ids[:last]

@@ -74,6 +74,8 @@ def test_format_templates():
     assert made.fields == ("prompt", "topic", "response") and not made.written_out
     example = {"prompt": "a {b}", "topic": "x", "response": "c"}
     assert made.render(example) == ("{Q} a {b} (x):", "c!")
+    spaced = text.format_template("{prompt}:  {response}\n")
+    assert spaced.render({"prompt": "a ", "response": "b"}) == ("a :", "  b\n")
     assert text.format_template("{text}").render({"text": "all"}) == ("all", "")
     for bad in ("{prompt.__class__}", "{0}", "{prompt!r}", "{prompt:>9}", "{}", "{prompt"):
         with pytest.raises(ValueError, match="template"):
@@ -92,7 +94,7 @@ def test_chat_templates_and_the_end_of_an_answer(encoder):
     assert made.render({"prompt": "hi"}) == ("<|user|>user: hi<|end|>\n<|user|>assistant: ", "")
     example = {"prompt": "hi", "response": "ho"}
     assert made.render(example)[1] == "ho<|end|>\n"
-    (prompt,), (answer,) = text.encode_examples([example], ["a"], made, encoder)
+    (prompt,), (answer,) = text.encode_prompted([example], ["a"], made, encoder)
     assert prompt[0] == letters.USER and prompt.count(END) == 1
     assert encoder.tokenizer.decode(answer) == "ho" and answer.count(END) == 1 and answer[-1] == END
     marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
@@ -119,8 +121,12 @@ def test_chat_templates_that_do_not_serve(monkeypatch):
 def test_an_answer_ends_once(encoder):
     made = text.format_template("{prompt}={response}")
     examples = [{"prompt": "1", "response": x} for x in ("2", "2<|end|>", "2<|end|>\n\n")]
-    prompts, answers = text.encode_examples(examples, "abc", made, encoder)
+    prompts, answers = text.encode_prompted(examples, "abc", made, encoder)
     assert answers[0] == answers[1] == answers[2] and answers[0][-1] == END
+    whole = text.encode_whole(examples, "abc", made, encoder)
+    assert whole == [[*prompts[0], *answers[0][:-1]]] * 3
+    (more,) = text.encode_whole([{"prompt": "1", "response": "2<|end|>3"}], "a", made, encoder)
+    assert encoder.tokenizer.decode(more) == "1=23"
     assert encoder.tokenizer.decode(prompts[0]) == "1="
 
 
@@ -134,10 +140,10 @@ def test_a_token_for_the_beginning_is_set_once(encoder):
     begun = text.Encoder(begins, END)
     made = text.format_template("{prompt}={response}")
     example = [{"prompt": "1", "response": "2"}]
-    (prompt,), (answer,) = text.encode_examples(example, "a", made, begun)
-    (plain,), (same,) = text.encode_examples(example, "a", made, encoder)
+    (prompt,), (answer,) = text.encode_prompted(example, "a", made, begun)
+    (plain,), (same,) = text.encode_prompted(example, "a", made, encoder)
     assert prompt == [letters.USER, *plain] and answer == same
-    (prompt,), _ = text.encode_examples(example, "a", made._replace(written_out=True), begun)
+    (prompt,), _ = text.encode_prompted(example, "a", made._replace(written_out=True), begun)
     assert prompt == plain
 
 
