@@ -14,6 +14,7 @@ import numpy as np
 
 from fedlora_jax import models
 from fedlora_jax.data import images, partition, python_docs, sources
+from fedlora_jax.experiment import texts
 from fedlora_jax.federated.task import Batch, Task, classification
 from fedlora_jax.lora import Params
 from fedlora_jax.models import pretrain, pretrained
@@ -42,10 +43,11 @@ class Setting(NamedTuple):
 
 def prepare(config: ml_collections.ConfigDict) -> Setting:
     """Reads the data and the pretrained backbone, which is made and kept on first use."""
+    model = _model(config)
+    if config.data.name in texts.SOURCES:
+        texts.check(config, model)
     train, test = (_load(config, config.data.splits[part]) for part in ("train", "test"))
-    has_domains = "domain" in train
-    domains = tuple(sources.class_names(config.data.name, "domain")) if has_domains else ("all",)
-    model = models.get(config.model.name, **config.model.options)
+    domains = _domain_names(config) if "domain" in train else ("all",)
     inputs = _tokens if "tokens" in train else _images
     params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
     model = model.clone(dtype=dtype_of(config.precision.compute))
@@ -63,9 +65,24 @@ def dtype_of(name: str) -> np.dtype:
     return jnp.dtype(lookup(_PRECISIONS, name, "precision"))
 
 
+def _model(config: ml_collections.ConfigDict) -> nn.Module:
+    """A backbone by name; one called `pretrained` is what the pretrained files describe."""
+    if config.model.name == "pretrained":
+        return pretrained.model_of(config.pretrained.source, **config.model.options)
+    return models.get(config.model.name, **config.model.options)
+
+
+def _domain_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    if config.data.name in texts.SOURCES:
+        return texts.domain_names(config)
+    return tuple(sources.class_names(config.data.name, "domain"))
+
+
 def _load(config: ml_collections.ConfigDict, split: str) -> dict[str, np.ndarray]:
     if config.data.name == "python_docs":
         return python_docs.load(split, pretrained.locate(config.data.tokenizer), config.data.length)
+    if config.data.name in texts.SOURCES:
+        return texts.load(config, split).arrays
     return sources.load(config.data.name, split)
 
 

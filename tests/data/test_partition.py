@@ -51,6 +51,15 @@ def test_clients_of_domains_see_one_domain(num_examples, clients_per_domain, num
         assert found == [[d] for d in np.unique(domains) for _ in range(clients_per_domain)]
 
 
+@given(st.integers(1, 200), SEEDS)
+def test_natural(num_examples, seed):
+    clients = 3 * _labels(seed, num_examples)  # with gaps
+    parts = partition.natural(clients)
+    present = np.unique(clients)
+    _check_partition(parts, num_examples, len(present))
+    assert [np.unique(clients[part]).tolist() for part in parts] == [[x] for x in present]
+
+
 def test_alpha_is_a_knob_from_one_label_a_client_to_iid():
     labels = np.repeat(np.arange(10), 200)
 
@@ -74,7 +83,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", partition.names())
+def test_every_partitioner_is_tried():
+    assert CALLS.keys() | {"natural"} == set(partition.names())
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_only_the_seed_matters(name):
     np.random.seed(1)
     first = CALLS[name](7)

@@ -11,6 +11,6 @@ themselves.
 
 from fedlora_jax.models.pretrained.configs import model_from_config
 from fedlora_jax.models.pretrained.files import locate
-from fedlora_jax.models.pretrained.loading import from_pretrained, load, resize_positions
+from fedlora_jax.models.pretrained.loading import from_pretrained, load, model_of, resize_positions
 
-__all__ = ["from_pretrained", "load", "locate", "model_from_config", "resize_positions"]
+__all__ = ["from_pretrained", "load", "locate", "model_from_config", "model_of", "resize_positions"]

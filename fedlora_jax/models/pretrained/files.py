@@ -147,7 +147,14 @@ def locate(source: PathLike) -> Path:
             f"there is no file or directory {source}; to read it from the hub, "
             "pip install 'fedlora-jax[hub]'"
         ) from error
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.npz", "*config.json", "token*"]
+    patterns = [
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "*.npz",
+        "*config.json",
+        "token*",
+        "*.jinja",
+    ]
     return Path(huggingface_hub.snapshot_download(os.fspath(source), allow_patterns=patterns))
 
 

@@ -201,6 +201,15 @@ def chat_template(path: PathLike) -> str | None:
     return _value(_open(path), "tokenizer.chat_template")
 
 
+def special_tokens(path: PathLike) -> dict[str, str]:
+    """The tokens that begin and end a text, by Hugging Face's names, as far as the file says."""
+    reader = _open(path)
+    tokens = _value(reader, "tokenizer.ggml.tokens", [])
+    called = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
+    ids = {name: _value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in called.items()}
+    return {name: tokens[index] for name, index in ids.items() if index is not None}
+
+
 def _open(path: PathLike) -> Any:
     gguf = _library()
     try:

