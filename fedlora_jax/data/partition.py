@@ -130,11 +130,25 @@ def domain_dirichlet(
     )
 
 
+def natural(clients: np.ndarray) -> Parts:
+    """Gives every client the examples that are its own in the data set.
+
+    Args:
+      clients: Integers `[M]`, whose each example is.
+
+    Returns:
+      int32 arrays of positions in `0 .. M - 1`, one for each client that occurs, the lowest first.
+    """
+    clients = np.asarray(clients)
+    return [np.flatnonzero(clients == client).astype(np.int32) for client in np.unique(clients)]
+
+
 _PARTITIONERS: dict[str, Callable[..., Parts]] = {
     "iid": iid,
     "dirichlet": dirichlet,
     "by_domain": by_domain,
     "domain_dirichlet": domain_dirichlet,
+    "natural": natural,
 }
 
 
