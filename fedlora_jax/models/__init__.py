@@ -41,6 +41,7 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         num_heads=32,
         num_kv_heads=32,
         mlp_dim=11008,
+        context=4096,
     ),
     "llama3_1b": partial(
         Llama,
@@ -53,6 +54,19 @@ _MODELS: dict[str, Callable[..., nn.Module]] = {
         rope_base=500_000.0,
         rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192),
         tied=True,
+        context=131_072,
+    ),
+    "smollm2_135m": partial(
+        Llama,
+        vocab_size=49152,
+        width=576,
+        depth=30,
+        num_heads=9,
+        num_kv_heads=3,
+        mlp_dim=1536,
+        rope_base=100_000.0,
+        tied=True,
+        context=8192,
     ),
 }
 

@@ -54,12 +54,15 @@ def generate(
 
     Returns:
       New tokens `[B, max_new_tokens]`; after the end of a text, `end_token` again and again.
+
+    Raises:
+      ValueError: If prompts and new tokens together are longer than the model's context.
     """
 
     def forward(
         tokens: jax.Array, positions: jax.Array, cache: Cache, last: jax.Array
     ) -> tuple[jax.Array, Cache]:
-        inputs = (tokens, positions, cache, last)
+        inputs = (tokens, None, positions, cache, last)
         logits, cache = lora.apply(model, params, adapters or {}, *inputs, scale=scale)
         return logits[:, 0], cache
 
@@ -84,6 +87,7 @@ def generate(
         return _Progress(now.step + 1, tokens, logits, ended, cache)
 
     batch, length = prompts.shape
+    model.check_length(length + max_new_tokens)
     cache = model.empty_cache(batch, length + max_new_tokens)
     positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
     logits, cache = forward(prompts, positions, cache, lengths - 1)

@@ -49,6 +49,22 @@ class Cache(NamedTuple):
     layers: tuple[LayerCache, ...]
 
 
+class TokenScores(NamedTuple):
+    """How well tokens were predicted.
+
+    Attributes:
+      nll: Negative log-likelihood of each, in nats, float32 `[B, T]`.
+      correct: Whether it was the likeliest, bool `[B, T]`.
+    """
+
+    nll: jax.Array
+    correct: jax.Array
+
+
+# Tokens whose logits exist at the same time where they are only scored.
+_CHUNK = 128
+
+
 class RMSNorm(nn.Module):
     """`x / rms(x) * scale` over the last axis, the mean of squares in float32."""
 
@@ -184,6 +200,7 @@ class Llama(nn.Module):
       rope_scaling: How they are stretched, or None.
       norm_epsilon: Added to mean squares.
       tied: Whether the logits come from the embedding table instead of a head of their own.
+      context: Most tokens of a text; None for no bound.
       dtype: Type of the arithmetic. Logits are float32 whatever it is.
       remat: Recompute each block in the backward pass instead of storing its activations.
     """
@@ -199,6 +216,7 @@ class Llama(nn.Module):
     rope_scaling: RopeScaling | None = None
     norm_epsilon: float = 1e-5
     tied: bool = False
+    context: int | None = None
     dtype: DTypeLike = jnp.float32
     remat: bool = False
 
@@ -206,31 +224,41 @@ class Llama(nn.Module):
     def __call__(
         self,
         tokens: jax.Array,
+        targets: jax.Array | None = None,
         positions: jax.Array | None = None,
         cache: Cache | None = None,
         only: jax.Array | None = None,
-    ) -> jax.Array | tuple[jax.Array, Cache]:
-        """The logits of each next token.
+    ) -> jax.Array | tuple[jax.Array, Cache] | TokenScores:
+        """The logits of each next token, or how well they predict given ones.
 
         A token sees those at positions up to its own, so padding on the right needs no mask: what
         is computed there is not seen from the left.
 
         Args:
           tokens: Token ids `[B, T]`.
+          targets: Token ids `[B, T]` to be scored, the next one at each position. The logits are
+            then made, and in the backward pass made again, for 128 tokens at a time: no array of
+            `B T vocab_size` elements exists.
           positions: `[B, T]`; by default 0 .. T-1.
           cache: Keys and values of S positions, from `empty_cache` or an earlier call; tokens are
             written at their positions, each below S, and see all positions up to their own.
           only: `[B]`, the one token of each text whose logits are wanted.
 
         Returns:
-          Logits `[B, T, vocab_size]`, or `[B, 1, vocab_size]` with `only`; float32. With a cache
-          `(logits, cache)`.
+          With targets `TokenScores`. Without, logits `[B, T, vocab_size]`, or `[B, 1, vocab_size]`
+          with `only`; float32. With a cache `(logits, cache)`.
 
         Raises:
-          ValueError: If tokens are not `[B, T]` or the heads do not divide.
+          ValueError: If tokens are not `[B, T]`, are more than the context, or targets are of
+            another shape or come with a cache or `only`; or if the heads do not divide.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [B, T], not of shape {tokens.shape}")
+        self.check_length(tokens.shape[1])
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(f"targets are {targets.shape}, but tokens {tokens.shape}")
+        if targets is not None and (cache is not None or only is not None):
+            raise ValueError("targets are scored of whole texts: no cache, and not `only` some")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_kv_heads} key heads do not divide {self.num_heads} heads")
         if positions is None:
@@ -257,12 +285,20 @@ class Llama(nn.Module):
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)
         x = RMSNorm(self.norm_epsilon, self.dtype, name="norm")(x)
-        if self.tied:
-            logits = embedding.attend(x)
-        else:
-            logits = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")(x)
-        logits = logits.astype(jnp.float32)
+        head: nn.Dense | nn.Embed = embedding
+        if not self.tied:
+            head = nn.Dense(self.vocab_size, use_bias=False, dtype=self.dtype, name="head")
+        if targets is not None:
+            return _scores(head, x, targets)
+        logits = _logits(head, x)
         return logits if cache is None else (logits, Cache(tuple(layers)))
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if a text of so many tokens is longer than the context."""
+        if self.context is not None and length > self.context:
+            raise ValueError(
+                f"a text of {length} tokens is longer than the model's context of {self.context}"
+            )
 
     def empty_cache(self, batch: int, length: int) -> Cache:
         """A cache of zeros for `batch` texts of up to `length` tokens, in the type `dtype`."""
@@ -273,3 +309,40 @@ class Llama(nn.Module):
     @property
     def _head_dim(self) -> int:
         return self.head_dim or self.width // self.num_heads
+
+
+def _logits(head: nn.Dense | nn.Embed, x: jax.Array) -> jax.Array:
+    """`[..., width] -> [..., vocab_size]`, float32."""
+    logits = head.attend(x) if isinstance(head, nn.Embed) else head(x)
+    return logits.astype(jnp.float32)
+
+
+def _scores(head: nn.Dense | nn.Embed, x: jax.Array, targets: jax.Array) -> TokenScores:
+    r"""Scores targets `[B, T]` by what comes before the head, `[B, T, width]`, chunk by chunk.
+
+    The negative log-likelihood is :math:`\log \sum_v e^{z_v} - z_y`.
+    """
+
+    def score(head: Any, carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
+        x, target = chunk
+        logits = _logits(head, x)
+        chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
+        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return None, TokenScores(nll, jnp.argmax(logits, axis=-1) == target)
+
+    count = targets.size
+    size = min(_CHUNK, count)
+
+    def chunked(array: jax.Array) -> jax.Array:
+        padding = [(0, -count % size)] + [(0, 0)] * (array.ndim - 1)
+        return jnp.pad(array, padding).reshape(-1, size, *array.shape[1:])
+
+    chunks = chunked(x.reshape(count, -1)), chunked(targets.reshape(count))
+    # Lifted by Linen, so that a head keeps its path, and with it its adapter.
+    loop = nn.scan(
+        nn.remat(score, prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False},
+    )
+    _, scores = loop(head, None, chunks)
+    return TokenScores(*(each.reshape(-1)[:count].reshape(targets.shape) for each in scores))

@@ -204,10 +204,10 @@ def test_images_must_be_tiled():
 def test_llama_is_causal_and_relative():
     model, params, _ = case("llama")
     positions = jnp.broadcast_to(jnp.arange(7), TOKENS.shape)
-    logits = apply(model, params, TOKENS, positions)
-    changed = apply(model, params, TOKENS.at[:, 4:].set(0), positions)
+    logits = apply(model, params, TOKENS, None, positions)
+    changed = apply(model, params, TOKENS.at[:, 4:].set(0), None, positions)
     np.testing.assert_allclose(logits[:, :4], changed[:, :4], rtol=1e-5, atol=1e-5)
-    shifted = apply(model, params, TOKENS, positions + 11)
+    shifted = apply(model, params, TOKENS, None, positions + 11)
     np.testing.assert_allclose(logits, shifted, rtol=1e-3, atol=1e-3)
 
 

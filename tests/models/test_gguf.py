@@ -14,7 +14,14 @@ gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 
 MODEL = Llama(
-    vocab_size=261, width=64, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=96, rope_base=5e3
+    vocab_size=261,
+    width=64,
+    depth=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=96,
+    rope_base=5e3,
+    context=128,
 )
 THEIRS = {
     "self_attn.q_proj": "attn_q",

@@ -174,9 +174,11 @@ def test_models_from_configurations():
             "original_max_position_embeddings": 8192,
         },
         "tie_word_embeddings": True,
+        "max_position_embeddings": 512,
     }
     model = pretrained.model_from_config(config, remat=True)
     assert model.num_kv_heads == 4 and model.tied and model.remat
+    assert model.context == 512
     assert model.rope_base == 500000.0 and model.rope_scaling.original_context == 8192
     for change, problem in (
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),

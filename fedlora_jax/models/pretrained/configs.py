@@ -105,6 +105,7 @@ def _llama(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Llama:
         "rope_scaling": None if kind == "default" else _rope_scaling(rope),
         "norm_epsilon": config["rms_norm_eps"],
         "tied": config.get("tie_word_embeddings", False),
+        "context": config.get("max_position_embeddings"),
     }
     return Llama(**{**fields, **overrides})
 
