@@ -63,6 +63,19 @@ def _option(parameter: inspect.Parameter) -> Any:
     return ml_collections.config_dict.placeholder(kind)
 
 
+def add_task(config: ml_collections.ConfigDict, task: str, *metrics: str) -> None:
+    """Adds what is learned, and how it is judged.
+
+    Args:
+      config: To be added to.
+      task: classification, regression or causal_lm.
+      *metrics: Measured after each round, the headline first.
+    """
+    config.task = task
+    config.metrics = metrics
+    config.evaluation_batch_size = 256
+
+
 def add_combinations(config: ml_collections.ConfigDict) -> None:
     """Adds what methods can be combined with, all of it off."""
     config.precision = ml_collections.ConfigDict()

@@ -9,7 +9,7 @@ about 65%, central 87%; all methods with tuned learning rates are in `experiment
 
 import ml_collections
 
-from configs.common import add_combinations, method_options, parse_arg
+from configs.common import add_combinations, add_task, method_options, parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -57,6 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.clip_norm = 10.0
     config.local.schedule = "cosine"  # over rounds; or "constant"
 
+    add_task(config, "classification", "accuracy", "cross_entropy")
     add_combinations(config)
     config.options = method_options(config.get_ref("rounds"))
     # As the authors have it for images.

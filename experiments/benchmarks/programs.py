@@ -16,7 +16,7 @@ from fedlora_jax import lora, methods, models
 from fedlora_jax.data.clients import ClientData
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, make_round
-from fedlora_jax.federated.task import Batch, Task
+from fedlora_jax.federated.task import Batch, Task, Weighted, equally
 from fedlora_jax.methods import Server, Trainable
 from fedlora_jax.models import Llama
 
@@ -35,15 +35,12 @@ WINDOW, BATCH_SIZE, STEPS, EXAMPLES = 128, 4, 10, 64
 def next_token(model: Llama) -> Task:
     """Language modelling on windows `batch['tokens']`."""
 
-    def loss(logits: jax.Array, batch: Batch) -> jax.Array:
+    def loss(logits: jax.Array, batch: Batch) -> Weighted:
         logits, following = logits[:, :-1], batch["tokens"][:, 1:]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, following)
-        return jnp.mean(losses, axis=1)
+        return equally(jnp.mean(losses, axis=1))
 
-    def correct(logits: jax.Array, batch: Batch) -> jax.Array:
-        return jnp.mean(jnp.argmax(logits[:, :-1], axis=-1) == batch["tokens"][:, 1:], axis=1)
-
-    return Task(model, lambda batch: (batch["tokens"],), loss, correct)
+    return Task(model, lambda batch: (batch["tokens"],), loss)
 
 
 def lower(method: str, *, blocks: int, clients: int, rank: int) -> jax.stages.Lowered:

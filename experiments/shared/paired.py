@@ -15,6 +15,7 @@ class Difference(NamedTuple):
       low: Lower end of its 95% t-interval.
       high: Upper end.
       higher: The number of seeds on which the method is higher.
+      lower: The number of seeds on which it is lower.
       seeds: The number of seeds.
       p: Two-sided p-value of the paired t-test, corrected by Holm over the methods compared.
     """
@@ -23,6 +24,7 @@ class Difference(NamedTuple):
     low: float
     high: float
     higher: int
+    lower: int
     seeds: int
     p: float
 
@@ -50,6 +52,7 @@ def differences(values: Mapping[str, Sequence[float]], reference: str) -> dict[s
             float(means[i] - half[i]),
             float(means[i] + half[i]),
             int(np.sum(gains[i] > 0)),
+            int(np.sum(gains[i] < 0)),
             seeds,
             float(p_values[i]),
         )

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.shared import paired
+from fedlora_jax.federated.metrics import Metric
 
 Rounds: TypeAlias = list[dict[str, Any]]
 Runs: TypeAlias = Mapping[str, Sequence[Rounds]]  # method -> one list of rounds a seed
@@ -47,12 +48,12 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, str]]:
     }
 
 
-def accuracy(runs: Runs) -> Plot:
-    """Accuracy over rounds."""
+def over_rounds(runs: Runs, metric: Metric) -> Plot:
+    """A metric over rounds."""
     figure, axes = _figure()
-    banded = _over_rounds(axes, runs, "accuracy", 100)
-    axes.set(ylabel="accuracy (%)")
-    return Plot(figure, f"Accuracy over rounds, mean over domains{banded}")
+    banded = _over_rounds(axes, runs, metric.name, metric.factor)
+    axes.set(ylabel=metric.title)
+    return Plot(figure, f"{_named(metric)} over rounds, mean over domains{banded}")
 
 
 def aggregation_error(runs: Runs) -> Plot | None:
@@ -73,38 +74,47 @@ def aggregation_error(runs: Runs) -> Plot | None:
     )
 
 
-def domains(runs: Runs) -> Plot:
-    """Accuracy by domain after the last round: bars for few methods, a heat map for many."""
-    names = list(next(iter(runs.values()))[0][-1]["domain_accuracy"])
-    # [methods, seeds, domains], in percent
-    values = 100 * np.array(
-        [[[rounds[-1]["domain_accuracy"][d] for d in names] for rounds in s] for s in runs.values()]
+def domains(runs: Runs, metric: Metric) -> Plot:
+    """A metric by domain after the last round: bars for few methods, a heat map for many.
+
+    Bars show differences only against the range that a metric has.
+    """
+    field = f"domain_{metric.name}"
+    names = list(next(iter(runs.values()))[0][-1][field])
+    # [methods, seeds, domains], as shown
+    values = metric.factor * np.array(
+        [[[rounds[-1][field][d] for d in names] for rounds in s] for s in runs.values()], float
     )
-    if len(runs) <= _FEW:
-        return _domain_bars(list(runs), names, values)
-    return _domain_map(list(runs), names, values.mean(1))
+    if len(runs) <= _FEW and metric.bounds is not None:
+        return _domain_bars(list(runs), names, values, metric)
+    return _domain_map(list(runs), names, values.mean(1), metric)
 
 
-def differences(found: Mapping[str, paired.Difference], reference: str) -> Plot:
-    """Differences from a reference with their intervals, sorted."""
+def differences(found: Mapping[str, paired.Difference], reference: str, metric: Metric) -> Plot:
+    """Differences from a reference with their intervals, sorted, the best on top."""
     figure, axes = _figure(1.2 + 0.28 * len(found))
-    ordered = sorted(found.items(), key=lambda item: item[1].mean)
+    sign = 1 if metric.higher_is_better else -1
+    ordered = sorted(found.items(), key=lambda item: sign * item[1].mean)
     for y, (_, each) in enumerate(ordered):
         axes.plot([each.low, each.high], [y, y], color="C0", lw=1.5)
         axes.plot(each.mean, y, "o", color="C0", ms=5)
     axes.axvline(0, color="k", lw=1, ls=":")
     axes.set_yticks(range(len(ordered)), [method for method, _ in ordered])
-    axes.set(ylim=(-0.6, len(ordered) - 0.4), xlabel=f"accuracy minus that of {reference} (points)")
+    axes.set(
+        ylim=(-0.6, len(ordered) - 0.4),
+        xlabel=f"{metric.words} minus that of {reference} ({metric.difference_unit}), "
+        f"{'higher' if metric.higher_is_better else 'lower'} is better",
+    )
     axes.grid(alpha=0.3, axis="x")
     return Plot(
         figure,
-        f"Accuracy after the last round minus that of {reference}, paired over seeds: mean and "
-        "95% t-interval",
+        f"{_named(metric)} after the last round minus that of {reference}, paired over seeds: mean "
+        "and 95% t-interval",
     )
 
 
-def error_and_accuracy(runs: Runs) -> Plot | None:
-    """Aggregation error against accuracy; None unless three methods at least have an error.
+def error_against(runs: Runs, metric: Metric) -> Plot | None:
+    """Aggregation error against a metric; None unless three methods at least have an error.
 
     A method that trains on pooled data has one client in a round, and no error to speak of.
     """
@@ -119,43 +129,48 @@ def error_and_accuracy(runs: Runs) -> Plot | None:
     looks = styles(list(runs))
     errors = np.array([[np.mean(_errors(r)) for r in seeds] for seeds in aggregating.values()])
     errors = np.where(errors < _EXACT, 0, errors)
-    final = np.array([[100 * r[-1]["accuracy"] for r in seeds] for seeds in aggregating.values()])
+    last = [[rounds[-1][metric.name] for rounds in seeds] for seeds in aggregating.values()]
+    final = metric.factor * np.array(last)
     for method, x, y in zip(aggregating, errors, final, strict=True):
         look = {**looks[method], "linestyle": ""}
         axes.plot(x, y, **look, ms=5, alpha=0.8, label=method)
-    axes.set(xlabel="aggregation error, mean over rounds", ylabel="accuracy (%)")
+    axes.set(xlabel="aggregation error, mean over rounds", ylabel=metric.title)
     axes.grid(alpha=0.3)
     _legend_outside(axes)
     correlations = paired.rank_correlations(errors, final)
     return Plot(
         figure,
-        "Aggregation error against accuracy after the last round, a point for each method and "
-        f"seed. {_said(correlations, len(aggregating))}",
+        f"Aggregation error against {metric.words} after the last round, a point for each method "
+        f"and seed. {_said(correlations, len(aggregating))}",
     )
 
 
-def learning_rates(accuracies: Mapping[str, Mapping[float, Sequence[float] | None]]) -> Plot:
-    """Accuracy against the learning rate, a line a method; None marks a rate that failed."""
+def learning_rates(
+    found: Mapping[str, Mapping[float, Sequence[float] | None]], metric: Metric
+) -> Plot:
+    """A metric against the learning rate, a line a method; None marks a rate that failed."""
     figure, axes = _figure()
-    for method, look in styles(list(accuracies)).items():
-        means = {rate: np.mean(x) for rate, x in accuracies[method].items() if x is not None}
-        points = [100 * mean for mean in means.values()]
+    for method, look in styles(list(found)).items():
+        means = {rate: np.mean(x) for rate, x in found[method].items() if x is not None}
+        points = [metric.factor * mean for mean in means.values()]
         axes.plot(list(means), points, **look, ms=4, lw=1.3, label=method)
-    rates = list(next(iter(accuracies.values())))
-    axes.set(xlabel="learning rate", ylabel="validation accuracy (%)", xscale="log")
+    rates = list(next(iter(found.values())))
+    axes.set(xlabel="learning rate", ylabel=f"validation {metric.title}", xscale="log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     _legend_outside(axes)
     return Plot(
         figure,
-        "Accuracy on the validation split after the last round against the learning rate, mean "
-        "over seeds; a rate at which training diverged has no point",
+        f"{_named(metric)} on the validation split after the last round against the learning rate, "
+        "mean over seeds; a rate at which training diverged has no point",
     )
 
 
 def partition(counts: np.ndarray, names: Sequence[str]) -> Plot:
     """The number of examples of each client, domain and label, `counts: [N, D, L]`."""
+    if counts.shape[2] == 1:
+        return _sizes(counts[:, :, 0], names)
     figure, axes = _figure()
     by_label = counts.sum(1)  # [N, L]
     home = counts.sum(2).argmax(1)  # [N]
@@ -178,6 +193,21 @@ def partition(counts: np.ndarray, names: Sequence[str]) -> Plot:
     return Plot(
         figure, "Training examples by client and label, clients grouped by domain, first seed"
     )
+
+
+def _sizes(counts: np.ndarray, names: Sequence[str]) -> Plot:
+    """The number of examples of each client and domain, `counts: [N, D]`."""
+    figure, axes = _figure()
+    below = np.zeros(len(counts), int)
+    for index, domain in enumerate(names):
+        axes.bar(
+            range(len(counts)), counts[:, index], bottom=below, color=f"C{index}", label=domain
+        )
+        below += counts[:, index]
+    axes.set(xlabel="client", ylabel="training examples")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return Plot(figure, "Training examples by client and domain, first seed")
 
 
 def _figure(height: float = 4.8) -> tuple[Figure, Any]:
@@ -227,7 +257,7 @@ def _over_rounds(
     return "; the band is one standard deviation over seeds" if banded else ""
 
 
-def _domain_bars(methods: list[str], names: list[str], values: np.ndarray) -> Plot:
+def _domain_bars(methods: list[str], names: list[str], values: np.ndarray, metric: Metric) -> Plot:
     figure, axes = _figure()
     width = 0.8 / len(methods)
     several = values.shape[1] > 1
@@ -244,35 +274,50 @@ def _domain_bars(methods: list[str], names: list[str], values: np.ndarray) -> Pl
             error_kw={"lw": 1},
         )
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="accuracy (%)", ylim=(0, 100))
+    axes.set(ylabel=metric.title)
+    if metric.bounds is not None:
+        axes.set(ylim=tuple(metric.factor * bound for bound in metric.bounds))
     axes.grid(alpha=0.3, axis="y")
     axes.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, 1.12))
     bars = "; bars are one standard deviation over seeds" if several else ""
-    return Plot(figure, f"Accuracy after the last round, by domain{bars}")
+    return Plot(figure, f"{_named(metric)} after the last round, by domain{bars}")
 
 
-def _domain_map(methods: list[str], names: list[str], values: np.ndarray) -> Plot:
+def _domain_map(methods: list[str], names: list[str], values: np.ndarray, metric: Metric) -> Plot:
     values = np.column_stack([values.mean(1), values])
-    order = np.argsort(-values[:, 0], kind="stable")
+    sign = -1 if metric.higher_is_better else 1
+    order = np.argsort(sign * values[:, 0], kind="stable")
     values = values[order]
     figure, axes = _figure(1 + 0.3 * len(methods))
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     middle = (values.min() + values.max()) / 2
     for (row, column), value in np.ndenumerate(values):
         color = "black" if value > middle else "white"
-        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=9)
+        axes.text(
+            column,
+            row,
+            f"{value:.{metric.digits}f}",
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=9,
+        )
     axes.axvline(0.5, color="white", lw=3)
     axes.set_xticks(range(len(names) + 1), ["mean", *names])
     axes.set_yticks(range(len(methods)), [methods[i] for i in order])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    figure.colorbar(image, label="accuracy (%)")
+    figure.colorbar(image, label=metric.title)
     return Plot(
         figure,
-        "Accuracy after the last round in percent, by domain, mean over seeds; methods sorted by "
-        "their mean over domains",
+        f"{_named(metric)} after the last round, by domain, mean over seeds; methods sorted by "
+        "their mean over domains, the best on top",
     )
+
+
+def _named(metric: Metric) -> str:
+    return f"{metric.title[0].upper()}{metric.title[1:]}"
 
 
 def _errors(rounds: Rounds) -> list[float]:

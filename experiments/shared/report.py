@@ -13,14 +13,10 @@ from experiments.shared.apps import command
 from experiments.shared.plots import Rounds, Runs
 from fedlora_jax import experiment
 from fedlora_jax.experiment import records
+from fedlora_jax.federated.metrics import Metric
 
 _LEGEND = {
     "learning rate": "Learning rate: that of each method's clients at the start.",
-    "accuracy %": "Accuracy: test accuracy in percent after the last round, the plain mean over "
-    "domains, as mean ± sample standard deviation over seeds; then the mean over seeds for each "
-    "domain.",
-    "personal %": "Personal: the mean over clients, each judged on test examples distributed as "
-    "its own data, with its own factors if the method keeps them.",
     "agg. error": "Agg. error: relative Frobenius distance of the server's update from the mean of "
     "the clients' updates.",
     "MB up": "MB: megabytes that the whole cohort sends and receives in a round.",
@@ -32,8 +28,8 @@ _LEGEND = {
 }
 
 _PAIRED_LEGEND = """\
-Accuracy minus that of {reference} under the same seed, in points: the mean over {seeds} seeds, its
-95% t-interval, on how many seeds the method is higher, and the p-value of a two-sided paired
+{metric} minus that of {reference} under the same seed, in {unit}: the mean over {seeds} seeds, its
+95% t-interval, on how many seeds the method is {better}, and the p-value of a two-sided paired
 t-test, corrected by Holm for the {methods} comparisons of this table; an interval holds for its
 method alone. A seed sets the split over clients, the first adapters, the cohorts and the batches:
 intervals say what another seed could change. They do not say what another data set, backbone or
@@ -49,6 +45,9 @@ class Study(NamedTuple):
       domains: Names of the domains.
       test_examples: Their number.
       learning_rates: That of each method.
+      metric: The headline.
+      untouched: What the metrics are of the model before any training; None where it has a new
+        head, which says nothing before it is trained.
     """
 
     command: str
@@ -56,41 +55,46 @@ class Study(NamedTuple):
     domains: Sequence[str]
     test_examples: int
     learning_rates: Mapping[str, float]
+    metric: Metric
+    untouched: Mapping[str, Any] | None = None
 
 
-def table(runs: Runs, learning_rates: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of the comparison, as `_LEGEND` explains them.
+def table(
+    runs: Runs,
+    learning_rates: Mapping[str, float],
+    metric: Metric,
+    untouched: Mapping[str, Any] | None = None,
+) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of the comparison, as `legend` explains them.
 
     Columns in which no run has anything to say are left out, and learning rates if all are equal.
     """
-    rows = [_row(method, seeds, learning_rates[method]) for method, seeds in runs.items()]
+    rows = [_row(method, seeds, learning_rates[method], metric) for method, seeds in runs.items()]
+    personal = f"personal_{metric.name}"
     silent = {
         "learning rate": len(set(learning_rates[method] for method in runs)) == 1,
-        "personal %": not _any(runs, "personal_accuracy", lambda x: x is not None),
+        f"personal {metric.unit}".strip(): not _any(runs, personal, lambda x: x is not None),
         "MB catch-up": not _any(runs, "megabytes_catch_up", bool),
         "epsilon": not _any(runs, "epsilon", lambda x: x is not None),
     }
     head = [column for column in rows[0] if not silent.get(column)]
-    return head, [[row[column] for column in head] for row in rows]
+    if untouched is not None:
+        rows.insert(0, {"method": "untouched model", **_judged([untouched], metric)})
+    return head, [[row.get(column, "-") for column in head] for row in rows]
 
 
-def _row(method: str, seeds: Sequence[Rounds], learning_rate: float) -> dict[str, str]:
-    last = [rounds[-1] for rounds in seeds]
+def _row(
+    method: str, seeds: Sequence[Rounds], learning_rate: float, metric: Metric
+) -> dict[str, str]:
     everything = [row for rounds in seeds for row in rounds]
     # Files of older versions lack the fields that are asked for with `get`.
-    personal = [100 * x for row in last if (x := row.get("personal_accuracy")) is not None]
-    epsilons = [x for row in last if (x := row.get("epsilon")) is not None]
+    epsilons = [x for rounds in seeds if (x := rounds[-1].get("epsilon")) is not None]
     catch_up = [row.get("megabytes_catch_up", 0.0) for row in everything]
     errors = [r["aggregation_error"] for r in everything if r["aggregation_error"] is not None]
     return {
         "method": method,
         "learning rate": f"{learning_rate:g}",
-        "accuracy %": spread([100 * row["accuracy"] for row in last]),
-        **{
-            domain: f"{100 * _mean(row['domain_accuracy'][domain] for row in last):.1f}"
-            for domain in last[0]["domain_accuracy"]
-        },
-        "personal %": spread(personal) if personal else "-",
+        **_judged([rounds[-1] for rounds in seeds], metric),
         "agg. error": f"{_mean(errors):.4f}" if errors else "-",
         "MB up": f"{_mean(row['megabytes_up'] for row in everything):.2f}",
         "MB down": f"{_mean(row['megabytes_down'] for row in everything):.2f}",
@@ -98,6 +102,42 @@ def _row(method: str, seeds: Sequence[Rounds], learning_rate: float) -> dict[str
         "epsilon": f"{max(epsilons):.2f}" if epsilons else "-",
         "s / round": f"{np.median([row['seconds'] for row in everything]):.2f}",
     }
+
+
+def _judged(rows: Sequence[Mapping[str, Any]], metric: Metric) -> dict[str, str]:
+    """The columns of the headline: overall, by domain, and personal, over seeds."""
+    domains = [row[f"domain_{metric.name}"] for row in rows]
+    return {
+        f"{metric.words} {metric.unit}".strip(): _shown([row[metric.name] for row in rows], metric),
+        **{
+            domain: _shown([row[domain] for row in domains], metric, mean_alone=True)
+            for domain in domains[0]
+        },
+        f"personal {metric.unit}".strip(): _shown(
+            [row.get(f"personal_{metric.name}") for row in rows], metric
+        ),
+    }
+
+
+def _shown(values: Sequence[float | None], metric: Metric, mean_alone: bool = False) -> str:
+    known = [metric.factor * value for value in values if value is not None]
+    if not known:
+        return "-"
+    return spread([_mean(known)] if mean_alone else known, metric.digits)
+
+
+def legend(head: Sequence[str], metric: Metric) -> str:
+    """What the columns of `table` mean."""
+    better = "higher" if metric.higher_is_better else "lower"
+    texts = {
+        f"{metric.words} {metric.unit}".strip(): f"{metric.title[0].upper()}{metric.title[1:]}: "
+        f"on test examples after the last round, {better} is better, the plain mean over domains, "
+        "as mean ± sample standard deviation over seeds; then the mean over seeds for each domain.",
+        f"personal {metric.unit}".strip(): "Personal: the mean over clients, each judged on test "
+        "examples distributed as its own data, with its own factors if the method keeps them.",
+        **_LEGEND,
+    }
+    return " ".join(texts[column] for column in head if column in texts)
 
 
 def _any(runs: Runs, field: str, wanted: Any) -> bool:
@@ -115,42 +155,51 @@ def reference_of(runs: Runs) -> str | None:
     return "fedit" if "fedit" in runs else next(iter(runs))
 
 
-def compared(runs: Runs, reference: str) -> dict[str, paired.Difference]:
-    """Final accuracies, in points, compared with those of a method under the same seeds."""
+def compared(runs: Runs, reference: str, metric: Metric) -> dict[str, paired.Difference]:
+    """Final values as they are shown, compared with those of a method under the same seeds."""
     final = {
-        method: [100 * rounds[-1]["accuracy"] for rounds in seeds] for method, seeds in runs.items()
+        method: [metric.factor * rounds[-1][metric.name] for rounds in seeds]
+        for method, seeds in runs.items()
     }
     return paired.differences(final, reference)
 
 
-def render(runs: Runs, learning_rates: Mapping[str, float], style: str = "simple") -> str:
-    """The table as text; `style` is a table format of the library tabulate."""
-    return aligned(*table(runs, learning_rates), style)
-
-
-def render_paired(runs: Runs, reference: str, style: str = "simple") -> str:
+def render_paired(runs: Runs, reference: str, metric: Metric, style: str = "simple") -> str:
     """The differences from a reference as text."""
-    head = [f"minus {reference}", "points", "95% interval", "higher on", "p (Holm)"]
+    digits = metric.digits + 1
+    better = "higher" if metric.higher_is_better else "lower"
+    head = [
+        f"minus {reference}",
+        metric.difference_unit,
+        "95% interval",
+        f"{better} on",
+        "p (Holm)",
+    ]
     rows = [
         [
             method,
-            f"{each.mean:+.2f}",
-            f"{each.low:+.2f} to {each.high:+.2f}",
-            f"{each.higher} of {each.seeds}",
+            f"{each.mean:+.{digits}f}",
+            f"{each.low:+.{digits}f} to {each.high:+.{digits}f}",
+            f"{each.higher if metric.higher_is_better else each.lower} of {each.seeds}",
             f"{each.p:.3f}" if each.p >= 0.0005 else "< 0.001",
         ]
-        for method, each in compared(runs, reference).items()
+        for method, each in compared(runs, reference, metric).items()
     ]
     return aligned(head, rows, style)
 
 
-def summary(runs: Runs, learning_rates: Mapping[str, float]) -> str:
+def summary(runs: Runs, study: Study) -> str:
     """All tables, for a terminal."""
     reference = reference_of(runs)
-    parts = [render(runs, learning_rates)]
+    parts = [render(runs, study)]
     if reference is not None:
-        parts.append(render_paired(runs, reference))
+        parts.append(render_paired(runs, reference, study.metric))
     return "\n\n".join(parts)
+
+
+def render(runs: Runs, study: Study, style: str = "simple") -> str:
+    """The table as text; `style` is a table format of the library tabulate."""
+    return aligned(*table(runs, study.learning_rates, study.metric, study.untouched), style)
 
 
 def finish(
@@ -159,43 +208,51 @@ def finish(
     workdir: Path,
     runs: Runs,
     learning_rates: Mapping[str, float],
+    untouched: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the report of finished runs into `workdir`, and prints its tables."""
     study = Study(
         command(),
         experiment.partition_counts(config, setting),
         setting.domains,
-        len(setting.test["label"]),
+        len(setting.test["domain"]),
         learning_rates,
+        setting.task.metrics[0],
+        untouched,
     )
     path = write(workdir, runs, study)
-    print(f"\n{summary(runs, learning_rates)}\n\nReport with plots: {path}")
+    print(f"\n{summary(runs, study)}\n\nReport with plots: {path}")
 
 
 def write(workdir: Path, runs: Runs, study: Study) -> Path:
     """Writes `report.md` and its plots into `workdir`; returns the path of the report."""
-    reference = reference_of(runs)
+    reference, metric = reference_of(runs), study.metric
     drawn = {
-        "accuracy": plots.accuracy(runs),
-        "paired": plots.differences(compared(runs, reference), reference) if reference else None,
-        "domains": plots.domains(runs),
+        metric.name: plots.over_rounds(runs, metric),
+        "paired": None
+        if reference is None
+        else plots.differences(compared(runs, reference, metric), reference, metric),
+        "domains": plots.domains(runs, metric),
         "aggregation_error": plots.aggregation_error(runs),
-        "error_and_accuracy": plots.error_and_accuracy(runs),
+        f"error_and_{metric.name}": plots.error_against(runs, metric),
         "partition": plots.partition(study.partition, study.domains),
     }
     seeds = len(next(iter(runs.values())))
-    head, _ = table(runs, study.learning_rates)
+    head, _ = table(runs, study.learning_rates, metric)
     parts = [
         f"# Comparison over {seeds} seed{'s' * (seeds > 1)}",
         f"```\n{study.command}\n```",
-        render(runs, study.learning_rates, "github"),
-        " ".join(text for column, text in _LEGEND.items() if column in head),
+        render(runs, study, "github"),
+        legend(head, metric),
     ]
     if reference:
         parts += [
             f"## Against {reference}",
-            render_paired(runs, reference, "github"),
+            render_paired(runs, reference, metric, "github"),
             _PAIRED_LEGEND.format(
+                metric=f"{metric.words[0].upper()}{metric.words[1:]}",
+                unit=metric.difference_unit,
+                better="higher" if metric.higher_is_better else "lower",
                 reference=reference,
                 seeds=seeds,
                 methods=len(runs) - 1,
@@ -213,11 +270,11 @@ def aligned(head: list[str], rows: list[list[str]], style: str) -> str:
     return tabulate(rows, head, tablefmt=style, colalign=align, disable_numparse=True)
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 1) -> str:
     """Mean ± sample standard deviation, or the value itself if there is one."""
     if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def _mean(values: Iterable[float]) -> float:

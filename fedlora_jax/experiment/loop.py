@@ -3,7 +3,7 @@
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ import numpy as np
 from fedlora_jax import lora
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.experiment import memory, records
-from fedlora_jax.experiment.measure import make_measure
-from fedlora_jax.experiment.program import Program, check, schedule
-from fedlora_jax.experiment.setting import Setting, dtype_of, partitioned
+from fedlora_jax.experiment.measure import in_words, make_measure
+from fedlora_jax.experiment.program import Program, check, compile_program, schedule
+from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled, partitioned
 from fedlora_jax.federated import cohort, randomness, ranks
 from fedlora_jax.federated.evaluation import HeldOut, held_out
 from fedlora_jax.federated.round import Federation, create
@@ -51,7 +51,6 @@ def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Met
         )
     if method.pooled:
         parts = [np.concatenate(parts)]
-    domains = setting.train["domain"]
     backbone, head = lora.split_head(setting.params, config.lora.head)
     adapters = lora.init(
         randomness.stream(seed, "adapters"),
@@ -83,14 +82,37 @@ def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Met
     return State(
         federation,
         client_data(setting.train, parts),
-        held_out(
-            setting.test,
-            setting.test["domain"],
-            setting.test["label"],
-            [(domains[part], setting.train["label"][part]) for part in parts],
-        ),
+        _held_out(config, setting, parts),
         1 if method.pooled else config.clients_per_round,
     )
+
+
+def _held_out(
+    config: ml_collections.ConfigDict, setting: Setting, parts: Sequence[np.ndarray]
+) -> HeldOut:
+    """Each client's own text where there is such; else examples of its domains and labels."""
+    natural = config.data.partition == "natural"
+    train, test = setting.train, setting.test
+    kind = "client" if natural else "label" if is_labelled(train) else "domain"
+    return held_out(
+        test,
+        test["domain"],
+        test[kind],
+        [(train["domain"][part], train[kind][part]) for part in parts],
+        kinds_are_own=natural,
+    )
+
+
+def judge_untouched(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Any] | None:
+    """The metrics of the model before any training; None if it has a new head to be trained."""
+    if config.lora.head:
+        return None
+    config = config.copy_and_resolve_references()
+    config.method = "fedit"
+    program = compile_program(config, setting)
+    start = first_state(config, setting, program.method)
+    found = program.evaluate(start.federation, start.test)
+    return in_words(program.metrics, found, setting.domains)
 
 
 def run(

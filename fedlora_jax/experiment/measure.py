@@ -11,7 +11,8 @@ import numpy as np
 from fedlora_jax.experiment.program import Program, epsilon
 from fedlora_jax.federated import communication
 from fedlora_jax.federated.communication import MessageBytes
-from fedlora_jax.federated.evaluation import HeldOut
+from fedlora_jax.federated.evaluation import Evaluation, HeldOut, mean_of_known
+from fedlora_jax.federated.metrics import Metric
 from fedlora_jax.federated.round import Federation, RoundMetrics
 
 Measure: TypeAlias = Callable[[int, Federation, RoundMetrics], dict[str, Any]]
@@ -50,17 +51,14 @@ def make_measure(
         return {f"megabytes_{name}": value for name, value in total._asdict().items()}
 
     def measure(index: int, federation: Federation, measured: RoundMetrics) -> dict[str, Any]:
-        accuracy = program.evaluate(federation, test)
-        by_domain = np.asarray(accuracy.domains, np.float64)
-        by_client = np.asarray(accuracy.clients, np.float64)
         ranks = np.asarray(measured.ranks).tolist()
+        judged = in_words(program.metrics, program.evaluate(federation, test), domains)
+        of_clients = {name: judged.pop(name) for name in list(judged) if name[:7] == "client_"}
         return {
             "round": index,
             "method": config.method,
             "seed": config.seed,
-            "accuracy": float(np.mean(by_domain)),
-            "domain_accuracy": dict(zip(domains, by_domain.tolist(), strict=True)),
-            "personal_accuracy": float(np.mean(by_client)),
+            **judged,
             "loss": float(measured.loss),
             "aggregation_error": _number(measured.aggregation_error),
             "excluded_clients": int(measured.excluded),
@@ -69,13 +67,43 @@ def make_measure(
             "cohort": cohorts[index].tolist(),
             "rank": ranks,
             "client_loss": np.asarray(measured.client_loss).tolist(),
-            "client_accuracy": by_client.tolist(),
+            **of_clients,
         }
 
     return measure
 
 
+def in_words(
+    metrics: Sequence[Metric], found: Evaluation, domains: Sequence[str]
+) -> dict[str, Any]:
+    """An evaluation as plain numbers, each metric under four names.
+
+    For a metric `m`: `m`, the plain mean over domains; `domain_m`, by domain; `personal_m`, the
+    mean over clients; `client_m`, of each of them. Where nothing is held out there is None.
+    """
+    numbers: dict[str, Any] = {}
+    for metric in metrics:
+        by_domain = np.asarray(found.domains[metric.name], np.float64)
+        by_client = np.asarray(found.clients[metric.name], np.float64)
+
+        def finished(values: Any, metric: Metric = metric) -> Any:
+            return _jsonable(metric.finish(np.asarray(values)))
+
+        numbers |= {
+            metric.name: finished(mean_of_known(by_domain)),
+            f"domain_{metric.name}": dict(zip(domains, finished(by_domain), strict=True)),
+            f"personal_{metric.name}": finished(mean_of_known(by_client)),
+            f"client_{metric.name}": finished(by_client),
+        }
+    return numbers
+
+
+def _jsonable(values: np.ndarray) -> Any:
+    """Floats in lists, None for what is not finite, which JSON does not have."""
+    known = np.array(values, object)
+    known[~np.isfinite(values)] = None
+    return known.tolist()
+
+
 def _number(x: jax.Array) -> float | None:
-    """A float, or None for NaN, which JSON does not have."""
-    value = float(x)
-    return None if np.isnan(value) else value
+    return _jsonable(np.asarray(x, np.float64))

@@ -1,6 +1,5 @@
 """The compiled functions of one method, by configuration, with all that it is combined with."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_collections
@@ -10,9 +9,11 @@ from fedlora_jax import methods, transforms
 from fedlora_jax.data import partition
 from fedlora_jax.experiment.setting import Setting, dtype_of
 from fedlora_jax.federated import ranks
-from fedlora_jax.federated.evaluation import Accuracy, HeldOut, make_evaluate
+from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import Federation, RoundFunction, make_round
+from fedlora_jax.federated.metrics import Metric
+from fedlora_jax.federated.round import RoundFunction, make_round
+from fedlora_jax.federated.task import metrics_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
 
@@ -25,7 +26,8 @@ class Program(NamedTuple):
     method: Method
     training: LocalTraining
     round: RoundFunction
-    evaluate: Callable[[Federation, HeldOut], Accuracy]
+    evaluate: Evaluate
+    metrics: tuple[Metric, ...]
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -36,6 +38,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "lora.rank": config.lora.rank,
         "local.steps or config.local.epochs": max(config.local.steps, config.local.epochs),
         "local.batch_size": config.local.batch_size,
+        "evaluation_batch_size": config.evaluation_batch_size,
     }.items():
         if value < 1:
             raise ValueError(f"config.{name} must be at least 1, got {value}")
@@ -46,6 +49,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     }.items():
         if value < 0:
             raise ValueError(f"config.{name} must not be negative, got {value}")
+    metrics_of(config.task, config.metrics)
     make_method(config)
     ranks.check(config.lora.ranks)
     epsilon(config, num_clients=config.clients_per_round, rounds=1)
@@ -81,7 +85,14 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
             equal_weights=equal,
             clients_per_chunk=config.clients_per_chunk or None,
         ),
-        make_evaluate(setting.task, method, len(setting.domains)),
+        make_evaluate(
+            setting.task,
+            method,
+            len(setting.domains),
+            batch_size=config.evaluation_batch_size,
+            clients_at_once=config.clients_per_chunk or 8,
+        ),
+        setting.task.metrics,
     )
 
 

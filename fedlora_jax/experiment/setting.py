@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,13 @@ import numpy as np
 from fedlora_jax import models
 from fedlora_jax.data import images, partition, python_docs, sources
 from fedlora_jax.experiment import texts
-from fedlora_jax.federated.task import Batch, Task, classification
+from fedlora_jax.federated.task import (
+    Batch,
+    Task,
+    causal_language_model,
+    classification,
+    regression,
+)
 from fedlora_jax.lora import Params
 from fedlora_jax.models import pretrain, pretrained
 from fedlora_jax.names import lookup
@@ -50,10 +57,19 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     domains = _domain_names(config) if "domain" in train else ("all",)
     inputs = _tokens if "tokens" in train else _images
     params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
-    model = model.clone(dtype=dtype_of(config.precision.compute))
-    return Setting(
-        classification(model, inputs), params, _examples(train), _examples(test), domains
-    )
+    task = _task(config, model.clone(dtype=dtype_of(config.precision.compute)), inputs)
+    return Setting(task, params, _examples(train), _examples(test), domains)
+
+
+def _task(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    inputs: Callable[[Batch], tuple[jax.Array, ...]],
+) -> Task:
+    if config.task == "causal_lm":
+        return causal_language_model(model, config.metrics)
+    makers = {"classification": classification, "regression": regression}
+    return lookup(makers, config.task, "task")(model, inputs, config.metrics)
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -115,9 +131,16 @@ def _backbone_path(config: ml_collections.ConfigDict) -> Path:
 
 def _examples(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What training needs of a split; a data set without domains has one."""
-    one_domain = np.zeros(len(arrays["label"]), np.int32)
-    kind = "tokens" if "tokens" in arrays else "image"
-    return {name: arrays.get(name, one_domain) for name in (kind, "label", "domain")}
+    count = len(next(iter(arrays.values())))
+    wanted = ("image", "tokens", "answer", "label", "domain", "client")
+    return {"domain": np.zeros(count, np.int32)} | {
+        name: arrays[name] for name in wanted if name in arrays
+    }
+
+
+def is_labelled(examples: dict[str, np.ndarray]) -> bool:
+    """Whether the examples are of classes."""
+    return "label" in examples and np.issubdtype(examples["label"].dtype, np.integer)
 
 
 def _tokens(batch: Batch) -> tuple[jax.Array]:
@@ -131,19 +154,28 @@ def _images(batch: Batch) -> tuple[jax.Array]:
 def partitioned(config: ml_collections.ConfigDict, setting: Setting, seed: int) -> list[np.ndarray]:
     """The positions of each client's training examples, as `config.data` says."""
     split = partition.get(config.data.partition)
-    known = {
-        "labels": setting.train["label"],
-        "domains": setting.train["domain"],
-        "num_examples": len(setting.train["label"]),
-    }
-    wanted = {name: known[name] for name in inspect.signature(split).parameters if name in known}
-    return split(**wanted, seed=seed, **config.data.partition_options)
+    train = setting.train
+    known = {"domains": train["domain"], "num_examples": len(train["domain"]), "seed": seed}
+    if is_labelled(train):
+        known["labels"] = train["label"]
+    if "client" in train:
+        known["clients"] = train["client"]
+    parameters = inspect.signature(split).parameters
+    for name in ("labels", "clients"):
+        if name in parameters and name not in known:
+            raise ValueError(
+                f"the partition {config.data.partition!r} needs {name}, which the data set "
+                f"{config.data.name!r} does not have"
+            )
+    wanted = {name: known[name] for name in parameters if name in known}
+    return split(**wanted, **config.data.partition_options)
 
 
 def partition_counts(config: ml_collections.ConfigDict, setting: Setting) -> np.ndarray:
     """How many examples each client has of each domain and label, `[N, D, L]`."""
     parts = partitioned(config, setting, config.seed)
-    labels, domains = setting.train["label"], setting.train["domain"]
+    domains = setting.train["domain"]
+    labels = setting.train["label"] if is_labelled(setting.train) else np.zeros_like(domains)
     counts = np.zeros((len(parts), len(setting.domains), int(labels.max()) + 1), int)
     for client, part in enumerate(parts):
         np.add.at(counts[client], (domains[part], labels[part]), 1)

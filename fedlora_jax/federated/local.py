@@ -12,6 +12,9 @@ from fedlora_jax.federated.task import Batch, Task, outputs
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.methods import Start, Trainable, Trained, trained_mask
 
+# So that a batch without anything to learn from has no loss; whole examples and tokens count 1.
+_LEAST = 1e-30
+
 BatchOf: TypeAlias = Callable[[jax.Array], tuple[Batch, jax.Array]]
 
 
@@ -158,10 +161,12 @@ def _loss(
     batch: Batch,
     mask: jax.Array,
 ) -> jax.Array:
-    """The mean loss over the examples of a batch that the mask keeps."""
+    """The weighted mean of the loss over the examples of a batch that the mask keeps."""
     values = outputs(task, backbone, trainable, batch, scale=scale, offset=offset)
-    losses = jnp.where(mask > 0, task.loss(values, batch).astype(jnp.float32), 0.0)
-    return jnp.sum(losses) / jnp.maximum(jnp.sum(mask), 1.0)
+    losses, weights = task.loss(values, batch)
+    weights = jnp.where(mask > 0, weights.astype(jnp.float32), 0.0)
+    losses = jnp.where(weights > 0, losses.astype(jnp.float32), 0.0)
+    return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), _LEAST)
 
 
 def _masked(tree: Trainable, mask: Trainable) -> Trainable:

@@ -29,7 +29,7 @@ def test_differences_equal_those_of_scipy(values):
             [gains.mean(), interval.low, interval.high, p],
             rtol=1e-9,
         )
-        assert (each.higher, each.seeds) == ((gains > 0).sum(), 5)
+        assert (each.higher, each.lower, each.seeds) == ((gains > 0).sum(), (gains < 0).sum(), 5)
 
 
 def test_two_seeds_by_hand():
@@ -42,8 +42,8 @@ def test_two_seeds_by_hand():
 
 def test_equal_differences_have_no_width():
     found = paired.differences({"a": [1.0, 2.0], "same": [1.0, 2.0], "up": [2.0, 3.0]}, "a")
-    assert found["same"] == (0, 0, 0, 0, 2, 1.0)
-    assert found["up"] == (1, 1, 1, 2, 2, 0.0)
+    assert found["same"] == (0, 0, 0, 0, 0, 2, 1.0)
+    assert found["up"] == (1, 1, 1, 2, 0, 2, 0.0)
 
 
 def test_holm_by_hand():

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from experiments.shared import apps, plots, report
+from fedlora_jax.federated import metrics
 
 DOMAINS = ["original", "noisy"]
+ACCURACY = metrics.get("accuracy")
 
 
 def rounds(method, seed, accuracies, error=0.1, clients=3, **fields):
@@ -44,7 +46,7 @@ def runs():
 
 
 def columns(runs, rates=None):
-    head, rows = report.table(runs, rates or dict.fromkeys(runs, 0.1))
+    head, rows = report.table(runs, rates or dict.fromkeys(runs, 0.1), ACCURACY)
     return {name: [row[i] for row in rows] for i, name in enumerate(head)}
 
 
@@ -80,7 +82,7 @@ def test_metrics_of_older_versions(runs):
 
 
 def test_paired_table(runs):
-    lines = report.render_paired(runs, "fedit").splitlines()
+    lines = report.render_paired(runs, "fedit", ACCURACY).splitlines()
     assert lines[0].split() == "minus fedit points 95% interval higher on p (Holm)".split()
     # Differences -10, -11, -12: mean -11, standard error 1 / sqrt(3), t(0.975, 2) = 4.303.
     assert lines[2].split()[:5] == ["local", "-11.00", "-13.48", "to", "-8.52"]
@@ -93,11 +95,11 @@ def test_what_is_compared_with_what(runs):
     assert report.reference_of({"fedit": runs["fedit"]}) is None
     assert report.reference_of({name: seeds[:1] for name, seeds in runs.items()}) is None
     one_seed = {name: seeds[:1] for name, seeds in runs.items()}
-    assert "minus" not in report.summary(one_seed, dict.fromkeys(runs, 0.1))
+    assert "minus" not in report.summary(one_seed, study(dict.fromkeys(runs, 0.1)))
 
 
 def study(rates):
-    return report.Study("the command", np.ones((4, 2, 3), int), DOMAINS, 1200, rates)
+    return report.Study("the command", np.ones((4, 2, 3), int), DOMAINS, 1200, rates, ACCURACY)
 
 
 def test_report_of_many_methods(tmp_path):
@@ -129,7 +131,7 @@ def test_report_of_few_methods(tmp_path, runs):
 
 def test_map_of_domains_shows_every_number_sorted():
     runs = {f"m{i}": [rounds(f"m{i}", 0, [0.2 + i / 20])] for i in range(7)}
-    axes = plots.domains(runs).figure.axes[0]
+    axes = plots.domains(runs, ACCURACY).figure.axes[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"m{6 - i}" for i in range(7)]
     texts = [text.get_text() for text in axes.texts]
     assert texts[:3] == ["50.0", "60.0", "40.0"] and len(texts) == 7 * 3
@@ -141,9 +143,9 @@ def test_correlation_of_error_with_accuracy():
         name: [rounds(name, s, [x], error=0.1 + 0.1 * i) for s, x in enumerate(each)]
         for i, (name, each) in enumerate(accuracies.items())
     }
-    plot = plots.error_and_accuracy(runs)
+    plot = plots.error_against(runs, ACCURACY)
     assert plot.caption.endswith("mean -0.75, from -1.00 to -0.50")
-    assert plots.error_and_accuracy({name: runs[name] for name in "ab"}) is None
+    assert plots.error_against({name: runs[name] for name in "ab"}, ACCURACY) is None
 
 
 def test_names_of_methods():
@@ -165,3 +167,38 @@ def test_learning_rates_from_a_file(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="no file of experiments.tune"):
         apps.read_learning_rates(path, ["fedit"])
+
+
+def test_report_where_lower_is_better(tmp_path):
+    def of_language(method, seed, values):
+        return [
+            {
+                **row,
+                "nll": value,
+                "domain_nll": {"original": value + 0.1, "noisy": value - 0.1},
+                "personal_nll": None,
+            }
+            for row, value in zip(rounds(method, seed, [0, 0]), values, strict=True)
+        ]
+
+    runs = {
+        "fedit": [of_language("fedit", s, [3.0, 2.5 + s / 100]) for s in range(3)],
+        "flora": [of_language("flora", s, [3.0, 2.25 + s / 50]) for s in range(3)],
+        "fedsvd": [of_language("fedsvd", s, [3.0, 2.75]) for s in range(3)],
+    }
+    nll = metrics.get("nll")
+    untouched = {"nll": 3.25, "domain_nll": {"original": 3.5, "noisy": 3.0}, "personal_nll": 3.125}
+    known = study(dict.fromkeys(runs, 0.1))._replace(metric=nll, untouched=untouched)
+    text = report.write(tmp_path, runs, known).read_text()
+    assert "ccuracy" not in text
+    assert "lower is better" in text and "Nll minus that of fedit" in text
+    head, rows = report.table(runs, known.learning_rates, nll, untouched)
+    assert head[:4] == ["method", "nll nats/token", "original", "noisy"]
+    assert rows[0] == ["untouched model", "3.250", "3.500", "3.000", *["-"] * (len(head) - 4)]
+    assert rows[2][:2] == ["flora", "2.270 ± 0.020"]
+    lines = report.render_paired(runs, "fedit", nll).splitlines()
+    assert "lower on" in lines[0] and "nats/token" in lines[0]
+    assert "-0.2400" in lines[2] and "3 of 3" in lines[2] and "0 of 3" in lines[3]
+    assert (tmp_path / "nll.png").exists() and (tmp_path / "error_and_nll.png").exists()
+    best_on_top = plots.domains(runs, nll).figure.axes[0].get_yticklabels()
+    assert [label.get_text() for label in best_on_top] == ["flora", "fedit", "fedsvd"]

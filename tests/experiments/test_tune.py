@@ -7,6 +7,7 @@ import pytest
 
 from configs import digits, python_docs_minilm
 from experiments import tune
+from fedlora_jax.federated import metrics
 
 
 def test_choice():
@@ -15,12 +16,21 @@ def test_choice():
         "flora": {0.1: [0.5, 0.5], 0.2: [0.5, 0.5], 0.3: None},  # equal: the smaller
         "local": {0.1: None, 0.2: None, 0.3: None},
     }
-    chosen = tune.choose(found)
+    accuracy = metrics.get("accuracy")
+    chosen = tune.choose(found, accuracy)
     assert chosen == {"fedit": 0.2, "flora": 0.1}
-    lines = tune.render(found, chosen).splitlines()
+    lines = tune.render(found, chosen, accuracy).splitlines()
     assert "60.0 ± 14.1 *" in lines[2] and lines[2].endswith(" 0.2")
     assert "50.0 ± 0.0 *" in lines[3] and "diverged" in lines[3] and "0.1 (edge)" in lines[3]
     assert lines[4].split() == ["local", "diverged", "diverged", "diverged", "-"]
+
+
+def test_choice_where_lower_is_better():
+    found = {"fedit": {0.1: [2.5, 2.6], 0.2: [2.1, 2.3], 0.3: [2.25, 2.15]}}
+    nll = metrics.get("nll")
+    chosen = tune.choose(found, nll)
+    assert chosen == {"fedit": 0.2}  # Of equal means the smaller rate.
+    assert "2.200 ± 0.141 *" in tune.render(found, chosen, nll)
 
 
 def test_grid():

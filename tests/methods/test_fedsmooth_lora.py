@@ -14,7 +14,7 @@ from fedlora_jax.data.clients import client_data, local_batch
 from fedlora_jax.federated import randomness
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, run_round, train_cohort
-from fedlora_jax.federated.task import Task
+from fedlora_jax.federated.task import Task, equally
 from fedlora_jax.methods import Server, Trainable
 
 D_IN, D_OUT, RANK, SCALE, GAMMA, RATE, STEPS = 9, 7, 2, 1.3, 4.0, 0.05, 3
@@ -23,7 +23,7 @@ COHORT = jnp.array([0, 1])
 
 
 def squares(outputs, batch):
-    return jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2
+    return equally(jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def linear():
     model = nn.Sequential([nn.Dense(D_OUT, use_bias=False)])
     params = model.init(jax.random.key(0), examples["x"])["params"]
     adapters = lora.init(jax.random.key(1), params, targets=".*", rank=RANK)
-    task = Task(model, lambda batch: (batch["x"],), squares, squares)
+    task = Task(model, lambda batch: (batch["x"],), squares)
     training = LocalTraining(optax.sgd(1.0), max(COUNTS), STEPS)
     server = Server(params, Trainable(adapters, {}), jnp.float32(SCALE), (), jnp.int32(0))
     return task, training, server, client_data(examples, parts), examples, parts

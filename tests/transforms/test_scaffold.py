@@ -14,7 +14,7 @@ from fedlora_jax import Factors, methods, transforms
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, run_round
-from fedlora_jax.federated.task import Task
+from fedlora_jax.federated.task import Task, equally
 from fedlora_jax.methods import Server, Trainable
 
 COUNTS = np.array([2, 3, 12, 5, 8])
@@ -55,11 +55,13 @@ def convex():
     rows = np.split(np.arange(COUNTS.sum()), np.cumsum(COUNTS)[:-1])
     x = generator.normal(size=(COUNTS.sum(), 3))
     y = np.concatenate([x[k] @ generator.normal(size=(3, 2)) for k in rows])
-    loss = lambda outputs, batch: jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2  # noqa: E731
+    loss = lambda outputs, batch: equally(  # noqa: E731
+        jnp.sum((outputs - batch["y"]) ** 2, axis=-1) / 2
+    )
     a = Factors(jnp.asarray(generator.normal(size=(3, 2)), jnp.float32) / 2, jnp.zeros((2, 2)))
     kernel = {"kernel": jnp.asarray(generator.normal(size=(3, 2)), jnp.float32)}
     return Convex(
-        Task(Line(), lambda batch: (batch["x"],), loss, loss),
+        Task(Line(), lambda batch: (batch["x"],), loss),
         client_data({"x": x.astype(np.float32), "y": y.astype(np.float32)}, rows),
         Server(
             {"layer": kernel}, Trainable({"layer": a}, {}), jnp.float32(SCALE), (), jnp.int32(0)
