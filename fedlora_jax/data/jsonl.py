@@ -6,7 +6,6 @@ Every line has the fields that the template names. `client` and `domain` are opt
 have them, or none. `docs/your_own_data.md` walks through it.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fedlora_jax.data import text
+from fedlora_jax.data.held_out import split_of
 from fedlora_jax.data.text import Encoder, Rows, Template, Texts
 from fedlora_jax.names import lookup
 
@@ -215,21 +215,8 @@ def _splits(
     shares = {
         name: share for name, share in held_out.items() if name in _SPLITS[1:] and not splits[name]
     }
-    if min(shares.values(), default=0) < 0 or sum(shares.values()) >= 1:
-        raise ValueError(f"shares that are held out must be in 0 .. 1 and leave a rest: {shares}")
-    rest = []
+    rest: dict[str, list[Example]] = {name: [] for name in ("federated", *shares)}
     for example in splits["federated"]:
-        place = _place(example)
-        for name, share in shares.items():
-            if 0 <= place < share:
-                splits[name].append(example)
-            place -= share
-        if place >= 0:
-            rest.append(example)
-    return {**splits, "federated": rest}
-
-
-def _place(example: Example) -> float:
-    """A number in 0 .. 1 that depends on the text alone."""
-    content = "\0".join(example.fields[name] for name in sorted(example.fields))
-    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8]) / 2**64
+        content = "\0".join(example.fields[name] for name in sorted(example.fields))
+        rest[split_of(content.encode(), shares)].append(example)
+    return {**splits, **rest}

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from fedlora_jax import models
-from fedlora_jax.data import images, partition, python_docs, sources
+from fedlora_jax.data import image_folder, images, partition, python_docs, sources
 from fedlora_jax.experiment import texts
 from fedlora_jax.federated.task import (
     Batch,
@@ -91,6 +91,8 @@ def _model(config: ml_collections.ConfigDict) -> nn.Module:
 def _domain_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
     if config.data.name in texts.SOURCES:
         return texts.domain_names(config)
+    if config.data.name == "image_folder":
+        return tuple(image_folder.class_names(config.data.root, "domain"))
     return tuple(sources.class_names(config.data.name, "domain"))
 
 
@@ -99,6 +101,9 @@ def _load(config: ml_collections.ConfigDict, split: str) -> dict[str, np.ndarray
         return python_docs.load(split, pretrained.locate(config.data.tokenizer), config.data.length)
     if config.data.name in texts.SOURCES:
         return texts.load(config, split).arrays
+    if config.data.name == "image_folder":
+        data = config.data
+        return image_folder.load(split, data.root, size=data.size, held_out=data.held_out)
     return sources.load(config.data.name, split)
 
 
@@ -115,7 +120,7 @@ def _backbone(
     made = pretrain.cached(
         _backbone_path(config),
         model,
-        sources.load(config.data.name, config.pretraining.split),
+        _load(config, config.pretraining.split),
         **config.pretraining.options,
     )
     return jax.tree.map(lambda x: x.astype(storage), made)
@@ -123,7 +128,10 @@ def _backbone(
 
 def _backbone_path(config: ml_collections.ConfigDict) -> Path:
     """A directory whose name changes with all that the backbone is made from."""
-    data = sources.full_name(config.data.name)
+    if config.data.name == "image_folder":
+        data: str | dict = {**config.data.to_dict(), "root": image_folder.digest(config.data.root)}
+    else:
+        data = sources.full_name(config.data.name)
     recipe = [data, config.model.to_dict(), config.pretraining.to_dict()]
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=list).encode())
     return Path(config.backbone_dir) / f"{config.model.name}-{digest.hexdigest()[:12]}"

@@ -1,0 +1,112 @@
+"""A folder of images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import image_folder as configuration
+from fedlora_jax.data import image_folder
+from fedlora_jax.data.held_out import split_of
+from fedlora_jax.experiment import setting
+
+HELD_OUT = {"validation": 0.2, "test": 0.3}
+COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
+
+
+def write(root, domains, count=30):
+    """Squares whose colour is their class, one pixel of them their number, with a domain's border."""
+    for number, domain in enumerate(domains):
+        for label, colour in COLOURS.items():
+            folder = root / domain / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                square = Image.new("RGB", (8, 8), colour)
+                square.putpixel((0, 0), (number, i, i))
+                image = Image.new("RGB", (8, 8 + 2 * number))
+                image.paste(square, (0, number))
+                image.save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.mark.parametrize("domains", [("",), ("one", "two")])
+def test_a_folder_is_what_its_folders_say(tmp_path, domains):
+    root = write(tmp_path, domains)
+    known = [name for name in domains if name]
+    assert image_folder.class_names(root) == ["blue", "red"]
+    assert image_folder.class_names(root, "domain") == known
+    count = 0
+    for split in ("federated", *HELD_OUT):
+        arrays = image_folder.load(split, root, size=8, held_out=HELD_OUT)
+        images, labels = arrays["image"], arrays["label"]
+        count += len(images)
+        assert images.shape[1:] == (8, 8, 3) and images.dtype == np.uint8
+        assert labels.dtype == np.int32
+        # The middle of the image, of whatever shape it is.
+        wanted = np.array([COLOURS[["blue", "red"][label]] for label in labels])
+        np.testing.assert_array_equal(images[:, 4, 4], wanted)
+        assert ("domain" in arrays) == bool(known)
+    assert count == len(domains) * 60
+
+
+def test_equal_files_are_in_one_split(tmp_path):
+    root = write(tmp_path, ("one", "two"))
+    for path in sorted(root.rglob("*.png")):
+        path.with_name(f"copy_{path.name}").write_bytes(path.read_bytes())
+    sets = [
+        {x.tobytes() for x in image_folder.load(s, root, size=8, held_out=HELD_OUT)["image"]}
+        for s in ("federated", *HELD_OUT)
+    ]
+    assert not sets[0] & sets[1] and not sets[0] & sets[2] and not sets[1] & sets[2]
+
+
+def test_shares():
+    shares = {"a": 0.25, "b": 0.5}
+    found = [split_of(str(i).encode(), shares) for i in range(4000)]
+    for name, share in {**shares, "federated": 0.25}.items():
+        assert abs(found.count(name) / 4000 - share) < 0.03
+    for bad in ({"a": -0.1}, {"a": 0.6, "b": 0.4}):
+        with pytest.raises(ValueError, match="leave a rest"):
+            split_of(b"", bad)
+
+
+def test_the_digest_is_of_places_and_contents(tmp_path):
+    root = write(tmp_path, ("",), count=2)
+    before = image_folder.digest(root)
+    assert before == image_folder.digest(root)
+    path = root / "red" / "000.png"
+    path.rename(root / "red" / "new.png")
+    moved = image_folder.digest(root)
+    Image.new("RGB", (8, 8)).save(root / "red" / "new.png")
+    assert len({before, moved, image_folder.digest(root)}) == 3
+
+
+def test_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image in .*root/class/image.png"):
+        image_folder.class_names(tmp_path)
+    root = write(tmp_path / "x", ("",), count=3)
+    with pytest.raises(ValueError, match="unknown split 'tests'. Did you mean 'test'"):
+        image_folder.load("tests", root, size=8, held_out=HELD_OUT)
+    with pytest.raises(ValueError, match="no image .* is in the split 'validation'"):
+        image_folder.load("validation", root, size=8, held_out={"validation": 0.0})
+    (root / "red" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="bad.png is not an image that can be read"):
+        image_folder.load("federated", root, size=8, held_out={})
+    (root / "red" / "bad.png").rename(root / "bad.png")
+    with pytest.raises(ValueError, match="lies elsewhere than"):
+        image_folder.class_names(root)
+
+
+def test_a_configuration_is_prepared(tmp_path):
+    root = write(tmp_path / "images", ("one", "two"))
+    config = configuration.get_config(f"root={root},size=8,clients=4,runlocal")
+    config.backbone_dir = str(tmp_path / "backbones")
+    config.pretraining.options.steps = 1
+    config.model.options.update(width=8, depth=1, num_heads=2)
+    made = setting.prepare(config)
+    assert made.domains == ("one", "two") and made.train["image"].shape[1:] == (8, 8, 3)
+    assert len(setting.partitioned(config, made, 0)) == 4
+    first = setting._backbone_path(config)
+    Image.new("RGB", (8, 8)).save(root / "one" / "red" / "more.png")
+    assert setting._backbone_path(config) != first
+    pretrained = configuration.get_config(f"root={root},source=somewhere")
+    assert pretrained.model.options.num_classes == 2 and "pretraining" not in pretrained
