@@ -14,7 +14,7 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
 
 def write(root, domains, count=30):
-    """Squares whose colour is their class, one pixel of them their number, with a domain's border."""
+    """Squares whose colour is their class and a pixel their number, with a border by domain."""
     for number, domain in enumerate(domains):
         for label, colour in COLOURS.items():
             folder = root / domain / label
