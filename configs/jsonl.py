@@ -30,6 +30,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # A split without a file of its own is held out of the federated examples, as large a share.
     config.data.files = {"federated": args["file"], "validation": "", "test": ""}
     config.data.held_out = {"validation": 0.1, "test": 0.2}
+    # At most so many rows, evenly spaced over the file; 0 for all.
+    config.data.rows = {"federated": 0, "validation": 256, "test": 256}
     # What the file calls these.
     config.data.fields = {name: name for name in ("prompt", "response", "client", "domain")}
     # The model's own template of a conversation, or a format string with fields of the file.

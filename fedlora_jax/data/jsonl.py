@@ -88,6 +88,7 @@ def load(
     fields: Mapping[str, str] | None = None,
     held_out: Mapping[str, float] | None = None,
     packing: bool = False,
+    most: int = 0,
 ) -> Texts:
     """The rows of a split: one example each, or windows over the texts of each client.
 
@@ -103,6 +104,7 @@ def load(
         testing and none for validation by default.
       packing: Windows in which everything is to be predicted, instead of an example a row in which
         only the answer is.
+      most: At most so many rows, evenly spaced over the file; 0 for all.
 
     Returns:
       Rows with the domain of each (one called `all` if the file does not say), and the client if
@@ -137,7 +139,8 @@ def load(
     }
     if clients:
         arrays["client"] = np.array([clients.index(str(x.client)) for x in owners], np.int32)
-    return Texts(arrays, tuple(clients), domains)
+    kept = text.evenly(len(owners), most)
+    return Texts({name: x[kept] for name, x in arrays.items()}, tuple(clients), domains)
 
 
 def domain_names(

@@ -39,11 +39,14 @@ class Rows(NamedTuple):
 
     def thinned(self, most: int) -> "Rows":
         """At most so many rows, evenly spaced; all if `most` is 0."""
-        count = len(self.tokens)
-        if not most or count <= most:
-            return self
-        kept = np.arange(most) * count // most
+        kept = evenly(len(self.tokens), most)
         return Rows(self.tokens[kept], self.answer[kept])
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most so many of `0 .. count - 1`, evenly spaced; all if `most` is 0."""
+    kept = min(count, most) if most else count
+    return np.arange(kept) * count // max(kept, 1)
 
 
 class Encoder(NamedTuple):

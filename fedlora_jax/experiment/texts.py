@@ -62,6 +62,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Texts:
         fields=data.fields,
         held_out=data.held_out,
         packing=data.packing,
+        most=data.rows.get(split, 0),
     )
 
 

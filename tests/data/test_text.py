@@ -39,7 +39,8 @@ def test_windows_predict_each_token_of_the_stream_once(documents, length):
 
 def test_thinning_is_even():
     rows = text.pack([range(1, 100)], 2, END)
-    assert rows.thinned(0) is rows and rows.thinned(1000) is rows
+    for most in (0, 99, 1000):
+        np.testing.assert_array_equal(rows.thinned(most).tokens, rows.tokens)
     assert rows.thinned(4).tokens[:, 0].tolist() == [1, 25, 50, 75]
 
 

@@ -1,0 +1,63 @@
+"""What docs/your_own_data.md says, done."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from configs import image_folder as images_config
+from configs import jsonl as text_config
+from fedlora_jax import experiment
+from fedlora_jax.data import image_folder, jsonl, text
+
+PAGE = (Path(__file__).parents[1] / "docs" / "your_own_data.md").read_text()
+TEXTS, IMAGES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_file_of_examples(here):
+    exec(TEXTS, {})
+    config = text_config.get_config("file=examples.jsonl")
+    experiment.check(config)
+    examples = jsonl.read(
+        config.data.files.federated,
+        text.format_template("{prompt} {response}"),
+        config.data.fields,
+    )
+    assert len(examples) > 200
+    assert len({example.client for example in examples}) == 12
+    assert {example.domain for example in examples} == {"files", "numbers", "text"}
+
+
+@pytest.mark.parametrize("line", re.findall(r"^examples.jsonl:\d+: .*$", PAGE, re.M))
+def test_errors_are_as_shown(here, line):
+    number = int(line.split(":")[1])
+    bad = {
+        3: '{"prompt": "a", "respons": "b"}',
+        7: '{"prompt": "a"',
+        9: '{"prompt": "", "response": "b"}',
+    }
+    good = ['{"prompt": "a", "response": "b"}'] * (number - 1)
+    Path("examples.jsonl").write_text("\n".join([*good, bad[number]]))
+    with pytest.raises(ValueError) as raised:
+        jsonl.read("examples.jsonl", text.format_template("{prompt} {response}"))
+    assert str(raised.value) == line
+
+
+def test_a_folder_of_images(here):
+    exec(IMAGES, {})
+    config = images_config.get_config("root=images,size=16")
+    experiment.check(config)
+    assert image_folder.class_names("images", "domain") == ["inverted", "plain"]
+    assert config.model.options.num_classes == 10 and config.clients_per_round == 6
+    options = {"size": config.data.size, "held_out": config.data.held_out}
+    count = {
+        split: len(image_folder.load(split, "images", **options)["image"])
+        for split in ("federated", "validation", "test", "pretrain")
+    }
+    assert sum(count.values()) == 2 * 1797 and min(count.values()) > 250
