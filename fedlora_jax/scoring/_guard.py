@@ -55,7 +55,7 @@ def _run(source: str) -> str | None:
 
 
 def _refused_by_kernel() -> bool:
-    """Has the kernel refuse sockets, processes, signals, writing elsewhere; False if it does not."""
+    """Has the kernel refuse sockets, processes, signals, writing elsewhere; False if it fails."""
     if sys.platform != "linux" or platform.machine() not in _CALLS:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
