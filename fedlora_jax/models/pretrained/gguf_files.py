@@ -201,6 +201,11 @@ def chat_template(path: PathLike) -> str | None:
     return _value(_open(path), "tokenizer.chat_template")
 
 
+def end_token(path: PathLike) -> int | None:
+    """The token id that ends a text, if the file says which."""
+    return _value(_open(path), "tokenizer.ggml.eos_token_id")
+
+
 def _open(path: PathLike) -> Any:
     gguf = _library()
     try:
