@@ -217,29 +217,39 @@ def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str
     A model has few kinds of layers and many of each: it then compiles in the time of its kinds.
     """
     kinds = stacked_layers(*trees)
+    results = unstacked_layers({kind: each_of(function, *nodes) for kind, nodes in kinds.items()})
+    return {path: results[path] for path in trees[0]}
 
-    def one(nodes: list[Any]) -> Any:
+
+def each_of(function: Callable[..., Any], *stacked: Any) -> Any:
+    """`function` of each layer of a kind; what it returns is stacked again."""
+
+    def one(nodes: tuple[Any, ...]) -> Any:
         return function(*nodes)
 
     # A loop and not a batch: its results are arrays of their own, where the compiler would put the
     # end of the function into whatever reads a layer of them, once a layer.
-    results = unstacked_layers({kind: jax.lax.map(one, nodes) for kind, nodes in kinds.items()})
-    return {path: results[path] for path in trees[0]}
+    return jax.lax.map(one, stacked)
 
 
-def stacked_layers(*trees: dict[str, Any]) -> dict[Kind, list[Any]]:
-    """Layers of equal shapes stacked: by the paths of a kind, the nodes of each tree."""
+def layer_kinds(*trees: dict[str, Any]) -> list[Kind]:
+    """The paths of dicts by path, layers of equal shapes together."""
     kinds: dict[Any, list[str]] = {}
     for path in trees[0]:
         nodes = [tree[path] for tree in trees]
         kind = (jax.tree.structure(nodes), *((x.shape, x.dtype) for x in jax.tree.leaves(nodes)))
         kinds.setdefault(kind, []).append(path)
+    return [tuple(paths) for paths in kinds.values()]
 
-    def together(paths: list[str]) -> list[Any]:
+
+def stacked_layers(*trees: dict[str, Any]) -> dict[Kind, list[Any]]:
+    """Layers of equal shapes stacked: by the paths of a kind, the nodes of each tree."""
+
+    def together(paths: Kind) -> list[Any]:
         rows = ([tree[path] for tree in trees] for path in paths)
         return jax.tree.map(lambda *x: jnp.stack(x), *rows)
 
-    return {tuple(paths): together(paths) for paths in kinds.values()}
+    return {paths: together(paths) for paths in layer_kinds(*trees)}
 
 
 def unstacked_layers(kinds: Mapping[Kind, Any]) -> dict[str, Any]:
