@@ -1,6 +1,7 @@
 """What a federated method is: who starts from what, trains what, sends what."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -247,7 +248,7 @@ def stacked_layers(*trees: dict[str, Any]) -> dict[Kind, list[Any]]:
 
     def together(paths: Kind) -> list[Any]:
         rows = ([tree[path] for tree in trees] for path in paths)
-        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        return jax.tree.map(lambda *x: _stack(x), *rows)
 
     return {paths: together(paths) for paths in layer_kinds(*trees)}
 
@@ -255,10 +256,43 @@ def stacked_layers(*trees: dict[str, Any]) -> dict[Kind, list[Any]]:
 def unstacked_layers(kinds: Mapping[Kind, Any]) -> dict[str, Any]:
     """The layers by path again."""
     return {
-        path: jax.tree.map(lambda x, i=index: jax.lax.index_in_dim(x, i, keepdims=False), nodes)
+        path: layer
         for paths, nodes in kinds.items()
-        for index, path in enumerate(paths)
+        for path, layer in zip(paths, _rows(nodes, len(paths)), strict=True)
     }
+
+
+@jax.custom_vjp
+def _stack(rows: Sequence[jax.Array]) -> jax.Array:
+    """`jnp.stack`, whose gradient is taken apart by `_rows`."""
+    return jnp.stack(rows)
+
+
+_stack.defvjp(
+    lambda rows: (jnp.stack(rows), None), lambda _, slope: (tuple(_rows(slope, len(slope))),)
+)
+
+
+def _rows(stacked: Any, count: int) -> list[Any]:
+    """`[stacked[0], stacked[1], ...]`, by way of blocks of as many rows as there are blocks.
+
+    To the compiler a slice from another place is another operation. The blocks come out of a loop,
+    as arrays of their own, and the slices of one are those of all.
+    """
+    size = math.isqrt(count - 1) + 1
+    blocks = -(-count // size)
+
+    def block(x: jax.Array) -> jax.Array:
+        filled = jnp.pad(x, [(0, blocks * size - count), *[(0, 0)] * (x.ndim - 1)])
+        return filled.reshape(blocks, size, *x.shape[1:])
+
+    def shift(queue: tuple[Any, ...], new: Any) -> tuple[tuple[Any, ...], None]:
+        return (*queue[1:], new), None
+
+    rows = jax.tree.map(block, stacked)
+    zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), rows)
+    queue, _ = jax.lax.scan(shift, (zero,) * blocks, rows)
+    return [jax.tree.map(lambda x, i=i: x[i % size], queue[i // size]) for i in range(count)]
 
 
 def sides(adapters: Adapters, names: str) -> PyTree:

@@ -194,9 +194,7 @@ def fedsmooth_lora(
         upload = tuple(each_of(sent, *pair) for pair in nodes)
         return Upload(upload, arrived.head), ClientState(upload, server.round)
 
-    def aggregate(
-        server: Server, uploads: Upload, weights: jax.Array
-    ) -> tuple[Server, Aggregated]:
+    def aggregate(server: Server, uploads: Upload, weights: jax.Array) -> tuple[Server, Aggregated]:
         shares = aggregation.shares(weights)
 
         def together(stacked: Factors) -> Factors:
