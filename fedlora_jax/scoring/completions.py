@@ -158,7 +158,7 @@ def check_lengths(
     Raises:
       ValueError: If a prompt is empty or too long, by name.
     """
-    most = _longest_prompt(model, sampling)
+    most = _context(model) - sampling.max_new_tokens
     for name, prompt in zip(names, prompts, strict=True):
         if not 0 < len(prompt) <= most:
             problem = f"has {len(prompt)} tokens" if prompt else "is empty"
@@ -205,11 +205,9 @@ def write(
     """
     new: dict[int, list[int]] = {i: [] for i in range(len(prompts)) if i not in skip}
     rows = min(rows, max(1, len(new)))
-    piece, pieces = _pieces(sampling)
-    longest = _longest_prompt(model, sampling) + (pieces - 1) * piece
 
-    def go_on(texts: Sequence[Sequence[int]], key: jax.Array | None) -> list[list[int]]:
-        length = min(_padded(len(texts[-1])), longest)
+    def go_on(texts: Sequence[Sequence[int]], piece: int, key: jax.Array | None) -> list[list[int]]:
+        length = min(_padded(len(texts[-1])), _context(model) - piece)
         padded = np.zeros((rows, length), np.int32)
         for row, text in enumerate(texts):
             padded[row, : len(text)] = text
@@ -230,37 +228,31 @@ def write(
         )
         return np.asarray(found)[: len(texts)].tolist()
 
-    for stage in range(pieces):
+    for begun in range(0, sampling.max_new_tokens, _PIECE):
+        piece = min(_PIECE, sampling.max_new_tokens - begun)
         texts = {i: [*prompts[i], *written] for i, written in new.items()}
         order = sorted(texts, key=lambda i: len(texts[i]))
         for batch in (order[start : start + rows] for start in range(0, len(order), rows)):
             finished = {}
-            tokens = go_on([texts[i] for i in batch], _key(sampling, stage, batch[0]))
+            tokens = go_on([texts[i] for i in batch], piece, _key(sampling, begun, batch[0]))
             for i, more in zip(batch, tokens, strict=True):
-                new[i] = (new[i] + more)[: sampling.max_new_tokens]
+                new[i] = new[i] + more
                 if len(new[i]) == sampling.max_new_tokens or done(i, new[i]):
                     finished[i] = new.pop(i)
             yield finished
 
 
-def _pieces(sampling: Sampling) -> tuple[int, int]:
-    """How many tokens are written at once, and how often."""
-    piece = min(_PIECE, sampling.max_new_tokens)
-    return piece, math.ceil(sampling.max_new_tokens / piece)
-
-
-def _longest_prompt(model: Llama, sampling: Sampling) -> int:
-    piece, pieces = _pieces(sampling)
-    return (getattr(model, "context", None) or _NO_BOUND) - piece * pieces
+def _context(model: Llama) -> int:
+    return getattr(model, "context", None) or _NO_BOUND
 
 
 def _padded(length: int) -> int:
     return max(_SHORTEST, 1 << math.ceil(math.log2(length)))
 
 
-def _key(sampling: Sampling, stage: int, first: int) -> jax.Array | None:
-    """Of a batch, told apart from all others by when it is written and its first prompt."""
+def _key(sampling: Sampling, begun: int, first: int) -> jax.Array | None:
+    """Of a batch, told apart from all others by how far its texts are and its first prompt."""
     if not sampling.temperature:
         return None
-    key = jax.random.fold_in(jax.random.key(sampling.seed), stage)
+    key = jax.random.fold_in(jax.random.key(sampling.seed), begun)
     return jax.random.fold_in(key, first)

@@ -70,6 +70,22 @@ def test_pieces_and_batches_change_nothing(weights, alone):
     assert joined(write(weights, Sampling(70))) == dict(enumerate(alone))
 
 
+def test_no_program_is_longer_than_the_context(weights, alone, monkeypatch):
+    lengths = []
+
+    def watched(model, params, prompts, *arguments, max_new_tokens, **options):
+        lengths.append(prompts.shape[1] + max_new_tokens)
+        return generate(
+            MODEL, params, prompts, *arguments, max_new_tokens=max_new_tokens, **options
+        )
+
+    monkeypatch.setattr(completions, "generate", watched)
+    longest = max(map(len, PROMPTS))
+    monkeypatch.setattr(completions, "_context", lambda model: longest + 70)
+    assert joined(write(weights, Sampling(70))) == dict(enumerate(alone))
+    assert max(lengths) == longest + 70
+
+
 def test_done_texts_are_given_at_once_and_others_go_on(weights, alone):
     seen = []
 
