@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.typing import DTypeLike
 
+from fedlora_jax import lowrank
 from fedlora_jax.lowrank import Factors
 
 Params: TypeAlias = Mapping[str, Any]
@@ -226,7 +227,7 @@ def apply(
         called.add(path)
         x = inputs[0] if inputs else options["inputs"]
         shape = _shape_of(context.module, path, x)
-        change = sum(_low_rank(x, factors, shape, path) for factors in found)
+        change = _low_rank(x, lowrank.concatenate(found), shape, path)
         # In float32, and rounded once to the type of the layer.
         return (outputs + jnp.asarray(scale, jnp.float32) * change).astype(outputs.dtype)
 

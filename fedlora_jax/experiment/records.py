@@ -2,16 +2,19 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
 from fedlora_jax.lora import Adapters
+from fedlora_jax.lowrank import Factors
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
@@ -19,7 +22,11 @@ CONFIG = "config.json"
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """The rounds recorded in a work directory; a line cut short by a kill is left out."""
-    path = workdir / METRICS
+    return read_lines(workdir / METRICS)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON file up to one that was cut short; none if there is no file."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -116,6 +123,24 @@ def save_adapters(path: Path, adapters: Adapters) -> None:
     with open(temporary, "wb") as file:
         np.savez(file, **arrays)
     os.replace(temporary, path)
+
+
+def load_adapters(path: Path) -> Adapters:
+    """The adapter tree that `save_adapters` wrote.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ValueError: If it is not such a file.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    try:
+        with np.load(path) as arrays:
+            for name in arrays:
+                layer, _, side = name.rpartition(".")
+                layers.setdefault(layer, {})[side] = jnp.asarray(arrays[name])
+        return {layer: Factors(**sides) for layer, sides in layers.items()}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no adapters: {error}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

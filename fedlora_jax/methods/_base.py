@@ -1,6 +1,7 @@
 """What a federated method is: who starts from what, trains what, sends what."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -217,38 +218,81 @@ def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str
     A model has few kinds of layers and many of each: it then compiles in the time of its kinds.
     """
     kinds = stacked_layers(*trees)
+    results = unstacked_layers({kind: each_of(function, *nodes) for kind, nodes in kinds.items()})
+    return {path: results[path] for path in trees[0]}
 
-    def one(nodes: list[Any]) -> Any:
+
+def each_of(function: Callable[..., Any], *stacked: Any) -> Any:
+    """`function` of each layer of a kind; what it returns is stacked again."""
+
+    def one(nodes: tuple[Any, ...]) -> Any:
         return function(*nodes)
 
     # A loop and not a batch: its results are arrays of their own, where the compiler would put the
     # end of the function into whatever reads a layer of them, once a layer.
-    results = unstacked_layers({kind: jax.lax.map(one, nodes) for kind, nodes in kinds.items()})
-    return {path: results[path] for path in trees[0]}
+    return jax.lax.map(one, stacked)
 
 
-def stacked_layers(*trees: dict[str, Any]) -> dict[Kind, list[Any]]:
-    """Layers of equal shapes stacked: by the paths of a kind, the nodes of each tree."""
+def layer_kinds(*trees: dict[str, Any]) -> list[Kind]:
+    """The paths of dicts by path, layers of equal shapes together."""
     kinds: dict[Any, list[str]] = {}
     for path in trees[0]:
         nodes = [tree[path] for tree in trees]
         kind = (jax.tree.structure(nodes), *((x.shape, x.dtype) for x in jax.tree.leaves(nodes)))
         kinds.setdefault(kind, []).append(path)
+    return [tuple(paths) for paths in kinds.values()]
 
-    def together(paths: list[str]) -> list[Any]:
+
+def stacked_layers(*trees: dict[str, Any]) -> dict[Kind, list[Any]]:
+    """Layers of equal shapes stacked: by the paths of a kind, the nodes of each tree."""
+
+    def together(paths: Kind) -> list[Any]:
         rows = ([tree[path] for tree in trees] for path in paths)
-        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+        return jax.tree.map(lambda *x: _stack(x), *rows)
 
-    return {tuple(paths): together(paths) for paths in kinds.values()}
+    return {paths: together(paths) for paths in layer_kinds(*trees)}
 
 
 def unstacked_layers(kinds: Mapping[Kind, Any]) -> dict[str, Any]:
     """The layers by path again."""
     return {
-        path: jax.tree.map(lambda x, i=index: jax.lax.index_in_dim(x, i, keepdims=False), nodes)
+        path: layer
         for paths, nodes in kinds.items()
-        for index, path in enumerate(paths)
+        for path, layer in zip(paths, _rows(nodes, len(paths)), strict=True)
     }
+
+
+@jax.custom_vjp
+def _stack(rows: Sequence[jax.Array]) -> jax.Array:
+    """`jnp.stack`, whose gradient is taken apart by `_rows`."""
+    return jnp.stack(rows)
+
+
+_stack.defvjp(
+    lambda rows: (jnp.stack(rows), None), lambda _, slope: (tuple(_rows(slope, len(slope))),)
+)
+
+
+def _rows(stacked: Any, count: int) -> list[Any]:
+    """`[stacked[0], stacked[1], ...]`, by way of blocks of as many rows as there are blocks.
+
+    To the compiler a slice from another place is another operation. The blocks come out of a loop,
+    as arrays of their own, and the slices of one are those of all.
+    """
+    size = math.isqrt(count - 1) + 1
+    blocks = -(-count // size)
+
+    def block(x: jax.Array) -> jax.Array:
+        filled = jnp.pad(x, [(0, blocks * size - count), *[(0, 0)] * (x.ndim - 1)])
+        return filled.reshape(blocks, size, *x.shape[1:])
+
+    def shift(queue: tuple[Any, ...], new: Any) -> tuple[tuple[Any, ...], None]:
+        return (*queue[1:], new), None
+
+    rows = jax.tree.map(block, stacked)
+    zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), rows)
+    queue, _ = jax.lax.scan(shift, (zero,) * blocks, rows)
+    return [jax.tree.map(lambda x, i=i: x[i % size], queue[i // size]) for i in range(count)]
 
 
 def sides(adapters: Adapters, names: str) -> PyTree:

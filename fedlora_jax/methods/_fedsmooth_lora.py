@@ -2,26 +2,26 @@
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 
 from fedlora_jax import _linalg, aggregation, lowrank
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.lora import Adapters
+from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors, Split
 from fedlora_jax.methods._base import (
     Context,
-    Kind,
     Method,
     Server,
     Start,
     Trainable,
     Trained,
     absorb,
-    each_layer,
+    each_of,
+    layer_kinds,
     mean,
     stacked_layers,
     unstacked_layers,
@@ -38,11 +38,23 @@ _TURNS = 6
 _EXACT_TURNS = 2
 
 
+# Adapters, layers of equal shapes stacked, in the order of `layer_kinds`. State and uploads are so:
+# what a round does to every array of them it then does to few.
+Stacked: TypeAlias = tuple[Factors, ...]
+
+
 class ClientState(NamedTuple):
     """What a client keeps: its last upload, rank r, and the round it was sent in (-1: never)."""
 
-    upload: Adapters
+    upload: Stacked
     round: jax.Array
+
+
+class Upload(NamedTuple):
+    """What a client sends: the change of the kernels that it wishes for, rank r, and its head."""
+
+    adapters: Stacked
+    head: Params
 
 
 def fedsmooth_lora(
@@ -131,19 +143,29 @@ def fedsmooth_lora(
                     f"{factors.rank} is too large for {path!r}, whose smaller side is {smallest}"
                 )
         zero = jax.tree.map(jnp.zeros_like, server.trainable.adapters)
-        server = server._replace(trainable=server.trainable._replace(adapters=zero), memory=zero)
-        return server, ClientState(zero, jnp.int32(-1))
+        server = server._replace(trainable=server.trainable._replace(adapters=zero))
+        memory = _stacked(zero)
+        return server._replace(memory=memory), ClientState(memory, jnp.int32(-1))
 
     def begin(server: Server, client: ClientState, context: Context) -> Start:
         took_part = (client.round >= 0) & (client.round == server.round - 1)
         weight = jnp.where(took_part, zeta_of(server.round), 0.0)
-        matching = {
-            path: lowrank.scaled(lowrank.subtract(upload, server.memory[path]), weight)
-            for path, upload in client.upload.items()
-        }
-        estimate = functools.partial(context.gradient, offset=matching, batches=calibration_batches)
+        matching = _difference(client.upload, server.memory, weight)
+
+        def slopes(probes: Stacked) -> Stacked:
+            """The gradient for the probes, with the round-matching matrix in the model.
+
+            It is added to them, for one product a layer instead of two, and its own is left.
+            """
+            at = [lowrank.concatenate(pair) for pair in zip(probes, matching, strict=True)]
+            found = context.gradient(_layers(server, at), offset=None, batches=calibration_batches)
+            return tuple(
+                Factors(slope.a[..., : probe.rank], slope.b[..., : probe.rank, :])
+                for slope, probe in zip(_stacked(found), probes, strict=True)
+            )
+
         triplets = {"sketch": _sketched, "dense": _dense}[gradient](
-            estimate, client.upload, context.key
+            slopes, client.upload, context.key
         )
 
         def starts(found: lowrank.SVD, matched: Factors) -> tuple[Factors, Factors]:
@@ -155,26 +177,24 @@ def fedsmooth_lora(
             smooth = lowrank.truncated_sum([own, matched], own.rank, split=split)
             return _first(server.round == 0, own, smooth), negative
 
-        pairs = each_layer(starts, triplets, matching)
-        adapters = {path: pair[0] for path, pair in pairs.items()}
-        offset = {path: pair[1] for path, pair in pairs.items()}
+        pairs = [each_of(starts, *nodes) for nodes in zip(triplets, matching, strict=True)]
+        adapters, offset = (_layers(server, sides) for sides in zip(*pairs, strict=True))
         return Start(server.trainable._replace(adapters=adapters), offset=offset)
 
     def finish(
         server: Server, client: ClientState, start: Start, trained: Trained
-    ) -> tuple[Trainable, ClientState]:
+    ) -> tuple[Upload, ClientState]:
         assert start.offset is not None
         arrived = trained.trainable
 
         def sent(own: Factors, frozen: Factors) -> Factors:
             return lowrank.truncated_sum([own, frozen], own.rank, split=split)
 
-        upload = each_layer(sent, arrived.adapters, start.offset)
-        return Trainable(upload, arrived.head), ClientState(upload, server.round)
+        nodes = zip(_stacked(arrived.adapters), _stacked(start.offset), strict=True)
+        upload = tuple(each_of(sent, *pair) for pair in nodes)
+        return Upload(upload, arrived.head), ClientState(upload, server.round)
 
-    def aggregate(
-        server: Server, uploads: Trainable, weights: jax.Array
-    ) -> tuple[Server, Aggregated]:
+    def aggregate(server: Server, uploads: Upload, weights: jax.Array) -> tuple[Server, Aggregated]:
         shares = aggregation.shares(weights)
 
         def together(stacked: Factors) -> Factors:
@@ -182,18 +202,16 @@ def fedsmooth_lora(
             clean = Factors(*(jnp.where(present, x, 0) for x in stacked))
             return lowrank.truncate(lowrank.weighted_sum(clean, shares), stacked.rank, split=split)
 
-        merged = each_layer(together, uploads.adapters)
-        aggregated = Aggregated(adapters=None, residual=merged)
+        by_layer = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), uploads.adapters)
+        merged = tuple(each_of(together, factors) for factors in by_layer)
+        aggregated = Aggregated(adapters=None, residual=_layers(server, merged))
         server = absorb(server, aggregated, mean(uploads.head, weights))
         return server._replace(memory=merged), aggregated
 
     def own(server: Server, client: ClientState) -> Trainable:
         """Where the client ended: the backbone has become W + s G, so s (L_c - G) more."""
         here = jnp.where(client.round == server.round - 1, 1.0, 0.0)
-        adapters = {
-            path: lowrank.scaled(lowrank.subtract(upload, server.memory[path]), here)
-            for path, upload in client.upload.items()
-        }
+        adapters = _layers(server, _difference(client.upload, server.memory, here))
         return server.trainable._replace(adapters=adapters)
 
     return Method(
@@ -232,26 +250,42 @@ def _first(condition: jax.Array, x: Factors, y: Factors) -> Factors:
     return jax.tree.map(lambda one, other: jnp.where(condition, one, other), x, y)
 
 
+def _stacked(adapters: Adapters) -> Stacked:
+    return tuple(factors for (factors,) in stacked_layers(adapters).values())
+
+
+def _layers(server: Server, stacked: Sequence[Factors]) -> Adapters:
+    """The adapters by path, in the order of the server's."""
+    kinds = layer_kinds(server.trainable.adapters)
+    found = unstacked_layers(dict(zip(kinds, stacked, strict=True)))
+    return {path: found[path] for path in server.trainable.adapters}
+
+
+def _difference(x: Stacked, y: Stacked, weight: jax.Array) -> Stacked:
+    """`weight * (x - y)`."""
+    pairs = zip(x, y, strict=True)
+    return tuple(lowrank.scaled(lowrank.subtract(*pair), weight) for pair in pairs)
+
+
 def _sketched(
-    estimate: Callable[[Adapters], Adapters], like: Adapters, key: jax.Array
-) -> dict[str, lowrank.SVD]:
+    slopes: Callable[[Stacked], Stacked], like: Stacked, key: jax.Array
+) -> list[lowrank.SVD]:
     """The leading 2 r singular triplets of every layer's gradient, from adapter gradients alone.
 
     Subspace iteration on all layers at once. A turn takes the gradient at a product of which one
     side is an orthonormal basis and the other is zero: that of the zero side is the image of the
     basis under g or its transpose, that of the basis itself is zero.
     """
-    kinds = {kind: factors for kind, (factors,) in stacked_layers(like).items()}
-    longest = max(f.a.shape[1] for f in kinds.values())
-    widest = _COLUMNS * max(f.rank for f in kinds.values())
+    longest = max(f.a.shape[1] for f in like)
+    widest = _COLUMNS * max(f.rank for f in like)
     noise = jax.random.normal(key, (longest, widest))
-    first, exact = {}, True
-    for kind, factors in kinds.items():
+    first, exact = [], True
+    for factors in like:
         (count, d_in, _), d_out = factors.a.shape, factors.b.shape[2]
         columns = min(_COLUMNS * factors.rank, d_in, d_out)
         exact = exact and columns == min(d_in, d_out)
         bases = jnp.broadcast_to(noise[:d_in, :columns], (count, d_in, columns))
-        first[kind] = Factors(bases, jnp.zeros((count, columns, d_out)))
+        first.append(Factors(bases, jnp.zeros((count, columns, d_out))))
 
     def left(factors: Factors) -> Factors:
         return Factors(jax.lax.map(lowrank.orthonormal, factors.a), jnp.zeros_like(factors.b))
@@ -259,31 +293,34 @@ def _sketched(
     def right(factors: Factors) -> Factors:
         return lowrank.transpose(left(lowrank.transpose(factors)))
 
-    def turn(index: jax.Array, images: dict[Kind, Factors]) -> dict[Kind, Factors]:
+    def turn(index: jax.Array, images: Stacked) -> Stacked:
         even = index % 2 == 0
-        probes = {kind: jax.lax.cond(even, left, right, f) for kind, f in images.items()}
-        slopes = stacked_layers(estimate(unstacked_layers(probes)))
-        return {
-            kind: jax.tree.map(jnp.add, probes[kind], slope) for kind, (slope,) in slopes.items()
-        }
+        probes = tuple(jax.lax.cond(even, left, right, f) for f in images)
+        return jax.tree.map(jnp.add, probes, slopes(probes))
 
-    last = jax.lax.fori_loop(0, _EXACT_TURNS if exact else _TURNS, turn, first)
-    return each_layer(
-        lambda image, own: lowrank.svd(image, 2 * own.rank), unstacked_layers(last), like
-    )
+    last = jax.lax.fori_loop(0, _EXACT_TURNS if exact else _TURNS, turn, tuple(first))
+    return [
+        each_of(functools.partial(lowrank.svd, rank=2 * own.rank), image)
+        for image, own in zip(last, like, strict=True)
+    ]
 
 
 def _dense(
-    estimate: Callable[[Adapters], Adapters], like: Adapters, key: jax.Array
-) -> dict[str, lowrank.SVD]:
+    slopes: Callable[[Stacked], Stacked], like: Stacked, key: jax.Array
+) -> list[lowrank.SVD]:
     """The same from whole gradients: the gradient of `b` at `a = I` is `s g`."""
-    probes = {
-        path: Factors(jnp.eye(f.a.shape[0]), jnp.zeros((f.a.shape[0], f.b.shape[1])))
-        for path, f in like.items()
-    }
 
-    def triplets(probed: Factors, own: Factors) -> lowrank.SVD:
-        u, s, v = _linalg.svd(probed.b)
-        return lowrank.SVD(u[:, : 2 * own.rank], s[: 2 * own.rank], v[: 2 * own.rank])
+    def probe(own: Factors) -> Factors:
+        (count, d_in, _), d_out = own.a.shape, own.b.shape[2]
+        identity = jnp.broadcast_to(jnp.eye(d_in), (count, d_in, d_in))
+        return Factors(identity, jnp.zeros((count, d_in, d_out)))
 
-    return each_layer(triplets, estimate(probes), like)
+    def triplets(g: jax.Array, *, count: int) -> lowrank.SVD:
+        u, s, v = _linalg.svd(g)
+        return lowrank.SVD(u[:, :count], s[:count], v[:count])
+
+    found = slopes(tuple(probe(own) for own in like))
+    return [
+        each_of(functools.partial(triplets, count=2 * own.rank), probed.b)
+        for probed, own in zip(found, like, strict=True)
+    ]

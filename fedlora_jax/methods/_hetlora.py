@@ -1,5 +1,7 @@
 """HetLoRA: means weighted by the norms of products, and clients that prune their rank."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +16,7 @@ from fedlora_jax.methods._base import (
     Trainable,
     Trained,
     averaging,
+    stacked_layers,
 )
 
 
@@ -55,7 +58,9 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
 
     def tail(start: Start, trainable: Trainable) -> jax.Array:
         rank = _rank(start)
-        size = aggregation.tail_penalty(trainable.adapters, rank, decay=decay)
+        one = functools.partial(aggregation.tail_penalty, rank=rank, decay=decay)
+        kinds = stacked_layers(trainable.adapters).values()
+        size = sum(jnp.sum(jax.vmap(one)(layers)) for (layers,) in kinds)
         return jnp.where(rank > 1, size, 0.0)
 
     def finish(

