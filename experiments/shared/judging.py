@@ -13,12 +13,13 @@ from tabulate import tabulate
 from experiments.shared.apps import command, progress_bar
 from experiments.shared.targets import Target
 from fedlora_jax.experiment import records
-from fedlora_jax.models import Llama
+from fedlora_jax.models import Llama, pretrained
+from fedlora_jax.models.pretrained import Language
 from fedlora_jax.names import lookup
 from fedlora_jax.scoring import benchmarks, completions
 from fedlora_jax.scoring.answers import pass_at_k
 from fedlora_jax.scoring.benchmarks import Benchmark
-from fedlora_jax.scoring.completions import Language, Sampling
+from fedlora_jax.scoring.completions import Sampling
 
 METRICS = "metrics"
 
@@ -156,7 +157,7 @@ def read_language(target: Target, tokenizer: str | None = None) -> Language:
     source = tokenizer or target.tokenizer
     if source is None:
         raise ValueError("where the model's tokenizer is, --tokenizer must say")
-    language = completions.read_language(source)
+    language = pretrained.read_language(source)
     size, known = language.tokenizer.get_vocab_size(), getattr(target.model, "vocab_size", 0)
     if size > known:
         raise ValueError(

@@ -31,7 +31,7 @@ class Target(NamedTuple):
       params: Its parameters, head included.
       adapters: Its adapters; an empty dict for none.
       scale: Their factor s.
-      tokenizer: Where its tokenizer is, as for `completions.read_language`; None if unknown.
+      tokenizer: Where its tokenizer is, as for `pretrained.read_language`; None if unknown.
       measure: Measures the metrics; None without data.
     """
 

@@ -5,36 +5,16 @@ directory or model of the hub with either; `end_token`, the token that ends a te
 tokenizer's own; `length`, tokens of a row; `template`, a format string or `"chat"`.
 """
 
-import functools
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import flax.linen as nn
 import ml_collections
 
 from fedlora_jax.data import jsonl, python_stdlib, text
 from fedlora_jax.data.text import Encoder, Template, Texts
 from fedlora_jax.models import Llama
-from fedlora_jax.models.pretrained import gguf_files, locate
-from fedlora_jax.models.pretrained.files import find_file, is_gguf
+from fedlora_jax.models.pretrained import read_language
 
 SOURCES = ("jsonl", "python_stdlib")
 CHAT = "chat"
-
-
-class _Tokens(NamedTuple):
-    """What a model's files say of its tokens.
-
-    Attributes:
-      tokenizer: A `tokenizers.Tokenizer`.
-      special: Tokens with a part to play, `eos_token` and such.
-      chat: Its template of a conversation in Jinja, or None.
-    """
-
-    tokenizer: Any
-    special: dict[str, str]
-    chat: str | None
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Texts:
@@ -108,14 +88,16 @@ def encoder(config: ml_collections.ConfigDict) -> Encoder:
       FileNotFoundError: If there is none.
       ValueError: If the tokenizer does not have the end token, or none is known.
     """
-    tokens = _tokens(config)
-    end = config.data.end_token or tokens.special.get("eos_token")
-    if not end:
+    language = read_language(config.data.tokenizer)
+    # What ends a text in training, before what ends it in writing: that may be one of several.
+    named = config.data.end_token or language.special.get("eos_token")
+    end = text.token_id(language.tokenizer, named) if named else language.end_token
+    if end is None:
         raise ValueError(
             f"{config.data.tokenizer} does not say which token ends a text: set "
             "config.data.end_token"
         )
-    return Encoder(tokens.tokenizer, text.token_id(tokens.tokenizer, end))
+    return Encoder(language.tokenizer, end)
 
 
 def template(config: ml_collections.ConfigDict) -> Template:
@@ -126,49 +108,10 @@ def template(config: ml_collections.ConfigDict) -> Template:
     """
     if config.data.template != CHAT:
         return text.format_template(config.data.template)
-    tokens = _tokens(config)
-    if tokens.chat is None:
+    language = read_language(config.data.tokenizer)
+    if language.template is None:
         raise ValueError(
             f"{config.data.tokenizer} has no chat template: set config.data.template to a format "
             "string with {prompt} and {response}"
         )
-    return text.chat_template(tokens.chat, tokens.special)
-
-
-def _tokens(config: ml_collections.ConfigDict) -> _Tokens:
-    path = locate(config.data.tokenizer)
-    if path.is_dir():
-        own = path / "tokenizer.json"
-        path = own if own.exists() else find_file(path)
-    return _read(path, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-@functools.lru_cache(maxsize=2)
-def _read(path: Path, modified: int) -> _Tokens:
-    """What is in a file and, for a tokenizer.json, beside it; anew if that has been modified."""
-    del modified
-    if is_gguf(path):
-        return _Tokens(
-            gguf_files.read_tokenizer(path),
-            gguf_files.special_tokens(path),
-            gguf_files.chat_template(path),
-        )
-    beside = path.parent / "tokenizer_config.json"
-    known = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    special = {}
-    for name, token in known.items():
-        content = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(content, str):
-            special[name] = content
-    return _Tokens(text.read_tokenizer(path), special, _chat(path.parent, known))
-
-
-def _chat(directory: Path, known: dict[str, Any]) -> str | None:
-    """Newer checkpoints have a chat template in a file of its own, some several by name."""
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    found = known.get("chat_template")
-    if isinstance(found, list):
-        return {each["name"]: each["template"] for each in found}.get("default")
-    return found
+    return text.chat_template(language.template, language.special)

@@ -1,41 +1,24 @@
 """Text in and out of a Llama: prompts to tokens, in batches of similar length, and back."""
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedlora_jax.data.text import chat_template
 from fedlora_jax.lora import Adapters, Params
-from fedlora_jax.models import pretrained
 from fedlora_jax.models.generate import generate
 from fedlora_jax.models.llama import Llama
-from fedlora_jax.models.pretrained import gguf_files
-from fedlora_jax.models.pretrained.files import find_file, is_gguf
+from fedlora_jax.models.pretrained import Language
 
 # Texts are padded to a power of two from here on, so that few programs are compiled.
 _SHORTEST = 64
 # Tokens that are written before it is looked at which texts are done.
 _PIECE = 64
 _NO_BOUND = 1 << 30
-
-
-class Language(NamedTuple):
-    """How a model reads and writes.
-
-    Attributes:
-      tokenizer: A `tokenizers.Tokenizer`.
-      template: The Jinja template of a conversation, or None.
-      end_token: The token that ends a text, or None.
-    """
-
-    tokenizer: Any
-    template: str | None
-    end_token: int | None
 
 
 class Sampling(NamedTuple):
@@ -54,59 +37,6 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-def read_language(source: str) -> Language:
-    """Reads what lies beside a model's weights, or in them.
-
-    Args:
-      source: As for `pretrained.locate`: a GGUF file; a directory with one, or with a
-        `tokenizer.json`; or that file.
-
-    Raises:
-      FileNotFoundError: If there is no tokenizer.
-      ImportError: If the package `tokenizers` is not installed.
-      ValueError: If it cannot be read.
-    """
-    path = pretrained.locate(source)
-    directory = path if path.is_dir() else path.parent
-    file = directory / "tokenizer.json" if path.is_dir() else path
-    if file.suffix == ".json" and file.is_file():
-        return _of_directory(file, directory)
-    if path.is_dir() or not is_gguf(path):
-        try:
-            path = find_file(path)
-        except FileNotFoundError:
-            pass
-        if not is_gguf(path):
-            raise FileNotFoundError(f"{source} has no tokenizer.json, and is no GGUF file")
-    tokenizer, template = gguf_files.read_tokenizer(path), gguf_files.chat_template(path)
-    return Language(tokenizer, template, gguf_files.end_token(path))
-
-
-def _of_directory(file: Path, directory: Path) -> Language:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ImportError("text needs a tokenizer: pip install 'fedlora-jax[text]'") from error
-
-    def entry(name: str, key: str) -> Any:
-        path = directory / name
-        return json.loads(path.read_text()).get(key) if path.is_file() else None
-
-    template = entry("tokenizer_config.json", "chat_template")
-    if (directory / "chat_template.jinja").is_file():
-        template = (directory / "chat_template.jinja").read_text()
-    end = entry("generation_config.json", "eos_token_id")
-    end = entry("config.json", "eos_token_id") if end is None else end
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:
-        # The library raises bare exceptions.
-        raise ValueError(f"{file} is no tokenizer: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return Language(tokenizer, template, end[0] if isinstance(end, list) else end)
-
-
 def encode(language: Language, prompt: str, chat: bool = False) -> list[int]:
     """The tokens of a text to be continued, or of a message to be answered.
 
@@ -117,19 +47,10 @@ def encode(language: Language, prompt: str, chat: bool = False) -> list[int]:
         return language.tokenizer.encode(prompt).ids
     if language.template is None:
         raise ValueError("the model has no chat template: let it continue plain text")
-    text = _conversation(language.template, prompt)
+    template = chat_template(language.template, language.special)
+    text, _ = template.render({"prompt": prompt})
     # What begins a text is in the template.
     return language.tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _conversation(template: str, message: str) -> str:
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ImportError("chat templates need jinja2: pip install jinja2") from error
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    messages = [{"role": "user", "content": message}]
-    return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
 
 
 def decode(language: Language, prompt: Sequence[int], new: Sequence[int]) -> tuple[str, bool]:

@@ -69,8 +69,6 @@ def test_a_chat_of_a_local_file(directory):
         number = answer.removeprefix("r")
         assert whole.rstrip("<|end>") == f"<|user|>p{number}<|end|><|user|>r{number}"
     (directory / "chat_template.jinja").write_text(BEGUN.replace("<|user|>", "<|user|>!"))
-    # Beside a file that is as it was: it is read again where that is modified.
-    texts._read.cache_clear()
     assert all(whole.startswith("<|user|>!p") for whole in rows(of_jsonl(directory))[1])
 
 
@@ -113,7 +111,6 @@ def test_what_does_not_fit(directory, changes, model, problem):
 
 def test_what_a_tokenizer_does_not_say(directory):
     (directory / "tokenizer_config.json").unlink()
-    texts._read.cache_clear()
     config = of_jsonl(directory)
     with pytest.raises(ValueError, match="no chat template: set config.data.template"):
         texts.template(config)

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from fedlora_jax import lora
+from fedlora_jax.models import pretrained
 from fedlora_jax.models.generate import generate
 from fedlora_jax.models.llama import Llama
+from fedlora_jax.models.pretrained import Language
 from fedlora_jax.scoring import completions
-from fedlora_jax.scoring.completions import Language, Sampling
+from fedlora_jax.scoring.completions import Sampling
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -153,8 +155,8 @@ def directory(tmp_path):
 
 
 def test_language_of_a_directory(directory):
-    language = completions.read_language(str(directory))
-    assert language[1:] == (None, None)
+    language = pretrained.read_language(str(directory))
+    assert language[1:] == (None, None, {})
     assert completions.encode(language, "a b a") == [2, 3, 2]
     assert completions.decode(language, [2], [3, 2, 0, 3]) == (" b a", True)
     assert completions.decode(language, [2], [3, 3]) == (" b b", False)
@@ -164,20 +166,32 @@ def test_language_of_a_directory(directory):
     template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     (directory / "config.json").write_text(json.dumps({"eos_token_id": [3, 0]}))
-    language = completions.read_language(str(directory / "tokenizer.json"))
+    language = pretrained.read_language(str(directory / "tokenizer.json"))
     assert completions.encode(language, "say a", chat=True) == [1, 4, 2]
     assert language.end_token == 3
     assert completions.decode(language, [2], [2, 3, 2]) == (" a", True)
     (directory / "chat_template.jinja").write_text("say {{ messages[0].content }}")
-    assert completions.encode(completions.read_language(str(directory)), "a", True) == [4, 2]
+    assert completions.encode(pretrained.read_language(str(directory)), "a", True) == [4, 2]
+
+
+def test_several_templates_and_tokens_by_name(directory):
+    named = [
+        {"name": "tool_use", "template": "x"},
+        {"name": "default", "template": "say {{ eos_token }}"},
+    ]
+    known = {"chat_template": named, "eos_token": {"content": "<end>"}, "pad_token": None}
+    (directory / "tokenizer_config.json").write_text(json.dumps(known))
+    language = pretrained.read_language(directory)
+    assert language.special == {"eos_token": "<end>"} and language.end_token == 0
+    assert completions.encode(language, "a", chat=True) == [4, 0]
 
 
 def test_no_language(tmp_path):
     with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
-        completions.read_language(str(tmp_path))
+        pretrained.read_language(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no tokenizer"):
-        completions.read_language(str(tmp_path))
+    with pytest.raises(ValueError, match="is not a tokenizer"):
+        pretrained.read_language(str(tmp_path))
 
 
 def test_a_space_at_the_beginning_is_kept():

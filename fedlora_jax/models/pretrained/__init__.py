@@ -11,6 +11,16 @@ themselves.
 
 from fedlora_jax.models.pretrained.configs import model_from_config
 from fedlora_jax.models.pretrained.files import locate
+from fedlora_jax.models.pretrained.languages import Language, read_language
 from fedlora_jax.models.pretrained.loading import from_pretrained, load, model_of, resize_positions
 
-__all__ = ["from_pretrained", "load", "locate", "model_from_config", "model_of", "resize_positions"]
+__all__ = [
+    "Language",
+    "from_pretrained",
+    "load",
+    "locate",
+    "model_from_config",
+    "model_of",
+    "read_language",
+    "resize_positions",
+]

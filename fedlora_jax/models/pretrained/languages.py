@@ -1,0 +1,97 @@
+"""How a language model reads and writes: what its files say of tokens and conversations."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedlora_jax.data.text import read_tokenizer
+from fedlora_jax.models.pretrained import gguf_files
+from fedlora_jax.models.pretrained.files import PathLike, find_file, is_gguf, locate
+
+
+class Language(NamedTuple):
+    """How a model reads and writes.
+
+    Attributes:
+      tokenizer: A `tokenizers.Tokenizer`; it neither pads nor cuts.
+      template: The Jinja template of a conversation, or None.
+      end_token: The token that ends a text, or None.
+      special: Tokens with a part to play by their names, `{"eos_token": "<|im_end|>"}`.
+    """
+
+    tokenizer: Any
+    template: str | None
+    end_token: int | None
+    special: dict[str, str] = {}
+
+
+def read_language(source: PathLike) -> Language:
+    """Reads what lies beside a model's weights, or in them.
+
+    Args:
+      source: As for `locate`: a GGUF file; a directory with one, or with a `tokenizer.json`; or
+        that file.
+
+    Raises:
+      FileNotFoundError: If there is no tokenizer.
+      ImportError: If the package `tokenizers` is not installed.
+      ValueError: If it cannot be read.
+    """
+    path = locate(source)
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        path = path / "tokenizer.json"
+    if path.suffix == ".json" and path.is_file():
+        return _beside(path)
+    if path.is_dir() or not is_gguf(path):
+        try:
+            path = find_file(path)
+        except FileNotFoundError:
+            pass
+        if not is_gguf(path):
+            raise FileNotFoundError(f"{source} has no tokenizer.json, and is no GGUF file")
+    return _within(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)
+def _within(path: Path, modified: int) -> Language:
+    """Of a GGUF file, which takes seconds to open; anew where that is modified."""
+    del modified
+    return Language(
+        gguf_files.read_tokenizer(path),
+        gguf_files.chat_template(path),
+        gguf_files.end_token(path),
+        gguf_files.special_tokens(path),
+    )
+
+
+def _beside(file: Path) -> Language:
+    """Of a tokenizer.json, and what lies beside it."""
+
+    def entries(name: str) -> dict[str, Any]:
+        path = file.parent / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    known, special = entries("tokenizer_config.json"), {}
+    for name, token in known.items():
+        content = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(content, str):
+            special[name] = content
+    tokenizer = read_tokenizer(file)
+    end = entries("generation_config.json").get("eos_token_id")
+    end = entries("config.json").get("eos_token_id") if end is None else end
+    if end is None and "eos_token" in special:
+        end = tokenizer.token_to_id(special["eos_token"])
+    template = _template(file.parent, known)
+    return Language(tokenizer, template, end[0] if isinstance(end, list) else end, special)
+
+
+def _template(directory: Path, known: dict[str, Any]) -> str | None:
+    """Newer checkpoints have a chat template in a file of its own, some several by name."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = known.get("chat_template")
+    if isinstance(found, list):
+        return {each["name"]: each["template"] for each in found}.get("default")
+    return found
