@@ -13,6 +13,7 @@ import resource
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 _LONGEST_MESSAGE = 200
 
@@ -29,18 +30,30 @@ _WRITING = {1: 0x1FF2, 2: 0x3FF2, 3: 0x7FF2}
 def main() -> None:
     """Reads what is wanted, runs the program, and writes `{"error", "kernel"}`, JSON."""
     wanted = json.loads(sys.argv[1])
-    with open(wanted["program"]) as file:
-        source = file.read()
-    for name, bound in wanted["limits"].items():
-        # At the lower bound of CPU time a signal says what it is for, at the upper one it kills.
-        higher = bound + 1 if name == "RLIMIT_CPU" else bound
-        resource.setrlimit(getattr(resource, name), (bound, higher))
-    kernel = wanted["kernel"] and _refused_by_kernel()
-    if not kernel:
-        sys.addaudithook(_refused_by_python(os.getcwd()))
-    error = _run(source)
-    os.write(wanted["result"], json.dumps({"error": error, "kernel": kernel}).encode())
+    try:
+        with open(wanted["program"]) as file:
+            source = file.read()
+        for name, bound in wanted["limits"].items():
+            _limit(getattr(resource, name), bound)
+        kernel = wanted["kernel"] and _refused_by_kernel()
+        if not kernel:
+            sys.addaudithook(_refused_by_python(os.getcwd()))
+    except Exception as error:
+        found: dict[str, Any] = {"broken": f"{type(error).__name__}: {error}"}
+    else:
+        found = {"error": _run(source), "kernel": kernel}
+    os.write(wanted["result"], json.dumps(found).encode())
     os._exit(0)
+
+
+def _limit(kind: int, bound: int) -> None:
+    """Sets a limit; a lower one that is there already stays."""
+    _, highest = resource.getrlimit(kind)
+    # At the lower bound of CPU time a signal says what it is for, at the upper one it kills.
+    higher = bound + 1 if kind == resource.RLIMIT_CPU else bound
+    if highest != resource.RLIM_INFINITY:
+        bound, higher = min(bound, highest), min(higher, highest)
+    resource.setrlimit(kind, (bound, higher))
 
 
 def _run(source: str) -> str | None:
@@ -61,7 +74,8 @@ def _refused_by_kernel() -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS, without which the rest needs to be root
         return False
-    return _writes_here_only(libc) and _calls_filtered(libc, *_CALLS[platform.machine()])
+    # Both, also if one of them fails.
+    return all([_writes_here_only(libc), _calls_filtered(libc, *_CALLS[platform.machine()])])
 
 
 def _writes_here_only(libc: ctypes.CDLL) -> bool:

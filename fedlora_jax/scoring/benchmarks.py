@@ -22,6 +22,7 @@ a message for a model with a chat template; of its answer the first fenced block
 import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,7 +188,11 @@ def get(name: str, path: str | None = None, chat: bool = False) -> Benchmark:
     maker = lookup(_MAKERS, name, "benchmark")
     if path is None and name != "humaneval":
         raise ValueError(f"{name} needs a file: {name}=PATH")
-    return maker(chat=chat) if path is None else maker(path, chat)
+    benchmark = maker(chat=chat) if path is None else maker(path, chat)
+    counts = Counter(problem.name for problem in benchmark.problems)
+    if twice := [problem for problem, count in counts.items() if count > 1]:
+        raise ValueError(f"{path}: more than one problem is called {twice[0]}")
+    return benchmark
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:

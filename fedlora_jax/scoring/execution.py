@@ -78,6 +78,9 @@ def run(program: str, limits: Limits = DEFAULT, *, kernel: bool = True) -> Outco
       program: Its source.
       limits: What it may use.
       kernel: Whether to ask the kernel; False is how it goes where the kernel refuses.
+
+    Raises:
+      RuntimeError: If the limits cannot be set.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         file, work = Path(directory, "program.py"), Path(directory, "work")
@@ -92,6 +95,8 @@ def run(program: str, limits: Limits = DEFAULT, *, kernel: bool = True) -> Outco
             os.close(result)
     if text:
         found = json.loads(text)
+        if "broken" in found:
+            raise RuntimeError(f"programs cannot be run with limits here: {found['broken']}")
         return Outcome(found["error"] is None, found["error"] or "", found["kernel"])
     return Outcome(False, over, None)
 

@@ -92,6 +92,7 @@ def test_mistakes(write, tmp_path):
         (partial(get, "text", write({"prompt": "a"})), "line 1: no field 'response'"),
         (partial(get, "text", write("3")), "line 1: no field 'prompt'"),
         (partial(get, "text", write()), "has no problems"),
+        (partial(get, "humaneval", write(PROBLEM, PROBLEM)), "more than one .* called Tiny/0"),
         (partial(get, "gsm8k", write({"question": "a", "answer": "b"})), "'b' has no number"),
     ):
         with pytest.raises(ValueError, match=problem):

@@ -105,6 +105,11 @@ def test_the_wall_clock_ends_what_only_waits():
     assert time.perf_counter() - began < 10
 
 
+def test_limits_that_cannot_be_set_are_no_fault_of_the_program():
+    with pytest.raises(RuntimeError, match="cannot be run with limits here"):
+        execution.run("", LIMITS._replace(memory=1 << 70))
+
+
 def test_nothing_is_left_behind(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = set(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else set()
