@@ -227,7 +227,7 @@ def apply(
         called.add(path)
         x = inputs[0] if inputs else options["inputs"]
         shape = _shape_of(context.module, path, x)
-        change = _low_rank(x, lowrank.concatenate(found), shape, path)
+        change = _low_rank(x, found, shape, path)
         # In float32, and rounded once to the type of the layer.
         return (outputs + jnp.asarray(scale, jnp.float32) * change).astype(outputs.dtype)
 
@@ -275,13 +275,16 @@ def _shape_of(module: nn.Module, path: str, x: jax.Array) -> KernelShape:
     )
 
 
-def _low_rank(x: jax.Array, factors: Factors, shape: KernelShape, path: str) -> jax.Array:
-    found = (factors.a.shape[0], factors.b.shape[-1])
-    if found != (shape.d_in, shape.d_out):
-        raise ValueError(
-            f"the adapter of {path!r} is for a kernel {list(found)}, the layer has "
-            f"[{shape.d_in}, {shape.d_out}]"
-        )
+def _low_rank(x: jax.Array, terms: Sequence[Factors], shape: KernelShape, path: str) -> jax.Array:
+    """`x` times the sum of the terms, which is one product of low rank."""
+    for term in terms:
+        found = (term.a.shape[0], term.b.shape[-1])
+        if found != (shape.d_in, shape.d_out):
+            raise ValueError(
+                f"the adapter of {path!r} is for a kernel {list(found)}, the layer has "
+                f"[{shape.d_in}, {shape.d_out}]"
+            )
+    factors = lowrank.concatenate(terms)
     batch = x.shape[: x.ndim - len(shape.inputs)]
     flat = x.reshape(*batch, shape.d_in)
     low = flat @ factors.a.astype(x.dtype) @ factors.b.astype(x.dtype)

@@ -81,14 +81,17 @@ def test_offset_adds_to_the_adapters(setup):
     )
 
 
-def test_gradients_of_adapters_are_those_of_merged_kernels(setup):
+@pytest.mark.parametrize("frozen", [(), ("hidden", "attention/out")], ids=["alone", "offset"])
+def test_gradients_of_adapters_are_those_of_merged_kernels(setup, frozen):
     x, params, adapters = setup
+    offset = {path: Factors(*(2 * y for y in adapters[path])) for path in frozen}
 
     def by_interception(adapters):
-        return jnp.sum(lora.apply(Net(), params, adapters, x, scale=SCALE) ** 2)
+        outputs = lora.apply(Net(), params, adapters, x, scale=SCALE, offset=offset)
+        return jnp.sum(outputs**2)
 
     def by_merging(adapters):
-        merged = lora.merge(params, adapters, scale=SCALE)
+        merged = lora.merge(lora.merge(params, offset, scale=SCALE), adapters, scale=SCALE)
         return jnp.sum(Net().apply({"params": merged}, x) ** 2)
 
     expected = jax.grad(by_merging)(adapters)
@@ -184,6 +187,10 @@ def test_wide_kernels_keep_what_bfloat16_would_round_away(setup):
         ),
         (
             lambda p, a, x: lora.apply(Net(), p, {"head": a["hidden"]}, x, scale=1.0),
+            r"\[8, 7\], the layer has \[7, 5\]",
+        ),
+        (
+            lambda p, a, x: lora.apply(Net(), p, a, x, scale=1.0, offset={"head": a["hidden"]}),
             r"\[8, 7\], the layer has \[7, 5\]",
         ),
         (lambda p, a, x: lora.apply(Net(), p, {"conv": a["head"]}, x, scale=1.0), "is a Conv"),
