@@ -18,11 +18,20 @@ os.environ.setdefault(
 # many workers as cores already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import jax
 import pytest
 from absl import flags
 
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """A worker that holds many compiled programs after a file, some 2 MB each, drops them."""
+    yield
+    if len(jax.local_devices()[0].client.live_executables()) > 300:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

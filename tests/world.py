@@ -119,16 +119,7 @@ def train_by_hand(
             return tree
         return jax.tree.map(lambda x, keep: jnp.where(keep, x, 0), tree, trains)
 
-    @jax.jit
-    def gradient(trainable, batch):
-        def loss(trainable):
-            merged = lora.merge(backbone, trainable.adapters, scale=server.scale)
-            variables = {"params": lora.join_head(merged, trainable.head)}
-            logits = world.task.model.apply(variables, batch["x"])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-
-        return jax.grad(loss)(trainable)
-
+    gradient = functools.partial(_gradient, world.task.model, backbone, server.scale)
     state = training.optimizer.init(trainable)
     count = world.data.counts[client]
     for step in range(int(training.steps_of(count))):
@@ -142,6 +133,17 @@ def train_by_hand(
         updates = jax.tree.map(lambda u, rate=rate: rate * u, masked(updates))
         trainable = optax.apply_updates(trainable, updates)
     return trainable
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(model, backbone, scale, trainable, batch):
+    def loss(trainable):
+        merged = lora.merge(backbone, trainable.adapters, scale=scale)
+        variables = {"params": lora.join_head(merged, trainable.head)}
+        logits = model.apply(variables, batch["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    return jax.grad(loss)(trainable)
 
 
 def learning_rate(federation: Federation) -> jax.Array:
