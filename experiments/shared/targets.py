@@ -1,7 +1,7 @@
 """What can be scored: a finished run, a model on disk, or that of a configuration."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from fedlora_jax import experiment, lora
 from fedlora_jax.experiment import finished, records
 from fedlora_jax.experiment.finished import Finished
+from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.setting import dtype_of
 from fedlora_jax.interop import peft
 from fedlora_jax.lora import Adapters, Params
@@ -154,7 +155,11 @@ def _of_state(name: dict[str, Any], run: Finished, trainable: Trainable) -> Targ
         trainable.adapters,
         federation.server.scale,
         config.data.get("tokenizer", source),
-        lambda: numbers(run.program.evaluate(federation, run.state.test), run.setting.domains),
+        lambda: in_words(
+            run.program.metrics,
+            run.program.evaluate(federation, run.state.test),
+            run.setting.domains,
+        ),
     )
 
 
@@ -188,19 +193,3 @@ def digest(adapters: Adapters) -> str:
         for x in factors:
             made.update(path.encode() + np.asarray(x, np.float32).tobytes())
     return made.hexdigest()[:16]
-
-
-def numbers(found: Any, domains: tuple[str, ...]) -> dict[str, Any]:
-    """What an evaluation found, plain numbers by name; None for what is not finite."""
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, Mapping):
-            return {name: plain(value) for name, value in x.items()}
-        values = np.array(x, object)
-        values[~np.isfinite(np.asarray(x, np.float64))] = None
-        return values.tolist()
-
-    found = {name: plain(value) for name, value in found._asdict().items()}
-    known = [x for x in found["domains"] if x is not None]
-    found["mean"] = float(np.mean(known)) if known else None
-    return found | {"domains": dict(zip(domains, found["domains"], strict=True))}
