@@ -18,7 +18,7 @@ demo: $(VENV)/.core
 	$(BIN)/python -m experiments.compare --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --ignore=tests/parity
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest tests/parity 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'

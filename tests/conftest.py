@@ -25,12 +25,29 @@ from absl import flags
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
 
+# Files that take long go first, so that no worker is left alone with one at the end.
+LONG = [
+    "test_programs",
+    "test_notebooks",
+    "test_round",
+    "test_precision",
+    "test_methods",
+    "test_properties",
+    "test_transforms",
+    "test_tune",
+    "test_sketch",
+]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def few_programs():
     """A worker that holds many compiled programs after a file, some 2 MB each, drops them."""
     yield
-    if len(jax.local_devices()[0].client.live_executables()) > 300:
+    if len(jax.local_devices()[0].client.live_executables()) > 200:
         jax.clear_caches()
 
 

@@ -36,7 +36,7 @@ def a_layer(world):
 
     @functools.cache
     def growth(name):
-        return (lines(world, name, 6) - lines(world, name, 3)) / 3
+        return (lines(world, name, 4) - lines(world, name, 2)) / 2
 
     return growth
 
@@ -59,5 +59,4 @@ def lines(world, name, depth):
 
 @pytest.mark.parametrize("name", sorted(methods.REGISTRY))
 def test_a_layer_more_costs_about_what_it_costs_fedit(a_layer, name):
-
     assert a_layer(name) < LIMIT * a_layer("fedit")
