@@ -1,0 +1,132 @@
+"""A decoder federated from files to numbers: text, rounds, metrics, and going on after a kill."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import jsonl as jsonl_config
+from fedlora_jax import experiment
+
+pytest.importorskip("gguf", reason="needs the extra `gguf`")
+pytest.importorskip("tokenizers", reason="needs the extra `text`")
+
+from tests.models import test_gguf as files
+
+DOMAINS = ("letters", "numbers")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A configuration of a tiny Llama in a GGUF file, and of four clients' examples."""
+    directory = tmp_path_factory.mktemp("language")
+    shapes = jax.eval_shape(files.MODEL.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 8, shapes)
+    files.write(directory / "model.gguf", params)
+    lines = [
+        {
+            "prompt": "abc"[i % 3] * (1 + i % 4),
+            "response": ("xyz", "123")[i % 2][: 1 + i % 3] * 2 + str(i % 7),
+            "client": f"client {i % 4}",
+            "domain": DOMAINS[i % 2],
+        }
+        for i in range(80)
+    ]
+    (directory / "examples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config = jsonl_config.get_config(f"file={directory / 'examples.jsonl'}")
+    config.data.update(
+        tokenizer=str(directory / "model.gguf"),
+        end_token="<|end|>",
+        template="{prompt}={response}",
+        length=24,
+    )
+    config.data.held_out.update(validation=0.0, test=0.3)
+    config.model.name = "pretrained"
+    config.pretrained.source = str(directory / "model.gguf")
+    config.rounds = 3
+    config.clients_per_round = 3
+    config.lora.rank = 2
+    config.local.update(steps=3, batch_size=5, learning_rate=3e-2)
+    return config
+
+
+def run(config, workdir, **changes):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    setting = experiment.prepare(config)
+    program = experiment.compile_program(config, setting)
+    rounds = experiment.run(config, setting, program, workdir)
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rounds]
+
+
+@pytest.fixture(scope="module")
+def unbroken(base, tmp_path_factory):
+    return run(base, tmp_path_factory.mktemp("unbroken"))
+
+
+def test_it_learns_every_domain(base, unbroken):
+    untouched = experiment.judge_untouched(base, experiment.prepare(base))
+    last = unbroken[-1]
+    for domain in DOMAINS:
+        assert last["domain_nll"][domain] < untouched["domain_nll"][domain] - 0.1
+    assert last["perplexity"] == pytest.approx(np.exp(last["nll"]))
+    assert len(last["client_nll"]) == 4 and 0 < last["token_accuracy"] < 1
+    assert not any("ccuracy" in name and "token" not in name for name in last)
+
+
+def test_a_run_that_goes_on_ends_with_the_same_bits(base, unbroken, tmp_path):
+    assert run(base, tmp_path, rounds=2) == unbroken[:2]
+    assert run(base, tmp_path, rounds=3) == unbroken
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clients_per_chunk": 3},
+        {"evaluation_batch_size": 3},
+        {"data.length": 31},  # Padding moves nothing.
+        {"model.options": {"remat": True}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_same_numbers_however_it_is_computed(base, unbroken, tmp_path, changes):
+    found = run(base, tmp_path, **changes)
+    for name in ("nll", "client_nll", "loss", "client_loss", "token_accuracy"):
+        mine, theirs = ([row[name] for row in rows] for rows in (found, unbroken))
+        np.testing.assert_allclose(mine, theirs, rtol=2e-4, err_msg=name)
+
+
+def test_bfloat16_learns_as_much(base, unbroken, tmp_path):
+    found = run(base, tmp_path, **{"precision.compute": "bfloat16"})
+    assert found[-1]["nll"] == pytest.approx(unbroken[-1]["nll"], rel=0.02)
+
+
+def test_personal_models_are_judged_on_their_own_text(base, tmp_path):
+    rounds = run(base, tmp_path, method="local", rounds=1)
+    assert len(rounds[0]["client_nll"]) == 4
+    assert set(rounds[0]["domain_nll"]) == set(DOMAINS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"metrics": ("nl",)}, "unknown metric of a causal_lm task 'nl'. Did you mean 'nll'"),
+        ({"metrics": ("accuracy",)}, "metric of a causal_lm task 'accuracy'"),
+        ({"task": "causal"}, "unknown task 'causal'. Did you mean 'causal_lm'"),
+        ({"data.template": "{promt}={response}"}, "no field 'promt'. Did you mean 'prompt'"),
+        ({"data.partition": "dirichlet"}, "'dirichlet' needs labels, which .* does not have"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_any_work(base, tmp_path, changes, problem):
+    config = base.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    if config.data.partition == "dirichlet":
+        config.data.partition_options = {"num_clients": 2, "alpha": 0.5}
+    with pytest.raises(ValueError, match=problem):
+        experiment.check(config)
+        setting = experiment.prepare(config)
+        experiment.run(config, setting, experiment.compile_program(config, setting), tmp_path)
+    assert not list(tmp_path.iterdir())
