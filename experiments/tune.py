@@ -26,6 +26,7 @@ from experiments.shared import plots, report
 from experiments.shared.apps import command, method_names, progress_bar, run
 from fedlora_jax import experiment
 from fedlora_jax.experiment import records
+from fedlora_jax.experiment.finished import judged_on
 from fedlora_jax.federated.metrics import Metric
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -111,9 +112,7 @@ def judged_on_validation(config: ConfigDict) -> ConfigDict:
             "config.data.splits has no 'validation', and a learning rate is not to be chosen on "
             f"the test split; it has {', '.join(f'{k}={v!r}' for k, v in splits.items())}"
         )
-    config = config.copy_and_resolve_references()
-    config.data.splits.test = splits.validation
-    return config
+    return judged_on(config, "validation")
 
 
 def _values(
@@ -213,8 +212,8 @@ def write(
         f"```\n{command()}\n```",
         render(found, chosen, metric, "github"),
         _LEGEND.format(
-            metric=f"{metric.title[0].upper()}{metric.title[1:]}",
-            better="higher" if metric.higher_is_better else "lower",
+            metric=metric.sentence,
+            better=metric.better,
             seeds=seeds,
             s="s" * (seeds != 1),
         ),

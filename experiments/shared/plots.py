@@ -53,7 +53,7 @@ def over_rounds(runs: Runs, metric: Metric) -> Plot:
     figure, axes = _figure()
     banded = _over_rounds(axes, runs, metric.name, metric.factor)
     axes.set(ylabel=metric.title)
-    return Plot(figure, f"{_named(metric)} over rounds, mean over domains{banded}")
+    return Plot(figure, f"{metric.sentence} over rounds, mean over domains{banded}")
 
 
 def aggregation_error(runs: Runs) -> Plot | None:
@@ -103,13 +103,13 @@ def differences(found: Mapping[str, paired.Difference], reference: str, metric: 
     axes.set(
         ylim=(-0.6, len(ordered) - 0.4),
         xlabel=f"{metric.words} minus that of {reference} ({metric.difference_unit}), "
-        f"{'higher' if metric.higher_is_better else 'lower'} is better",
+        f"{metric.better} is better",
     )
     axes.grid(alpha=0.3, axis="x")
     return Plot(
         figure,
-        f"{_named(metric)} after the last round minus that of {reference}, paired over seeds: mean "
-        "and 95% t-interval",
+        f"{metric.sentence} after the last round minus that of {reference}, paired over seeds: "
+        "mean and 95% t-interval",
     )
 
 
@@ -162,8 +162,8 @@ def learning_rates(
     _legend_outside(axes)
     return Plot(
         figure,
-        f"{_named(metric)} on the validation split after the last round against the learning rate, "
-        "mean over seeds; a rate at which training diverged has no point",
+        f"{metric.sentence} on the validation split after the last round against the learning "
+        "rate, mean over seeds; a rate at which training diverged has no point",
     )
 
 
@@ -280,7 +280,7 @@ def _domain_bars(methods: list[str], names: list[str], values: np.ndarray, metri
     axes.grid(alpha=0.3, axis="y")
     axes.legend(frameon=False, ncols=len(methods), loc="upper center", bbox_to_anchor=(0.5, 1.12))
     bars = "; bars are one standard deviation over seeds" if several else ""
-    return Plot(figure, f"{_named(metric)} after the last round, by domain{bars}")
+    return Plot(figure, f"{metric.sentence} after the last round, by domain{bars}")
 
 
 def _domain_map(methods: list[str], names: list[str], values: np.ndarray, metric: Metric) -> Plot:
@@ -311,13 +311,9 @@ def _domain_map(methods: list[str], names: list[str], values: np.ndarray, metric
     figure.colorbar(image, label=metric.title)
     return Plot(
         figure,
-        f"{_named(metric)} after the last round, by domain, mean over seeds; methods sorted by "
+        f"{metric.sentence} after the last round, by domain, mean over seeds; methods sorted by "
         "their mean over domains, the best on top",
     )
-
-
-def _named(metric: Metric) -> str:
-    return f"{metric.title[0].upper()}{metric.title[1:]}"
 
 
 def _errors(rounds: Rounds) -> list[float]:

@@ -73,7 +73,7 @@ def table(
     personal = f"personal_{metric.name}"
     silent = {
         "learning rate": len(set(learning_rates[method] for method in runs)) == 1,
-        f"personal {metric.unit}".strip(): not _any(runs, personal, lambda x: x is not None),
+        _personal(metric): not _any(runs, personal, lambda x: x is not None),
         "MB catch-up": not _any(runs, "megabytes_catch_up", bool),
         "epsilon": not _any(runs, "epsilon", lambda x: x is not None),
     }
@@ -104,18 +104,26 @@ def _row(
     }
 
 
+def _overall(metric: Metric) -> str:
+    """The name of the column of a metric."""
+    return f"{metric.words} {metric.unit}".strip()
+
+
+def _personal(metric: Metric) -> str:
+    """The name of the column of the same for each client."""
+    return f"personal {metric.unit}".strip()
+
+
 def _judged(rows: Sequence[Mapping[str, Any]], metric: Metric) -> dict[str, str]:
     """The columns of the headline: overall, by domain, and personal, over seeds."""
     domains = [row[f"domain_{metric.name}"] for row in rows]
     return {
-        f"{metric.words} {metric.unit}".strip(): _shown([row[metric.name] for row in rows], metric),
+        _overall(metric): _shown([row[metric.name] for row in rows], metric),
         **{
             domain: _shown([row[domain] for row in domains], metric, mean_alone=True)
             for domain in domains[0]
         },
-        f"personal {metric.unit}".strip(): _shown(
-            [row.get(f"personal_{metric.name}") for row in rows], metric
-        ),
+        _personal(metric): _shown([row.get(f"personal_{metric.name}") for row in rows], metric),
     }
 
 
@@ -128,12 +136,11 @@ def _shown(values: Sequence[float | None], metric: Metric, mean_alone: bool = Fa
 
 def legend(head: Sequence[str], metric: Metric) -> str:
     """What the columns of `table` mean."""
-    better = "higher" if metric.higher_is_better else "lower"
     texts = {
-        f"{metric.words} {metric.unit}".strip(): f"{metric.title[0].upper()}{metric.title[1:]}: "
-        f"on test examples after the last round, {better} is better, the plain mean over domains, "
+        _overall(metric): f"{metric.sentence}: on test examples after the last round, "
+        f"{metric.better} is better, the plain mean over domains, "
         "as mean ± sample standard deviation over seeds; then the mean over seeds for each domain.",
-        f"personal {metric.unit}".strip(): "Personal: the mean over clients, each judged on test "
+        _personal(metric): "Personal: the mean over clients, each judged on test "
         "examples distributed as its own data, with its own factors if the method keeps them.",
         **_LEGEND,
     }
@@ -167,12 +174,11 @@ def compared(runs: Runs, reference: str, metric: Metric) -> dict[str, paired.Dif
 def render_paired(runs: Runs, reference: str, metric: Metric, style: str = "simple") -> str:
     """The differences from a reference as text."""
     digits = metric.digits + 1
-    better = "higher" if metric.higher_is_better else "lower"
     head = [
         f"minus {reference}",
         metric.difference_unit,
         "95% interval",
-        f"{better} on",
+        f"{metric.better} on",
         "p (Holm)",
     ]
     rows = [
@@ -180,7 +186,7 @@ def render_paired(runs: Runs, reference: str, metric: Metric, style: str = "simp
             method,
             f"{each.mean:+.{digits}f}",
             f"{each.low:+.{digits}f} to {each.high:+.{digits}f}",
-            f"{each.higher if metric.higher_is_better else each.lower} of {each.seeds}",
+            f"{getattr(each, metric.better)} of {each.seeds}",
             f"{each.p:.3f}" if each.p >= 0.0005 else "< 0.001",
         ]
         for method, each in compared(runs, reference, metric).items()
@@ -250,9 +256,9 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
             f"## Against {reference}",
             render_paired(runs, reference, metric, "github"),
             _PAIRED_LEGEND.format(
-                metric=f"{metric.words[0].upper()}{metric.words[1:]}",
+                metric=metric.words.capitalize(),
                 unit=metric.difference_unit,
-                better="higher" if metric.higher_is_better else "lower",
+                better=metric.better,
                 reference=reference,
                 seeds=seeds,
                 methods=len(runs) - 1,

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from fedlora_jax import experiment, lora
 from fedlora_jax.experiment import finished, records
 from fedlora_jax.experiment.finished import Finished
-from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.setting import dtype_of
 from fedlora_jax.interop import peft
 from fedlora_jax.lora import Adapters, Params
@@ -127,22 +126,19 @@ def of_run(workdir: Path, split: str, client: int | None = None) -> Target:
 def of_config(config: ConfigDict, split: str, adapter: Adapter) -> Target:
     """The model of a configuration as it is, or with an adapter, and its data."""
     config = finished.judged_on(config, split)
-    # Of all methods the one that does least: a model for all, and nothing else.
-    config.method = "fedit"
+    config.method = finished.LEAST
     experiment.check(config)
-    setting = experiment.prepare(config)
-    program = experiment.compile_program(config, setting)
-    state = experiment.first_state(config, setting, program.method)
-    server = state.federation.server
+    run = finished.untrained(config, experiment.prepare(config))
+    server = run.state.federation.server
     params = lora.join_head(server.backbone, server.trainable.head)
-    adapters, scale, saved = adapter.read(setting.task.model, params, config.lora.scale)
+    adapters, scale, saved = adapter.read(run.setting.task.model, params, config.lora.scale)
     head = lora.join_head(server.trainable.head, saved)
     trainable = Trainable(adapters or server.trainable.adapters, head)
     server = server._replace(trainable=trainable, scale=jnp.float32(scale))
-    state = state._replace(federation=state.federation._replace(server=server))
+    state = run.state._replace(federation=run.state.federation._replace(server=server))
     made = config.to_json_best_effort().encode()
     name = {"config": hashlib.sha256(made).hexdigest()[:16], "adapter": adapter.source}
-    return _of_state(name, Finished(config, setting, program, state, 0), trainable)
+    return _of_state(name, run._replace(state=state), trainable)
 
 
 def _of_state(name: dict[str, Any], run: Finished, trainable: Trainable) -> Target:
@@ -155,11 +151,7 @@ def _of_state(name: dict[str, Any], run: Finished, trainable: Trainable) -> Targ
         trainable.adapters,
         federation.server.scale,
         config.data.get("tokenizer", source),
-        lambda: in_words(
-            run.program.metrics,
-            run.program.evaluate(federation, run.state.test),
-            run.setting.domains,
-        ),
+        run.measure,
     )
 
 

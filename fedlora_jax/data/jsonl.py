@@ -8,7 +8,7 @@ have them, or none. `docs/your_own_data.md` walks through it.
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ def load(
         raise ValueError(f"no example of {files['federated']} is in the split {split!r}")
     everything = [example for examples in splits.values() for example in examples]
     clients = sorted({example.client for example in everything if example.client is not None})
-    domains = _domains(everything)
+    domains = tuple(sorted({example.domain or _ALL for example in everything}))
     if clients and any(example.client is None for example in everything):
         raise ValueError(f"only some of the files {', '.join(files.values())} have clients")
 
@@ -141,22 +141,6 @@ def load(
         arrays["client"] = np.array([clients.index(str(x.client)) for x in owners], np.int32)
     kept = text.evenly(len(owners), most)
     return Texts({name: x[kept] for name, x in arrays.items()}, tuple(clients), domains)
-
-
-def domain_names(
-    files: Mapping[str, str], template: Template, fields: Mapping[str, str] | None = None
-) -> tuple[str, ...]:
-    """The names of the domains in all files, sorted; `all` alone if they do not say.
-
-    Raises:
-      FileNotFoundError: As `load`.
-      ValueError: As `load`.
-    """
-    return _domains(x for xs in _splits(files, template, fields, {}).values() for x in xs)
-
-
-def _domains(examples: Iterable[Example]) -> tuple[str, ...]:
-    return tuple(sorted({example.domain or _ALL for example in examples}))
 
 
 def _one_a_row(

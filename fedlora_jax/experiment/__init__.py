@@ -4,7 +4,8 @@
 of one method, once for all seeds; `run` trains one method under one seed, or goes on with it.
 """
 
-from fedlora_jax.experiment.loop import Progress, State, first_state, judge_untouched, run
+from fedlora_jax.experiment.finished import judge_untouched
+from fedlora_jax.experiment.loop import Progress, State, first_state, run
 from fedlora_jax.experiment.program import Program, check, compile_program
 from fedlora_jax.experiment.setting import Setting, partition_counts, prepare
 

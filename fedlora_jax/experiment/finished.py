@@ -1,20 +1,24 @@
-"""A finished run, or one that was cut short, read back from its work directory."""
+"""What a run has come to, read back from its work directory, or what it starts from."""
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 
 from fedlora_jax.experiment import records
 from fedlora_jax.experiment.loop import State, first_state
+from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
 from fedlora_jax.experiment.setting import Setting, prepare
 from fedlora_jax.names import lookup
 
+# Of all methods the one that does least: a model for all, and nothing else.
+LEAST = "fedit"
+
 
 class Finished(NamedTuple):
-    """A run as its last checkpoint has it.
+    """A run as its last checkpoint has it, or before its first round.
 
     Attributes:
       config: As it was, but judged on the split that was asked for.
@@ -29,6 +33,24 @@ class Finished(NamedTuple):
     program: Program
     state: State
     rounds: int
+
+    def measure(self) -> dict[str, Any]:
+        """The metrics on held-out examples, as a line of `metrics.jsonl` has them."""
+        found = self.program.evaluate(self.state.federation, self.state.test)
+        return in_words(self.program.metrics, found, self.setting.domains)
+
+
+def untrained(config: ml_collections.ConfigDict, setting: Setting) -> Finished:
+    """What every run of a configuration starts from: the model for all, and nothing trained."""
+    config = config.copy_and_resolve_references()
+    config.method = LEAST
+    program = compile_program(config, setting)
+    return Finished(config, setting, program, first_state(config, setting, program.method), 0)
+
+
+def judge_untouched(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Any] | None:
+    """The metrics of the model before any training; None if it has a new head to be trained."""
+    return None if config.lora.head else untrained(config, setting).measure()
 
 
 def restore(workdir: Path, split: str = "test") -> Finished:

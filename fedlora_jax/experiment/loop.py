@@ -15,8 +15,8 @@ import numpy as np
 from fedlora_jax import lora
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.experiment import memory, records
-from fedlora_jax.experiment.measure import in_words, make_measure
-from fedlora_jax.experiment.program import Program, check, compile_program, schedule
+from fedlora_jax.experiment.measure import make_measure
+from fedlora_jax.experiment.program import Program, check, schedule
 from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled, partitioned
 from fedlora_jax.federated import cohort, randomness, ranks
 from fedlora_jax.federated.evaluation import HeldOut, held_out
@@ -101,18 +101,6 @@ def _held_out(
         [(train["domain"][part], train[kind][part]) for part in parts],
         kinds_are_own=natural,
     )
-
-
-def judge_untouched(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Any] | None:
-    """The metrics of the model before any training; None if it has a new head to be trained."""
-    if config.lora.head:
-        return None
-    config = config.copy_and_resolve_references()
-    config.method = "fedit"
-    program = compile_program(config, setting)
-    start = first_state(config, setting, program.method)
-    found = program.evaluate(start.federation, start.test)
-    return in_words(program.metrics, found, setting.domains)
 
 
 def run(

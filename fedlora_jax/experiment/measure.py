@@ -52,13 +52,11 @@ def make_measure(
 
     def measure(index: int, federation: Federation, measured: RoundMetrics) -> dict[str, Any]:
         ranks = np.asarray(measured.ranks).tolist()
-        judged = in_words(program.metrics, program.evaluate(federation, test), domains)
-        of_clients = {name: judged.pop(name) for name in list(judged) if name[:7] == "client_"}
         return {
             "round": index,
             "method": config.method,
             "seed": config.seed,
-            **judged,
+            **in_words(program.metrics, program.evaluate(federation, test), domains),
             "loss": float(measured.loss),
             "aggregation_error": _number(measured.aggregation_error),
             "excluded_clients": int(measured.excluded),
@@ -67,7 +65,6 @@ def make_measure(
             "cohort": cohorts[index].tolist(),
             "rank": ranks,
             "client_loss": np.asarray(measured.client_loss).tolist(),
-            **of_clients,
         }
 
     return measure

@@ -53,12 +53,12 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     model = _model(config)
     if config.data.name in texts.SOURCES:
         texts.check(config, model)
-    train, test = (_load(config, config.data.splits[part]) for part in ("train", "test"))
-    domains = _domain_names(config) if "domain" in train else ("all",)
+    train, domains = _load(config, config.data.splits.train)
+    test, _ = _load(config, config.data.splits.test)
     inputs = _tokens if "tokens" in train else _images
     params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
     task = _task(config, model.clone(dtype=dtype_of(config.precision.compute)), inputs)
-    return Setting(task, params, _examples(train), _examples(test), domains)
+    return Setting(task, params, _examples(train), _examples(test), domains or ("all",))
 
 
 def _task(
@@ -88,23 +88,21 @@ def _model(config: ml_collections.ConfigDict) -> nn.Module:
     return models.get(config.model.name, **config.model.options)
 
 
-def _domain_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    if config.data.name in texts.SOURCES:
-        return texts.domain_names(config)
-    if config.data.name == "image_folder":
-        return tuple(image_folder.class_names(config.data.root, "domain"))
-    return tuple(sources.class_names(config.data.name, "domain"))
-
-
-def _load(config: ml_collections.ConfigDict, split: str) -> dict[str, np.ndarray]:
-    if config.data.name == "python_docs":
-        return python_docs.load(split, pretrained.locate(config.data.tokenizer), config.data.length)
-    if config.data.name in texts.SOURCES:
-        return texts.load(config, split).arrays
-    if config.data.name == "image_folder":
-        data = config.data
-        return image_folder.load(split, data.root, size=data.size, held_out=data.held_out)
-    return sources.load(config.data.name, split)
+def _load(
+    config: ml_collections.ConfigDict, split: str
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The examples of a split, and the names of the domains, if there are any."""
+    data = config.data
+    if data.name in texts.SOURCES:
+        found = texts.load(config, split)
+        return found.arrays, found.domains
+    if data.name == "python_docs":
+        return python_docs.load(split, pretrained.locate(data.tokenizer), data.length), ()
+    if data.name == "image_folder":
+        arrays = image_folder.load(split, data.root, size=data.size, held_out=data.held_out)
+        return arrays, tuple(image_folder.class_names(data.root, "domain"))
+    arrays = sources.load(data.name, split)
+    return arrays, tuple(sources.class_names(data.name, "domain")) if "domain" in arrays else ()
 
 
 def _backbone(
@@ -120,7 +118,7 @@ def _backbone(
     made = pretrain.cached(
         _backbone_path(config),
         model,
-        _load(config, config.pretraining.split),
+        _load(config, config.pretraining.split)[0],
         **config.pretraining.options,
     )
     return jax.tree.map(lambda x: x.astype(storage), made)

@@ -46,13 +46,6 @@ def load(config: ml_collections.ConfigDict, split: str) -> Texts:
     )
 
 
-def domain_names(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The names of the domains, in order."""
-    if config.data.name == "python_stdlib":
-        return tuple(python_stdlib.domain_names())
-    return jsonl.domain_names(config.data.files, template(config), config.data.fields)
-
-
 def check(config: ml_collections.ConfigDict, model: nn.Module) -> None:
     """Checks that text, tokenizer and model fit each other, before any of it is used.
 

@@ -75,6 +75,16 @@ class Metric(NamedTuple):
         return self.name.replace("_", " ")
 
     @property
+    def sentence(self) -> str:
+        """The title as a sentence begins with it."""
+        return f"{self.title[0].upper()}{self.title[1:]}"
+
+    @property
+    def better(self) -> str:
+        """Which is better: `"higher"` or `"lower"`."""
+        return "higher" if self.higher_is_better else "lower"
+
+    @property
     def difference_unit(self) -> str:
         """The unit of differences: those of percentages are points."""
         return "points" if self.unit == "%" else self.unit or "difference"

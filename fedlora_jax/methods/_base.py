@@ -212,18 +212,11 @@ def averaging(
     )
 
 
-def each_layer(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]:
-    """`{path: function(*nodes)}` for dicts by path, layers of equal shapes in one loop.
+def each_of(function: Callable[..., Any], *stacked: Any) -> Any:
+    """`function` of each layer of a kind; what it returns is stacked again.
 
     A model has few kinds of layers and many of each: it then compiles in the time of its kinds.
     """
-    kinds = stacked_layers(*trees)
-    results = unstacked_layers({kind: each_of(function, *nodes) for kind, nodes in kinds.items()})
-    return {path: results[path] for path in trees[0]}
-
-
-def each_of(function: Callable[..., Any], *stacked: Any) -> Any:
-    """`function` of each layer of a kind; what it returns is stacked again."""
 
     def one(nodes: tuple[Any, ...]) -> Any:
         return function(*nodes)

@@ -164,7 +164,7 @@ def write(
 
 
 def _context(model: Llama) -> int:
-    return getattr(model, "context", None) or _NO_BOUND
+    return model.context or _NO_BOUND
 
 
 def _padded(length: int) -> int:

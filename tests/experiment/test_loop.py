@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
 from fedlora_jax import experiment, transforms
 from fedlora_jax.experiment import loop, program
 from fedlora_jax.experiment.setting import partitioned
 from fedlora_jax.federated import communication, ranks
+from tests.tiny import tiny_digits
 
 
 @pytest.fixture(scope="module")
@@ -20,15 +20,10 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("experiment")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-        config = digits.get_config()
-        config.model.options.update(width=16, depth=1, num_heads=2)
-        config.pretraining.options.steps = 20
-        config.backbone_dir = str(directory / "backbones")
+        config = tiny_digits(directory)
         config.rounds = 3
-        config.clients_per_round = 4
         config.lora.rank = 4
-        config.lora.targets = ("attention/query",)
-        config.local.update(steps=2, batch_size=8, schedule="constant")
+        config.local.schedule = "constant"
         yield config, experiment.prepare(config)
 
 

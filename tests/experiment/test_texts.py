@@ -63,7 +63,7 @@ def rows(config, split="federated"):
 def test_a_chat_of_a_local_file(directory):
     pytest.importorskip("jinja2")
     found, text = rows(of_jsonl(directory))
-    assert found.clients == ("a", "b") and texts.domain_names(of_jsonl(directory)) == ("all",)
+    assert found.clients == ("a", "b") and found.domains == ("all",)
     assert 8 < len(text) < 20
     for whole, answer in text.items():
         number = answer.removeprefix("r")
@@ -85,7 +85,7 @@ def test_the_library_is_read_as_configured(directory):
     config = of_stdlib(directory)
     setting_of = texts.load(config, "test")
     assert setting_of.arrays["tokens"].shape == (len(setting_of.clients), 16)
-    assert setting_of.domains == texts.domain_names(config)
+    assert setting_of.domains == tuple(python_stdlib.domain_names())
     config.data.windows_per_client.test = 0
     config.data.windows_per_file.test = 1
     of_files = texts.load(config, "test").arrays["client"]

@@ -12,7 +12,6 @@ import optax
 import pytest
 from flax import traverse_util
 
-from configs import digits
 from experiments.shared import judging, targets
 from experiments.shared.judging import Asking, Record
 from experiments.shared.targets import Adapter
@@ -24,6 +23,7 @@ from fedlora_jax.models.pretrained import naming
 from fedlora_jax.models.pretrained.files import write_safetensors
 from fedlora_jax.scoring import benchmarks
 from fedlora_jax.scoring.completions import Sampling
+from tests.tiny import tiny_digits
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -313,13 +313,8 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-        config = digits.get_config()
-        config.model.options.update(width=16, depth=1, num_heads=2)
-        config.pretraining.options.steps = 20
-        config.backbone_dir = str(directory / "backbones")
-        config.update_from_flattened_dict({"rounds": 2, "clients_per_round": 4, "lora.rank": 2})
-        config.lora.targets = ("attention/query",)
-        config.local.update(steps=2, batch_size=8)
+        config = tiny_digits(directory)
+        config.update_from_flattened_dict({"rounds": 2, "lora.rank": 2})
         setting = experiment.prepare(config)
         for method in ("fedex_lora", "local"):
             config.method = method

@@ -65,6 +65,13 @@ def _within(path: Path, modified: int) -> Language:
     )
 
 
+@functools.lru_cache(maxsize=2)
+def _tokenizer(file: Path, modified: int) -> Any:
+    """Of a tokenizer.json, which may be long; anew where that is modified."""
+    del modified
+    return read_tokenizer(file)
+
+
 def _beside(file: Path) -> Language:
     """Of a tokenizer.json, and what lies beside it."""
 
@@ -77,7 +84,7 @@ def _beside(file: Path) -> Language:
         content = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(content, str):
             special[name] = content
-    tokenizer = read_tokenizer(file)
+    tokenizer = _tokenizer(file, file.stat().st_mtime_ns)
     end = entries("generation_config.json").get("eos_token_id")
     end = entries("config.json").get("eos_token_id") if end is None else end
     if end is None and "eos_token" in special:
