@@ -10,7 +10,7 @@ not needed. Any Llama-architecture model serves: `--config.pretrained.source=DIR
 --config.model.name=pretrained --config.data.tokenizer=DIR_OR_FILE`.
 
 Each client has the source files of its own modules, some of which are held out. A round is four
-clients, one at a time, each with four steps on four windows of 128 tokens. On an accelerator take
+clients, one at a time, each with four steps on two windows of 128 tokens. On an accelerator take
 more: `--config.clients_per_chunk=0 --config.local.batch_size=16 --config.data.length=512
 --config.precision.compute=bfloat16`, and `--config.model.options.remat=True` where memory is short.
 
@@ -45,7 +45,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.end_token = "<|endoftext|>"  # between documents; in a chat it is another
     config.data.length = 16 if small else 128
     # At most so many windows, evenly spaced over the text; 0 for all.
-    held_out = 1 if small else 8
+    held_out = 1 if small else 4
     config.data.windows_per_client = {
         "federated": 8 if small else 0,
         "validation": held_out,
@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.local = ml_collections.ConfigDict()
     config.local.steps = 1 if small else 4
-    config.local.batch_size = 2 if small else 4
+    config.local.batch_size = 2
     config.local.optimizer = "adamw"  # or "sgd"
     config.local.learning_rate = 1e-3
     config.local.momentum = 0.9  # of sgd

@@ -1,9 +1,10 @@
-"""Speed and memory of the aggregation functions, beside dense code in PyTorch; size of programs.
+"""Speed and memory of aggregation, beside dense code in PyTorch; of programs.
 
     python -m experiments.benchmark aggregation
     python -m experiments.benchmark aggregation --only=fedit,flexlora --noreference
     python -m experiments.benchmark growth
     python -m experiments.benchmark programs --clients=4 --rank=8
+    python -m experiments.benchmark memory --rank=8
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -15,7 +16,9 @@ fits exponents, and draws them. `programs` compiles a round of every method on t
 SmolLM2-135M (30 blocks, all seven linear layers of each adapted, windows of 128 tokens, batches of
 four, one client at a time), each in a process of its own, and runs none: lines of StableHLO,
 seconds to trace and to compile, the most memory that took, and what the compiler plans for the
-round.
+round. `memory` compiles rounds of `fedit` on the same model, with 1 and 4 clients side by side and
+texts of 128 and 512 tokens, and says what memory the compiler plans: with the logits of the batch
+kept, with those of 128 tokens at a time, and with blocks computed again besides.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -94,7 +97,12 @@ ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
     "spectral": ("spectral", {}, "svd_by_qr"),
 }
 TREES = {"frlora": "initial", "fedrot_lora": "reference"}
-BANDWIDTH_BOUND = ("fedit", "lora_fair closed form", "flora")
+# Columns of the table of memory: how the loss is taken, and whether blocks are computed again.
+LOSSES = {
+    "whole": ("whole", False),
+    "chunked": ("chunked", False),
+    "chunked, remat": ("chunked", True),
+}
 
 
 def adapters(seed: int, count: int, rank: int, kernels: dict[str, tuple[int, int]]) -> Any:
@@ -300,6 +308,23 @@ def measure_growth() -> dict[str, Any]:
     return result
 
 
+def measure_memory(row: str) -> dict[str, Any]:
+    """The memory of a round of `fedit`; a row is, for example, `4,128,chunked`."""
+    clients, length, name = row.split(",", 2)
+    loss, remat = LOSSES[name]
+    planned = programs.working_bytes(
+        "fedit",
+        blocks=_BLOCKS.value,
+        clients=int(clients),
+        rank=_RANK.value,
+        loss=loss,
+        length=int(length),
+        remat=remat,
+        clients_per_chunk=None,
+    )
+    return {"working_bytes": planned}
+
+
 def worker(task: str) -> dict[str, Any]:
     """Runs a measurement in a process of its own, which flags are passed on to."""
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
@@ -489,6 +514,51 @@ def programs_report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_table() -> None:
+    """Plans the memory of rounds, prints the table and writes it."""
+    results: dict[str, Any] = {"environment": environment(), "rounds": []}
+    for clients, length in ((1, 128), (4, 128), (1, 512), (4, 512)):
+        line: dict[str, Any] = {"clients": clients, "length": length}
+        for name in rows_of(LOSSES):
+            print(f"{clients} clients, {length} tokens, {name} ...", file=sys.stderr, flush=True)
+            line[name] = worker(f"memory:{clients},{length},{name}")["working_bytes"]
+        results["rounds"].append(line)
+    write("memory", results, memory_report(results))
+
+
+def memory_report(results: dict[str, Any]) -> str:
+    """The table of memory, as Markdown."""
+    facts, rounds = results["environment"], results["rounds"]
+    names = [name for name in LOSSES if name in rounds[0]]
+    per_token = 4e-9 * programs.BATCH_SIZE * programs.SMOLLM2["vocab_size"]
+    table = [
+        [
+            line["clients"],
+            line["length"],
+            f"{line['clients'] * (line['length'] - 1) * per_token:.2f}",
+            *(f"{line[name] / 1e9:.2f}" for name in names),
+        ]
+        for line in rounds
+    ]
+    headers = ["clients", "tokens", "logits, GB", *(f"{name}, GB" for name in names)]
+    lines = [
+        "# Memory of a language model's round",
+        "",
+        f"A round of `fedit` on the shapes of a SmolLM2-135M with {facts['blocks']} blocks, all "
+        f"linear layers adapted at r = {facts['rank']}, clients side by side, batches of "
+        f"{programs.BATCH_SIZE} texts, float32. {facts['date']}, {facts['device']}, jax "
+        f"{facts['versions']['jax']}.",
+        "",
+        tabulate(table, headers, tablefmt="github", colalign=["right"] * len(headers)),
+        "",
+        "What a round needs besides its state and data, as the compiler plans it. `logits`: the "
+        "size of one array of those of all clients' batches. `whole`: they are kept; `chunked`: "
+        "those of 128 tokens at a time, made again in the backward pass. `remat`: the blocks are "
+        "computed again, too.",
+    ]
+    return "\n".join(lines)
+
+
 def growth_plot() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
     import matplotlib
@@ -537,12 +607,14 @@ def main(argv: list[str]) -> None:
             "program": lambda: programs.measure(
                 name, blocks=_BLOCKS.value, clients=_CLIENTS.value, rank=_RANK.value
             ),
+            "memory": lambda: measure_memory(name),
         }
         print(json.dumps(tasks[kind]()))
         return
     commands = {
         "aggregation": aggregation_table,
         "growth": growth_plot,
+        "memory": memory_table,
         "programs": programs_table,
     }
     if len(argv) != 2 or argv[1] not in commands:

@@ -1,4 +1,4 @@
-"""The round's program on the shapes of SmolLM2-135M: how large it is and what compiling it takes.
+"""The round's program on the shapes of SmolLM2-135M: its size, its memory, what compiling takes.
 
 Shapes alone: no weight is made, and nothing is run.
 """
@@ -16,7 +16,7 @@ from fedlora_jax import lora, methods, models
 from fedlora_jax.data.clients import ClientData
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, make_round
-from fedlora_jax.federated.task import Batch, Task, Weighted, equally
+from fedlora_jax.federated.task import Batch, Task, Weighted, causal_language_model, equally
 from fedlora_jax.methods import Server, Trainable
 from fedlora_jax.models import Llama
 
@@ -33,7 +33,7 @@ WINDOW, BATCH_SIZE, STEPS, EXAMPLES = 128, 4, 10, 64
 
 
 def next_token(model: Llama) -> Task:
-    """Language modelling on windows `batch['tokens']`."""
+    """Language modelling on windows `batch['tokens']`, with the logits of the batch kept."""
 
     def loss(logits: jax.Array, batch: Batch) -> Weighted:
         logits, following = logits[:, :-1], batch["tokens"][:, 1:]
@@ -43,12 +43,36 @@ def next_token(model: Llama) -> Task:
     return Task(model, lambda batch: (batch["tokens"],), loss)
 
 
-def lower(method: str, *, blocks: int, clients: int, rank: int) -> jax.stages.Lowered:
+# How the loss is taken: the logits of the batch are kept, or those of 128 tokens at a time.
+LOSSES = {"whole": next_token, "chunked": causal_language_model}
+
+
+def lower(
+    method: str,
+    *,
+    blocks: int,
+    clients: int,
+    rank: int,
+    loss: str = "whole",
+    length: int = WINDOW,
+    remat: bool = False,
+    clients_per_chunk: int | None = 1,
+) -> jax.stages.Lowered:
     """The program of a round of a method with its defaults, not yet compiled.
 
-    All clients take part, one after the other; every linear layer of every block is adapted.
+    All clients take part; every linear layer of every block is adapted.
+
+    Args:
+      method: Its name.
+      blocks: Of the model.
+      clients: K.
+      rank: r.
+      loss: A key of `LOSSES`.
+      length: Tokens of a text.
+      remat: Whether blocks are computed again in the backward pass.
+      clients_per_chunk: How many clients are side by side; None for all.
     """
-    model = Llama(depth=blocks, **SMOLLM2)  # type: ignore[arg-type]
+    model = Llama(depth=blocks, remat=remat, **SMOLLM2)  # type: ignore[arg-type]
     made = methods.get(method)()
     training = LocalTraining(
         optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1.0)), BATCH_SIZE, STEPS
@@ -56,17 +80,19 @@ def lower(method: str, *, blocks: int, clients: int, rank: int) -> jax.stages.Lo
     key = jax.eval_shape(jax.random.key, 0)
 
     def federation(key: jax.Array) -> Any:
-        params = model.init(key, jnp.zeros((1, WINDOW), jnp.int32))["params"]
+        params = model.init(key, jnp.zeros((1, length), jnp.int32))["params"]
         adapters = lora.init(key, params, targets=models.lora_targets(model), rank=rank)
         server = Server(params, Trainable(adapters, {}), jnp.float32(2), (), jnp.int32(0))
         return create(key, made, server, clients)
 
     def data() -> ClientData:
-        tokens = jnp.zeros((clients * EXAMPLES, WINDOW), jnp.int32)
+        tokens = jnp.zeros((clients * EXAMPLES, length), jnp.int32)
         indices = jnp.zeros((clients, EXAMPLES), jnp.int32)
-        return ClientData({"tokens": tokens}, indices, jnp.zeros(clients, jnp.int32))
+        examples = {"tokens": tokens, "answer": tokens > 0}
+        return ClientData(examples, indices, jnp.zeros(clients, jnp.int32))
 
-    return make_round(next_token(model), made, training, clients_per_chunk=1).lower(
+    task = LOSSES[loss](model)
+    return make_round(task, made, training, clients_per_chunk=clients_per_chunk).lower(
         jax.eval_shape(federation, key),
         jax.eval_shape(data),
         jax.ShapeDtypeStruct((clients,), jnp.int32),
@@ -97,6 +123,17 @@ def measure(method: str, *, blocks: int, clients: int, rank: int) -> dict[str, A
         "held_bytes": planned.argument_size_in_bytes if planned else None,
         "working_bytes": planned.temp_size_in_bytes if planned else None,
     }
+
+
+def working_bytes(method: str, **shapes: Any) -> int | None:
+    """Memory that a round needs besides its state and data, as the compiler plans it.
+
+    Args:
+      method: Its name.
+      **shapes: Arguments of `lower`.
+    """
+    planned = lower(method, **shapes).compile().memory_analysis()
+    return planned.temp_size_in_bytes if planned else None
 
 
 def _peak_bytes() -> int:
