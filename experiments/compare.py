@@ -95,7 +95,8 @@ def compare(
                     print(
                         f"{name}, seed {seed}: {metric.show(rounds[-1][metric.name])}", flush=True
                     )
-    report.finish(config, setting, workdir, runs, learning_rates, untouched)
+    first = workdir / next(iter(runs)) / "seed_0"
+    report.finish(config, setting, workdir, runs, learning_rates, untouched, first=first)
     return runs
 
 

@@ -31,7 +31,7 @@ def main() -> None:
         announce = announce_memory(config.method)
         rounds = experiment.run(config, setting, program, workdir, bar.update, announce)
     rates = {config.method: config.local.learning_rate}
-    report.finish(config, setting, workdir, {config.method: [rounds]}, rates)
+    report.finish(config, setting, workdir, {config.method: [rounds]}, rates, first=workdir)
 
 
 if __name__ == "__main__":

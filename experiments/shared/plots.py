@@ -6,8 +6,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments.shared import paired
+from fedlora_jax.data import partition as data_partition
+from fedlora_jax.experiment.partitions import Overview
 from fedlora_jax.federated.metrics import Metric
 
 Rounds: TypeAlias = list[dict[str, Any]]
@@ -167,47 +170,78 @@ def learning_rates(
     )
 
 
-def partition(counts: np.ndarray, names: Sequence[str]) -> Plot:
-    """The number of examples of each client, domain and label, `counts: [N, D, L]`."""
-    if counts.shape[2] == 1:
-        return _sizes(counts[:, :, 0], names)
-    figure, axes = _figure()
-    by_label = counts.sum(1)  # [N, L]
-    home = counts.sum(2).argmax(1)  # [N]
-    clients, labels = np.nonzero(by_label)
-    sizes = by_label[clients, labels]
-    axes.scatter(
-        clients, labels, s=260 * sizes / by_label.max(), c=[f"C{d}" for d in home[clients]], lw=0
+def partition(clients: Overview) -> Plot:
+    """What each client has: how many examples, of which labels, and how far from all data."""
+    numbers = np.arange(len(clients.counts))
+    by_kind, whole = clients.by_kind, clients.whole_by_kind
+    labelled, several = clients.kind == "label", len(whole) > 1
+    heights = [1.4, 3.2] * labelled + [1.4] * (not labelled) + [1.0, 1.0] * several
+    figure = Figure(figsize=(9, 1 + sum(heights)), layout="constrained")
+    panels = iter(
+        figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     )
-    for index, domain in enumerate(names):
-        members = np.flatnonzero(home == index)
-        if len(members):
-            axes.text(members.mean(), by_label.shape[1], domain, ha="center", color=f"C{index}")
-    axes.set(
-        xlabel="client",
-        ylabel="label",
-        yticks=range(by_label.shape[1]),
-        ylim=(-1, by_label.shape[1] + 1),
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    return Plot(
-        figure, "Training examples by client and label, clients grouped by domain, first seed"
-    )
+    _sizes(axes := next(panels), clients)
+    if labelled:
+        _shares(axes := next(panels), by_kind)
+    if several:
+        entropy = data_partition.entropy(by_kind)
+        _bars(axes := next(panels), entropy, f"{clients.kind} entropy\nnats")
+        axes.axhline(data_partition.entropy(whole), color="k", lw=1, ls=":")
+        axes.set_ylim(0, np.log(len(whole)))
+        _bars(axes := next(panels), data_partition.distance(by_kind, whole), "distance\nto all")
+        axes.set_ylim(0, 1)
+    axes.set(xlabel="client", xlim=(-0.6, len(numbers) - 0.4))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    parts = ["the number of training examples", "the share of each label"][: 1 + labelled]
+    if several:
+        parts += [
+            f"the entropy of its {clients.kind}s (dotted: of all data)",
+            f"the total variation distance of its {clients.kind}s from those of all data",
+        ]
+    return Plot(figure, f"Of each client, first seed: {', '.join(parts)}")
 
 
-def _sizes(counts: np.ndarray, names: Sequence[str]) -> Plot:
-    """The number of examples of each client and domain, `counts: [N, D]`."""
-    figure, axes = _figure()
-    below = np.zeros(len(counts), int)
-    for index, domain in enumerate(names):
+def _sizes(axes: Any, clients: Overview) -> None:
+    """The number of examples of each client, by domain."""
+    by_domain = clients.counts.sum(2)
+    below = np.zeros(len(by_domain), int)
+    for index, domain in enumerate(clients.domains):
         axes.bar(
-            range(len(counts)), counts[:, index], bottom=below, color=f"C{index}", label=domain
+            range(len(by_domain)),
+            by_domain[:, index],
+            bottom=below,
+            color=f"C{index % 10}",
+            label=domain,
         )
-        below += counts[:, index]
-    axes.set(xlabel="client", ylabel="training examples")
-    axes.legend(frameon=False)
+        below += by_domain[:, index]
+    axes.set_ylabel("examples")
     axes.spines[["top", "right"]].set_visible(False)
-    return Plot(figure, "Training examples by client and domain, first seed")
+    if len(clients.domains) > 1:
+        axes.legend(
+            frameon=False,
+            fontsize=9,
+            ncols=6,
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1),
+            handlelength=1,
+        )
+
+
+def _shares(axes: Any, by_label: np.ndarray) -> None:
+    """The share of each label in each client's examples."""
+    shares = (by_label / by_label.sum(1, keepdims=True)).T
+    look: dict[str, Any] = {"cmap": "Greys", "interpolation": "nearest"}
+    image = axes.imshow(shares, aspect="auto", origin="lower", vmin=0, **look)
+    axes.set_ylabel("label")
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=11, integer=True, min_n_ticks=1))
+    axes.spines[:].set_visible(False)
+    axes.figure.colorbar(image, ax=axes, label="share", pad=0.01)
+
+
+def _bars(axes: Any, values: np.ndarray, name: str) -> None:
+    axes.bar(range(len(values)), values, color="0.4")
+    axes.set_ylabel(name)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _figure(height: float = 4.8) -> tuple[Figure, Any]:

@@ -8,11 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from experiments.shared import paired, plots
+from experiments.shared import clients, paired, plots
 from experiments.shared.apps import command
 from experiments.shared.plots import Rounds, Runs
 from fedlora_jax import experiment
-from fedlora_jax.experiment import records
+from fedlora_jax.experiment import partitions, records
+from fedlora_jax.experiment.partitions import Overview
 from fedlora_jax.federated.metrics import Metric
 
 _LEGEND = {
@@ -41,8 +42,7 @@ class Study(NamedTuple):
 
     Attributes:
       command: What was run, for the record.
-      partition: The number of examples of each client, domain and label, `[N, D, L]`.
-      domains: Names of the domains.
+      clients: What they have, under the first seed.
       test_examples: Their number.
       learning_rates: That of each method.
       metric: The headline.
@@ -51,8 +51,7 @@ class Study(NamedTuple):
     """
 
     command: str
-    partition: np.ndarray
-    domains: Sequence[str]
+    clients: Overview
     test_examples: int
     learning_rates: Mapping[str, float]
     metric: Metric
@@ -215,12 +214,26 @@ def finish(
     runs: Runs,
     learning_rates: Mapping[str, float],
     untouched: Mapping[str, Any] | None = None,
+    *,
+    first: Path,
 ) -> None:
-    """Writes the report of finished runs into `workdir`, and prints its tables."""
+    """Writes the report of finished runs into `workdir`, and prints its tables.
+
+    Args:
+      config: What the methods share.
+      setting: From `experiment.prepare`.
+      workdir: Where to write.
+      runs: The metrics.
+      learning_rates: That of each method.
+      untouched: The metrics of the model before any training.
+      first: The work directory of the first run.
+    """
+    config = config.copy_and_resolve_references()
+    config.seed = next(iter(runs.values()))[0][0]["seed"]
+    parts = partitions.of_run(config, setting.train, first).parts
     study = Study(
         command(),
-        experiment.partition_counts(config, setting),
-        setting.domains,
+        partitions.overview(setting.train, setting.domains, parts),
         len(setting.test["domain"]),
         learning_rates,
         setting.task.metrics[0],
@@ -241,7 +254,7 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
         "domains": plots.domains(runs, metric),
         "aggregation_error": plots.aggregation_error(runs),
         f"error_and_{metric.name}": plots.error_against(runs, metric),
-        "partition": plots.partition(study.partition, study.domains),
+        "partition": plots.partition(study.clients),
     }
     seeds = len(next(iter(runs.values())))
     head, _ = table(runs, study.learning_rates, metric)
@@ -265,7 +278,13 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
                 test_examples=f"{study.test_examples:,}",
             ),
         ]
-    parts += ["## Plots", plots.save(workdir, drawn)]
+    parts += [
+        "## The clients",
+        aligned(*clients.table(study.clients), "github"),
+        f"Under the first seed. {clients.legend(study.clients)}",
+        "## Plots",
+        plots.save(workdir, drawn),
+    ]
     records.write_atomically(workdir / "report.md", "\n\n".join(parts) + "\n")
     return workdir / "report.md"
 

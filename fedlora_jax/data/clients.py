@@ -38,8 +38,12 @@ def client_data(examples: Mapping[str, ArrayLike], parts: Sequence[np.ndarray]) 
         or a position is not in `0 .. M - 1`.
     """
     counts = np.array([len(part) for part in parts], np.int32)
-    if not len(counts) or not counts.min():
-        raise ValueError("every client needs at least one example")
+    if not len(counts):
+        raise ValueError("there is no client")
+    if not counts.min():
+        raise ValueError(
+            f"client {counts.argmin()} has no example; every client needs at least one example"
+        )
     if not examples:
         raise ValueError("there are no arrays of examples")
     sizes = {key: len(np.asarray(value)) for key, value in examples.items()}

@@ -6,8 +6,9 @@ of one method, once for all seeds; `run` trains one method under one seed, or go
 
 from fedlora_jax.experiment.finished import judge_untouched
 from fedlora_jax.experiment.loop import Progress, State, first_state, run
+from fedlora_jax.experiment.partitions import partition_counts
 from fedlora_jax.experiment.program import Program, check, compile_program
-from fedlora_jax.experiment.setting import Setting, partition_counts, prepare
+from fedlora_jax.experiment.setting import Setting, prepare, training_examples
 
 __all__ = [
     "Program",
@@ -21,4 +22,5 @@ __all__ = [
     "partition_counts",
     "prepare",
     "run",
+    "training_examples",
 ]

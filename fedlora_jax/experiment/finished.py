@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from fedlora_jax.experiment import records
+from fedlora_jax.experiment import partitions, records
 from fedlora_jax.experiment.loop import State, first_state
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
@@ -62,14 +62,16 @@ def restore(workdir: Path, split: str = "test") -> Finished:
 
     Raises:
       FileNotFoundError: If there is no run, or no round of it is finished.
-      ValueError: If there is no such split, or the checkpoint does not fit the configuration.
+      ValueError: If there is no such split, the checkpoint does not fit the configuration, or the
+        data are others than then.
     """
     config = judged_on(read_config(workdir), split)
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{workdir}: no round of this run is finished")
     setting = prepare(config)
     program = compile_program(config, setting)
-    start = first_state(config, setting, program.method)
+    parts = partitions.of_run(config, setting.train, workdir).parts
+    start = first_state(config, setting, program.method, parts)
     checkpoints = records.Checkpoints(workdir)
     try:
         federation, rounds = checkpoints.restore(start.federation)

@@ -14,10 +14,11 @@ import numpy as np
 
 from fedlora_jax import lora
 from fedlora_jax.data.clients import ClientData, client_data
-from fedlora_jax.experiment import memory, records
+from fedlora_jax.data.partition import Parts
+from fedlora_jax.experiment import memory, partitions, records
 from fedlora_jax.experiment.measure import make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
-from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled, partitioned
+from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled
 from fedlora_jax.federated import cohort, randomness, ranks
 from fedlora_jax.federated.evaluation import HeldOut, held_out
 from fedlora_jax.federated.round import Federation, create
@@ -35,15 +36,26 @@ class State(NamedTuple):
     cohort_size: int
 
 
-def first_state(config: ml_collections.ConfigDict, setting: Setting, method: Method) -> State:
+def first_state(
+    config: ml_collections.ConfigDict,
+    setting: Setting,
+    method: Method,
+    parts: Parts | None = None,
+) -> State:
     """Splits the data over clients and makes the first adapters, both from `config.seed`.
+
+    Args:
+      config: As in `configs/`.
+      setting: From `prepare`.
+      method: What is run.
+      parts: The positions of each client's examples; by default drawn.
 
     Raises:
       ValueError: If a round wants more clients than there are, there are not as many ranks as
         clients, or as `lora.init`.
     """
     seed = jax.random.key(config.seed)
-    parts = partitioned(config, setting, config.seed)
+    parts = partitions.draw(config, setting.train, config.seed) if parts is None else parts
     if not method.pooled and config.clients_per_round > len(parts):
         raise ValueError(
             f"config.clients_per_round is {config.clients_per_round}, but the partition "
@@ -116,6 +128,7 @@ def run(
     Writes into `workdir`:
 
     * `config.json`: the configuration, with the options of this method alone.
+    * `partition.json`: whose the training examples are. One that is there is used.
     * `metrics.jsonl`: one line a round, see `docs/outputs.md`, and the same as TensorBoard events.
     * `checkpoints/`: the last two states, by Orbax.
     * `adapters.npz`: the final adapters.
@@ -133,13 +146,15 @@ def run(
       The metrics of all rounds.
 
     Raises:
-      ValueError: If `workdir` holds a run of another configuration.
+      ValueError: If `workdir` holds a run of another configuration, or a partition of other data.
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
-    start = first_state(config, setting, program.method)
+    found = partitions.of_run(config, setting.train, workdir)
+    start = first_state(config, setting, program.method, found.parts)
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
+    partitions.write(found, workdir)
     checkpoints = records.Checkpoints(workdir)
     federation, first = checkpoints.restore(start.federation)
     for _ in range(first):
@@ -203,7 +218,7 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
     path = workdir / records.CONFIG
     if path.exists():
         theirs = json.loads(path.read_text())
-        changed = _differences(json.loads(text), theirs)
+        changed = records.differences(json.loads(text), theirs, "config")
         if _same_rounds(config) and config.rounds >= theirs["rounds"]:
             changed = [line for line in changed if not line.startswith(_LENGTHS)]
         if changed:
@@ -224,14 +239,3 @@ def _same_rounds(config: ml_collections.ConfigDict) -> bool:
     options = config.options[config.method]
     falls = options.get("zeta_min", 0) < options.get("zeta", 0)
     return config.local.schedule == "constant" and not falls
-
-
-def _differences(mine: Any, theirs: Any, path: str = "config") -> list[str]:
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        keys = sorted(mine.keys() | theirs.keys())
-        return [
-            line
-            for key in keys
-            for line in _differences(mine.get(key), theirs.get(key), f"{path}.{key}")
-        ]
-    return [] if mine == theirs else [f"{path} is {theirs} there, {mine} here"]

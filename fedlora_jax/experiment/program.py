@@ -54,7 +54,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     ranks.check(config.lora.ranks)
     epsilon(config, num_clients=config.clients_per_round, rounds=1)
     lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
-    partition.get(config.data.partition)
+    partition.check_options(config.data.partition, config.data.partition_options)
     for name in (config.precision.compute, config.precision.storage):
         dtype_of(name)
     if "dtype" in config.model.options:

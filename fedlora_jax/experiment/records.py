@@ -148,3 +148,21 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def differences(mine: Any, theirs: Any, path: str) -> list[str]:
+    """What differs between two nested dicts, each as `path.to.it is ... there, ... here`.
+
+    Args:
+      mine: What is here.
+      theirs: What is there.
+      path: What to begin the names with.
+    """
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        keys = sorted(mine.keys() | theirs.keys())
+        return [
+            line
+            for key in keys
+            for line in differences(mine.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if mine == theirs else [f"{path} is {theirs} there, {mine} here"]

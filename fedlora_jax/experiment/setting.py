@@ -1,7 +1,6 @@
 """What all runs of a comparison share: data, model and pretrained parameters, by configuration."""
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from fedlora_jax import models
-from fedlora_jax.data import image_folder, images, partition, python_docs, sources
+from fedlora_jax.data import image_folder, images, python_docs, sources
 from fedlora_jax.experiment import texts
 from fedlora_jax.federated.task import (
     Batch,
@@ -53,12 +52,28 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     model = _model(config)
     if config.data.name in texts.SOURCES:
         texts.check(config, model)
-    train, domains = _load(config, config.data.splits.train)
+    train, domains = training_examples(config)
     test, _ = _load(config, config.data.splits.test)
     inputs = _tokens if "tokens" in train else _images
     params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
     task = _task(config, model.clone(dtype=dtype_of(config.precision.compute)), inputs)
-    return Setting(task, params, _examples(train), _examples(test), domains or ("all",))
+    return Setting(task, params, train, _examples(test), domains)
+
+
+def training_examples(
+    config: ml_collections.ConfigDict,
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Reads the training examples of all clients and the names of the domains; needs no model."""
+    train, domains = _load(config, config.data.splits.train)
+    return _examples(train), domains or ("all",)
+
+
+def full_name(config: ml_collections.ConfigDict) -> str:
+    """The name of the data set, with its version where it has one."""
+    name = config.data.name
+    if name in (*texts.SOURCES, "python_docs", "image_folder"):
+        return name
+    return sources.full_name(name)
 
 
 def _task(
@@ -155,34 +170,3 @@ def _tokens(batch: Batch) -> tuple[jax.Array]:
 
 def _images(batch: Batch) -> tuple[jax.Array]:
     return (images.normalize(batch["image"]),)
-
-
-def partitioned(config: ml_collections.ConfigDict, setting: Setting, seed: int) -> list[np.ndarray]:
-    """The positions of each client's training examples, as `config.data` says."""
-    split = partition.get(config.data.partition)
-    train = setting.train
-    known = {"domains": train["domain"], "num_examples": len(train["domain"]), "seed": seed}
-    if is_labelled(train):
-        known["labels"] = train["label"]
-    if "client" in train:
-        known["clients"] = train["client"]
-    parameters = inspect.signature(split).parameters
-    for name in ("labels", "clients"):
-        if name in parameters and name not in known:
-            raise ValueError(
-                f"the partition {config.data.partition!r} needs {name}, which the data set "
-                f"{config.data.name!r} does not have"
-            )
-    wanted = {name: known[name] for name in parameters if name in known}
-    return split(**wanted, **config.data.partition_options)
-
-
-def partition_counts(config: ml_collections.ConfigDict, setting: Setting) -> np.ndarray:
-    """How many examples each client has of each domain and label, `[N, D, L]`."""
-    parts = partitioned(config, setting, config.seed)
-    domains = setting.train["domain"]
-    labels = setting.train["label"] if is_labelled(setting.train) else np.zeros_like(domains)
-    counts = np.zeros((len(parts), len(setting.domains), int(labels.max()) + 1), int)
-    for client, part in enumerate(parts):
-        np.add.at(counts[client], (domains[part], labels[part]), 1)
-    return counts

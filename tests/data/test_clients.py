@@ -91,8 +91,8 @@ def test_batches_do_not_depend_on_the_padding():
 @pytest.mark.parametrize(
     ("examples", "parts", "message"),
     [
-        ({"x": np.ones(3)}, [], "at least one example"),
-        ({"x": np.ones(3)}, [np.array([0]), np.array([], int)], "at least one example"),
+        ({"x": np.ones(3)}, [], "there is no client"),
+        ({"x": np.ones(3)}, [np.array([0]), np.array([], int)], "client 1 has no example"),
         ({"x": np.ones(3), "y": np.ones(4)}, [np.array([0])], "differ in their number"),
         ({"x": np.ones(3)}, [np.array([0, 3])], "beyond the 3 examples"),
         ({"x": np.ones(3)}, [np.array([0, -1])], "beyond the 3 examples"),

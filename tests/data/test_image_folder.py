@@ -7,7 +7,7 @@ from PIL import Image
 from configs import image_folder as configuration
 from fedlora_jax.data import image_folder
 from fedlora_jax.data.held_out import split_of
-from fedlora_jax.experiment import setting
+from fedlora_jax.experiment import partitions, setting
 
 HELD_OUT = {"validation": 0.2, "test": 0.3}
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
@@ -104,7 +104,7 @@ def test_a_configuration_is_prepared(tmp_path):
     config.model.options.update(width=8, depth=1, num_heads=2)
     made = setting.prepare(config)
     assert made.domains == ("one", "two") and made.train["image"].shape[1:] == (8, 8, 3)
-    assert len(setting.partitioned(config, made, 0)) == 4
+    assert len(partitions.draw(config, made.train, 0)) == 4
     first = setting._backbone_path(config)
     Image.new("RGB", (8, 8)).save(root / "one" / "red" / "more.png")
     assert setting._backbone_path(config) != first

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fedlora_jax import experiment, transforms
-from fedlora_jax.experiment import loop, program
-from fedlora_jax.experiment.setting import partitioned
+from fedlora_jax.experiment import loop, partitions, program
 from fedlora_jax.federated import communication, ranks
 from tests.tiny import tiny_digits
 
@@ -126,7 +125,7 @@ def test_epsilon_grows_with_the_rounds(base, make, tmp_path):
 def test_accuracy_of_clients_is_on_data_like_theirs(base, make, tmp_path):
     config, setting = make(rounds=1), base[1]
     (row,) = run(base, config, tmp_path)
-    parts = partitioned(config, setting, config.seed)
+    parts = partitions.draw(config, setting.train, config.seed)
     # A client of one domain and mixed labels: reweighted, its accuracy lies between the extremes of
     # that domain, and equals the domain's if its labels are as frequent as those held out.
     assert len(row["client_accuracy"]) == len(parts) == 30

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.shared import apps, plots, report
+from fedlora_jax.experiment.partitions import Overview
 from fedlora_jax.federated import metrics
 
 DOMAINS = ["original", "noisy"]
@@ -99,7 +100,8 @@ def test_what_is_compared_with_what(runs):
 
 
 def study(rates):
-    return report.Study("the command", np.ones((4, 2, 3), int), DOMAINS, 1200, rates, ACCURACY)
+    clients = Overview(np.ones((4, 2, 3), int), np.full((2, 3), 4), tuple(DOMAINS))
+    return report.Study("the command", clients, 1200, rates, ACCURACY)
 
 
 def test_report_of_many_methods(tmp_path):
@@ -115,6 +117,7 @@ def test_report_of_many_methods(tmp_path):
     text = report.write(tmp_path, runs, study(dict.fromkeys(names, 0.1))).read_text()
     for name in ("accuracy", "paired", "domains", "aggregation_error", "error_and_accuracy"):
         assert f"({name}.png)" in text and (tmp_path / f"{name}.png").stat().st_size > 1000
+    assert "| 3        | 2 domains |" in text and "4 clients with 24 of 24" in text
     assert "corrected by Holm for the 17 comparisons" in text and "the same 1,200" in text
     # The method on pooled data is not among those that aggregate.
     assert "over the 17 methods that aggregate, within each seed: mean -" in text
