@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fedlora_jax.data.digits_domains import DigitsDomains
+from fedlora_jax.data.builders.digits_domains import DigitsDomains
 from fedlora_jax.names import lookup
 
 _EMBEDDED: dict[str, type[tfds.core.DatasetBuilder]] = {"digits_domains": DigitsDomains}
