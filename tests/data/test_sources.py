@@ -7,6 +7,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from fedlora_jax.data import sources
+from fedlora_jax.data.builders import BUILDERS
 
 
 def _image(i, size=4):
@@ -108,7 +109,7 @@ def test_a_killed_preparation_leaves_nothing_in_the_way(tmp_path, monkeypatch):
 
 
 def test_losing_the_race_to_prepare_is_no_error(tmp_path, monkeypatch):
-    builder_type = sources._EMBEDDED["digits_domains"]
+    builder_type = BUILDERS["digits_domains"]
     prepare = builder_type.download_and_prepare
 
     def overtaken(self):
