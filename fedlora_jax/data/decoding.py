@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -26,8 +26,10 @@ def decode(content: bytes, *, channels: int | None = 3, size: int | None = None)
     try:
         with Image.open(io.BytesIO(content)) as image:
             converted = image.convert(_MODES[channels]) if channels else image.copy()
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image of a format that can be read") from error
     except Exception as error:  # Pillow's decoders raise a dozen kinds
-        raise ValueError(f"not an image that can be read: {error}") from error
+        raise ValueError(f"an image that cannot be read: {error}") from error
     if size is not None:
         converted = converted.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(converted)

@@ -134,7 +134,7 @@ def builder_type(name: str) -> type[tfds.core.DatasetBuilder]:
         return BUILDERS[name]
     try:
         return tfds.builder_cls(name)
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, ValueError):  # no such name, or no name at all
         known = {*BUILDERS, *tfds.list_builders(with_community_datasets=False)}
         nearest = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
