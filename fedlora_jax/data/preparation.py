@@ -144,7 +144,9 @@ def prepare(
             full = f"{base}/{part}" if part else base
             builder = make()
             if builder.data_path.exists() and not _is_whole(builder, full, report):
-                shutil.rmtree(builder.data_path)
+                # First renamed, so that a kill leaves nothing that may be taken for whole.
+                path = Path(builder.data_path)
+                path.rename(path.with_name(f"incomplete.{path.name}"))
                 builder = make()
             if not builder.data_path.exists():
                 _check_requirements(builder, base, manual)
@@ -182,7 +184,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 def _is_whole(builder: tfds.core.DatasetBuilder, name: str, report: Callable[[str], None]) -> bool:
     report(f"{name}: is there, reading all of it")
-    damage = sources.damage(builder)
+    damage = sources.damage(builder.data_path)
     if damage is not None:
         report(f"{name}: {damage.splitlines()[0]}: all of it is removed and made anew")
     return damage is None

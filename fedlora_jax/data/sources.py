@@ -144,15 +144,22 @@ def builder_type(name: str) -> type[tfds.core.DatasetBuilder]:
         ) from None
 
 
-def damage(builder: tfds.core.DatasetBuilder) -> str | None:
+def damage(directory: str | os.PathLike[str]) -> str | None:
     """Reads all records of a prepared data set; says what is wrong with its files, or None.
+
+    Args:
+      directory: `DATA_DIR/NAME/[CONFIG/]VERSION`.
 
     Raises:
       ValueError: If the files are not ArrayRecord files.
     """
+    try:
+        builder = tfds.core.read_only_builder.builder_from_directory(directory)
+    except Exception as error:  # whatever TFDS raises on a file that is missing or cut short
+        return f"{directory} cannot be read: {error}"
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise ValueError(
-            f"{builder.data_dir} holds files of another format, {builder.info.file_format}: choose "
+            f"{directory} holds files of another format, {builder.info.file_format}: choose "
             "another --data_dir"
         )
     try:
@@ -203,8 +210,12 @@ def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
 def _found(name: str, directory: Path) -> tfds.core.DatasetBuilder | None:
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-    except tfds.core.DatasetNotFoundError:
+    except (tfds.core.DatasetNotFoundError, ValueError):  # no data set, or no name of one
         return None
+    except tfds.core.dataset_info.DatasetInfoFileError as error:
+        raise ValueError(
+            f"data set {name!r} is damaged: {error}. Make it anew with\n{_command(name, directory)}"
+        ) from error
 
 
 def _command(name: str, directory: str | os.PathLike[str]) -> str:

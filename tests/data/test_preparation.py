@@ -181,6 +181,16 @@ def test_a_damaged_file_stops_and_is_made_anew(prepared, published_files, tmp_pa
     assert is_whole(tmp_path, published_files[1]["train+test"])
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_a_missing_file_is_no_whole_data_set(published_files, tmp_path, name):
+    prepare(tmp_path, published_files)
+    next(tmp_path.rglob(name)).unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=f"prepare_data --dataset={NAME}"):
+        sources.load(NAME, "train", tmp_path, size=8)
+    prepare(tmp_path, published_files)
+    assert is_whole(tmp_path, published_files[1]["train+test"])
+
+
 def test_another_version_is_refused_with_the_command(prepared, published_files, tmp_path):
     prepare(tmp_path, published_files)
     (old,) = (tmp_path / NAME).iterdir()
@@ -272,8 +282,8 @@ def test_unknown_names(tmp_path):
 
 def test_the_table_has_every_builder_of_ours_and_every_number():
     assert set(BUILDERS) <= set(preparation.DATA_SETS)
-    parts = {name: sources.DOMAINS.get(name) for name in preparation.DATA_SETS}
-    names = [f"{name}/{part}" if part else name for name in parts for part in parts[name] or [""]]
-    assert sorted(names) == sorted(preparation.EXAMPLES)
+    assert {name.partition("/")[0] for name in preparation.EXAMPLES} == set(preparation.DATA_SETS)
+    parts = {f"{name}/{part}" for name, domains in sources.DOMAINS.items() for part in domains}
+    assert parts <= set(preparation.EXAMPLES)
     for row in preparation.table():
         assert all(row)
