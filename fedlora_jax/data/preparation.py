@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download.checksums import load_url_infos
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.extractor import ExtractError
 
@@ -259,7 +260,7 @@ def _explained(
     if isinstance(error, OSError | tfds.download.DownloadError) and not isinstance(
         error, FileNotFoundError
     ):
-        files = [info.filename for info in (builder.url_infos or {}).values() if info.filename]
+        files = _known_files(builder)
         hint = (
             f" If its server does not answer any more, fetch {', '.join(files)} from elsewhere and "
             f"put them in {manual}: their checksums are known."
@@ -270,6 +271,15 @@ def _explained(
             f"{name} could not be downloaded or written: {error}. What is whole is kept.{hint}"
         )
     return None
+
+
+def _known_files(builder: tfds.core.DatasetBuilder) -> list[str]:
+    """Names of the files to download whose checksums TFDS knows."""
+    known = builder.url_infos
+    listing = tfds.core.tfds_path() / "url_checksums" / f"{builder.name}.txt"
+    if known is None and listing.exists():  # where the older builders have theirs
+        known = load_url_infos(listing)
+    return [info.filename for info in (known or {}).values() if info.filename]
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("tensorflow")
 
+import tensorflow_datasets as tfds
+
 from fedlora_jax.data import preparation, sources
 from fedlora_jax.data.builders import fgvc_aircraft
 from tests.preparation import published
@@ -69,6 +71,15 @@ def test_a_file_fetched_by_hand_is_checked(tmp_path):
         preparation.prepare(
             "cifar10", tmp_path / "data", manual_dir=tmp_path, report=lambda _: None
         )
+
+
+def test_a_server_that_does_not_answer(tmp_path, monkeypatch):
+    def fail(*_):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", fail)
+    with pytest.raises(OSError, match="no answer.*fetch cars_test.tgz, .*cars_train.tgz"):
+        preparation.prepare("cars196", tmp_path, report=lambda _: None)
 
 
 def test_an_archive_cut_short_is_named(tmp_path, monkeypatch):
