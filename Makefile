@@ -10,7 +10,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:
 	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
 	@echo "make test    set up, then lint, check types and run all tests"
-	@echo "make parity  set up, then check backbones and adapters against torch, transformers and peft"
+	@echo "make parity  set up, then check backbones and adapters against torch, transformers and peft,"
+	@echo "             and prepare small public data sets"
 	@echo "make format  format the code"
 	@echo "make clean   remove the environment and all runs"
 
@@ -21,7 +22,7 @@ test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest tests/parity 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+	$(BIN)/python -m pytest tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -45,7 +45,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     small = args["runlocal"]
     dataset, template = lookup(_TASKS, args["task"], "task of the paper")
     config = instructions.of_paper(
-        dataset, args["source"] or ("" if small else "meta-llama/Llama-3.2-1B"), args["method"], small
+        dataset,
+        args["source"] or ("" if small else "meta-llama/Llama-3.2-1B"),
+        args["method"],
+        small,
     )
     config.rounds = 2 if small else 10
     config.clients_per_round = 3

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from fedlora_jax.data import bad_records
+from fedlora_jax.data.bad_records import BadRecord
 from fedlora_jax.data.held_out import split_of
 from fedlora_jax.names import lookup
 
@@ -28,6 +30,7 @@ def load(
     *,
     size: int,
     held_out: Mapping[str, float],
+    on_bad_record: str = "stop",
 ) -> dict[str, np.ndarray]:
     """The images of a split.
 
@@ -37,6 +40,7 @@ def load(
       size: Side of the square that all images become: the middle of the image, resized.
       held_out: From split to the share of all images in it, chosen by a hash of the files; the
         rest is federated.
+      on_bad_record: On a file that is no image: `'stop'`, or `'skip'` it, and warn.
 
     Returns:
       `image` uint8 `[M, size, size, 3]`, `label` int32 `[M]`, and `domain` int32 `[M]` if folders
@@ -49,13 +53,17 @@ def load(
     """
     lookup(dict.fromkeys(["federated", *held_out]), split, "split")
     labels, domains = class_names(root), class_names(root, "domain")
+    contents = ((file, file.path.read_bytes()) for file in _files(Path(root)))
+    results = (
+        _read(file, content, size)
+        for file, content in contents
+        if split_of(content, held_out) == split
+    )
     images, numbers, kinds = [], [], []
-    for file in _files(Path(root)):
-        content = file.path.read_bytes()
-        if split_of(content, held_out) == split:
-            images.append(_read(file.path, content, size))
-            numbers.append(labels.index(file.label))
-            kinds.append(domains.index(file.domain) if file.domain is not None else 0)
+    for file, image in bad_records.good(results, on_bad_record):
+        images.append(image)
+        numbers.append(labels.index(file.label))
+        kinds.append(domains.index(file.domain) if file.domain is not None else 0)
     if not images:
         raise ValueError(f"no image of {root} is in the split {split!r}")
     arrays = {"image": np.stack(images), "label": np.array(numbers, np.int32)}
@@ -108,10 +116,10 @@ def _files(root: Path) -> list[_File]:
     ]
 
 
-def _read(path: Path, content: bytes, size: int) -> np.ndarray:
+def _read(file: _File, content: bytes, size: int) -> tuple[_File, np.ndarray] | BadRecord:
     try:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
-    return np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        return BadRecord(f"{file.path} is not an image that can be read: {error}")
+    return file, np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))

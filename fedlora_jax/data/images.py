@@ -2,19 +2,40 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
+from fedlora_jax.names import lookup
 
-def normalize(images: jax.Array) -> jax.Array:
-    """Maps pixels from 0 .. 255 to -1 .. 1, as the ViT releases do.
+# Mean and standard deviation of pixels in 0 .. 1, for all channels or for red, green and blue.
+STATISTICS: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]] = {
+    "half": (0.5, 0.5),  # of the ViT and Mixer releases: -1 .. 1
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # of torchvision's models
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+
+
+def normalize(images: jax.Array, statistics: str = "half") -> jax.Array:
+    """Maps pixels from 0 .. 255 to those of mean 0 and deviation 1, by published statistics.
 
     Args:
       images: `[..., H, W, C]`, any type.
+      statistics: A name in `STATISTICS`; `'half'` gives -1 .. 1.
 
     Returns:
       float32 of the same shape.
+
+    Raises:
+      ValueError: If there are no such statistics, or they are of other channels.
     """
-    return images.astype(jnp.float32) / 127.5 - 1.0
+    mean, deviation = (np.asarray(x) for x in lookup(STATISTICS, statistics, "statistics"))
+    if mean.shape not in ((), images.shape[-1:]):
+        raise ValueError(
+            f"the statistics {statistics!r} are of {len(mean)} channels, the images have "
+            f"{images.shape[-1]}"
+        )
+    scale, shift = (x.astype(np.float32) for x in (255 * deviation, mean / deviation))
+    return images.astype(jnp.float32) / scale - shift
 
 
 def random_affine(

@@ -1,103 +1,231 @@
 """Data sets by name, read from ArrayRecord files into NumPy arrays, without TensorFlow.
 
-One way in for all of them: TFDS finds the files and decodes the examples (images through OpenCV or
-Pillow). The embedded data sets are made on first use; a public one is downloaded and prepared once,
+One way in for all of them: TFDS finds the files and reads the examples, Pillow decodes the images.
+The embedded data sets are made on first use; a public one is downloaded and prepared once,
 beforehand, by `experiments/prepare_data.py`.
 """
 
 import contextlib
 import difflib
 import io
+import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fedlora_jax.data.digits_domains import DigitsDomains
+from fedlora_jax.data import bad_records
+from fedlora_jax.data.bad_records import BadRecord
+from fedlora_jax.data.builders import BUILDERS
+from fedlora_jax.data.decoding import decode
 from fedlora_jax.names import lookup
 
-_EMBEDDED: dict[str, type[tfds.core.DatasetBuilder]] = {"digits_domains": DigitsDomains}
+EMBEDDED = ("digits_domains",)
+# Data sets whose configs in TFDS are domains with the same classes.
+DOMAINS = {
+    "domainnet": ("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
+}
+_CHUNK = 256  # records read at a time, before they are decoded
+
+Directory = str | os.PathLike[str] | None
+
+
+class _Reading(NamedTuple):
+    """What is made of each record."""
+
+    features: dict[str, Any]
+    size: int | None
+    classes: int | None
 
 
 def load(
-    name: str, split: str, data_dir: str | os.PathLike[str] | None = None
+    name: str,
+    split: str,
+    data_dir: Directory = None,
+    *,
+    size: int | None = None,
+    classes: int | None = None,
+    on_bad_record: str = "stop",
 ) -> dict[str, np.ndarray]:
     """Reads a split of a data set into memory.
 
     Args:
-      name: A data set, `"cifar100"`, or one with its config, `"domainnet/real"`.
-      split: A split in the language of TFDS, `"train"` or `"train[:10%]"`.
+      name: A data set, `"cifar100"`, or one with its config, `"domainnet/real"`. `"domainnet"` is
+        all of its six domains, one after the other, with a feature `domain`.
+      split: A split in the language of TFDS, `"train"` or `"train[:10%]"`; of each domain.
       data_dir: Where prepared data sets are. By default the environment variable
         `FEDLORA_DATA_DIR`, or else the directory of TFDS.
+      size: Side of the square that images are resized to, whole, by bicubic interpolation; None
+        for images that are all of one size.
+      classes: How many classes to keep, the first ones; None for all.
+      on_bad_record: On an image that cannot be decoded or a label that is no class: `"stop"`, or
+        `"skip"` such records, and warn with their number.
 
     Returns:
       One array a feature, all with the same leading axis of examples in the order of the files:
       `image` uint8 `[M, H, W, C]`, `label` int32 `[M]`, `domain` int32 `[M]` where there is one,
-      and whatever other numbers the data set has. Text is left out.
+      and whatever other numbers the data set has. Text and other pictures are left out.
 
     Raises:
-      ValueError: If there is no such data set or split, or if it has features of unequal shapes.
+      ValueError: If there is no such data set or split, if it has features of unequal shapes, if
+        it is of a version that this code does not know, or on a bad record or damaged file; the
+        message says which, and what mends it.
       FileNotFoundError: If it is not prepared; the message says which command prepares it.
     """
-    builder = _builder(name, data_dir)
-    source = builder.as_data_source(split)
-    return _stack(source.__getitems__(range(len(source))), name)
+    bad_records.check_policy(on_bad_record)
+    parts = _builders(name, data_dir)
+    features = dict(next(iter(parts.values())).info.features)
+    _check_wanted(name, features, size, classes)
+    reading = _Reading(features, size, classes)
+    results = itertools.chain.from_iterable(
+        _read(part, split, reading, {"domain": number} if domain else {})
+        for number, (domain, part) in enumerate(parts.items())
+    )
+    return _stack(filter(None, bad_records.good(results, on_bad_record)), name)
 
 
-def full_name(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
+def full_name(name: str, data_dir: Directory = None) -> str:
     """The name of a data set with its config and version, `"digits_domains/2.0.0"`.
 
     Raises:
       ValueError: If there is no such data set.
       FileNotFoundError: As `load`.
     """
-    return _builder(name, data_dir).info.full_name
+    first = next(iter(_builders(name, data_dir).values()))
+    return f"{name}/{first.version}" if name in DOMAINS else first.info.full_name
 
 
-def class_names(
-    name: str, feature: str = "label", data_dir: str | os.PathLike[str] | None = None
-) -> list[str]:
+def class_names(name: str, feature: str = "label", data_dir: Directory = None) -> list[str]:
     """Names of the classes of an integer feature, such as `"label"` or `"domain"`, in order.
 
     Raises:
       ValueError: If the data set has no such feature or it has no classes.
       FileNotFoundError: As `load`.
     """
-    features = _builder(name, data_dir).info.features
+    if name in DOMAINS and feature == "domain":
+        return list(DOMAINS[name])
+    features = next(iter(_builders(name, data_dir).values())).info.features
     classes = {key: value for key, value in features.items() if hasattr(value, "names")}
     return list(lookup(classes, feature, f"class feature of {name!r}").names)
 
 
-def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> tfds.core.DatasetBuilder:
-    directory = Path(
+def directory_of(data_dir: Directory = None) -> Path:
+    """Where prepared data sets are: `data_dir`, or `FEDLORA_DATA_DIR`, or TFDS's own."""
+    return Path(
         data_dir or os.environ.get("FEDLORA_DATA_DIR") or tfds.core.constants.DATA_DIR
     ).expanduser()
-    if name in _EMBEDDED:
-        _prepare(_EMBEDDED[name], directory)
+
+
+def builder_type(name: str) -> type[tfds.core.DatasetBuilder]:
+    """What makes a data set, ours or that of TFDS.
+
+    Args:
+      name: Without config.
+
+    Raises:
+      ValueError: If there is none; it names the nearest.
+    """
+    if name in BUILDERS:
+        return BUILDERS[name]
     try:
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-    except tfds.core.DatasetNotFoundError:
-        _check_known(name.partition("/")[0])
-        raise FileNotFoundError(
-            f"data set {name!r} is not prepared in {directory}. Prepare it once with\n"
-            "  pip install 'fedlora-jax[prepare]'\n"
-            f"  python -m experiments.prepare_data --dataset={name} --data_dir={directory}"
+        return tfds.builder_cls(name)
+    except (tfds.core.DatasetNotFoundError, ValueError):  # no such name, or no name at all
+        known = {*BUILDERS, *tfds.list_builders(with_community_datasets=False)}
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(
+            f"unknown data set {name!r}.{hint} Ours are {', '.join(BUILDERS)}; others are those "
+            "of the TFDS catalogue and whatever has been prepared in the data directory."
         ) from None
 
 
-def _check_known(name: str) -> None:
-    known = {*_EMBEDDED, *tfds.list_builders(with_community_datasets=False)}
-    if name in known:
-        return
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+def damage(directory: str | os.PathLike[str]) -> str | None:
+    """Reads all records of a prepared data set; says what is wrong with its files, or None.
+
+    Args:
+      directory: `DATA_DIR/NAME/[CONFIG/]VERSION`.
+
+    Raises:
+      ValueError: If the files are not ArrayRecord files.
+    """
+    try:
+        builder = tfds.core.read_only_builder.builder_from_directory(directory)
+    except Exception as error:  # whatever TFDS raises on a file that is missing or cut short
+        return f"{directory} cannot be read: {error}"
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise ValueError(
+            f"{directory} holds files of another format, {builder.info.file_format}: choose "
+            "another --data_dir"
+        )
+    try:
+        for split in builder.info.splits:
+            for _ in _records(builder, split, raw=True):
+                pass
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _builders(name: str, data_dir: Directory) -> dict[str, tfds.core.DatasetBuilder]:
+    """The parts of a data set by the domain that each is; one called '' where there are none."""
+    directory = directory_of(data_dir)
+    parts = {domain: f"{name}/{domain}" for domain in DOMAINS.get(name, ())} or {"": name}
+    return {domain: _builder(part, directory) for domain, part in parts.items()}
+
+
+def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
+    base = name.partition("/")[0].partition(":")[0]
+    if name in EMBEDDED:
+        _prepare(BUILDERS[name], directory)
+    found = _found(name, directory)
+    try:
+        known = builder_type(base)
+    except ValueError:
+        if found is None:
+            raise
+        return found  # made by other code: nothing is known of its versions
+    if found is None:
+        raise FileNotFoundError(
+            f"data set {name!r} is not prepared in {directory}. Prepare it once with\n"
+            f"{_command(name, directory)}"
+        )
+    versions = [str(known.VERSION), *map(str, known.SUPPORTED_VERSIONS)]
+    if str(found.version) in versions:
+        return found
+    for version in versions:
+        if ":" not in name and (other := _found(f"{name}:{version}", directory)):
+            return other
     raise ValueError(
-        f"unknown data set {name!r}.{hint} Embedded are {', '.join(_EMBEDDED)}; others are those "
-        "of the TFDS catalogue and whatever has been prepared in the data directory."
+        f"data set {name!r} is prepared in {directory} in version {found.version}, but this code "
+        f"knows {', '.join(dict.fromkeys(versions))}. Prepare it in that version, beside the "
+        f"other, with\n{_command(name, directory)}"
+    )
+
+
+def _found(name: str, directory: Path) -> tfds.core.DatasetBuilder | None:
+    try:
+        return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+    except (tfds.core.DatasetNotFoundError, ValueError):  # no data set, or no name of one
+        return None
+    except tfds.core.dataset_info.DatasetInfoFileError as error:
+        raise ValueError(
+            f"data set {name!r} is damaged: {error}. Make it anew with\n{_command(name, directory)}"
+        ) from error
+
+
+def _command(name: str, directory: str | os.PathLike[str]) -> str:
+    """What prepares a data set."""
+    name = name.partition(":")[0]
+    base = name.partition("/")[0]
+    return (
+        f"  pip install 'fedlora-jax[prepare]'\n"
+        f"  python -m experiments.prepare_data --dataset={base if base in DOMAINS else name} "
+        f"--data_dir={directory}"
     )
 
 
@@ -111,7 +239,7 @@ def _prepare(builder_type: type[tfds.core.DatasetBuilder], directory: Path) -> N
     if builder.data_path.exists():
         return
     try:
-        with _quiet():
+        with quiet():
             builder.download_and_prepare()
     except OSError:
         # Another process may have made it meanwhile; then the renaming fails, and all is well.
@@ -120,7 +248,7 @@ def _prepare(builder_type: type[tfds.core.DatasetBuilder], directory: Path) -> N
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Leaves TFDS its progress bars on a terminal, and nothing anywhere else."""
     if sys.stderr.isatty():
         yield
@@ -133,18 +261,136 @@ def _quiet() -> Iterator[None]:
         tfds.enable_progress_bar()
 
 
-def _stack(examples: Sequence[dict[str, Any]], name: str) -> dict[str, np.ndarray]:
-    """Stacks examples feature by feature, with integers as int32, the type JAX has them in."""
-    if not examples:
+def _check_wanted(
+    name: str, features: dict[str, Any], size: int | None, classes: int | None
+) -> None:
+    if size is not None and not _is_encoded(features.get("image")):
+        raise ValueError(f"data set {name!r} has no image files that could be resized to {size}")
+    if classes is not None:
+        most = getattr(features.get("label"), "num_classes", 0)
+        if not 0 < classes <= most:
+            raise ValueError(f"{classes} classes are wanted of data set {name!r}, which has {most}")
+
+
+def _is_encoded(feature: Any) -> bool:
+    """Whether a feature is an image file of bytes, as which Pillow reads it."""
+    return isinstance(feature, tfds.features.Image) and feature.np_dtype == np.uint8
+
+
+def _read(
+    builder: tfds.core.DatasetBuilder, split: str, reading: _Reading, more: dict[str, int]
+) -> Iterator[dict[str, Any] | BadRecord]:
+    """The examples of a split; an empty one in place of each that is not wanted."""
+    encoded = [key for key, feature in reading.features.items() if _is_encoded(feature)]
+
+    def finish(record: tuple[str, dict[str, Any]]) -> dict[str, Any] | BadRecord:
+        place, example = record
+        pictures = {key: example.pop(key) for key in encoded}
+        try:
+            _check_classes(example, reading.features)
+            if reading.classes is not None and example["label"] >= reading.classes:
+                return {}
+            if "image" in pictures:
+                channels = reading.features["image"].shape[-1]
+                example["image"] = decode(pictures["image"], channels=channels, size=reading.size)
+        except ValueError as error:
+            return BadRecord(f"{place}: {error}")
+        return {**example, **more}
+
+    records = _records(builder, split, undecoded=encoded)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while chunk := list(itertools.islice(records, _CHUNK)):
+            yield from pool.map(finish, chunk)
+
+
+def _check_classes(example: dict[str, Any], features: dict[str, Any]) -> None:
+    for key, feature in features.items():
+        if isinstance(feature, tfds.features.ClassLabel):
+            if not 0 <= example[key] < feature.num_classes:
+                raise ValueError(
+                    f"{key} {example[key]} is not a class, 0 to {feature.num_classes - 1}"
+                )
+
+
+def _records(
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    *,
+    undecoded: Sequence[str] = (),
+    raw: bool = False,
+) -> Iterator[tuple[str, Any]]:
+    """The records of a split, each with the file and place in it where it is.
+
+    Raises:
+      ValueError: If there is no such split, or a file is damaged.
+    """
+    decoders = {key: tfds.decode.SkipDecoding() for key in undecoded}
+    methods = tfds.decode.DeserializeMethod
+    method = methods.RAW_BYTES if raw else methods.DESERIALIZE_AND_DECODE
+    try:
+        source = builder.as_data_source(split, decoders=decoders, deserialize_method=method)
+    except NotImplementedError as error:  # written by TFDS as TFRecord files
+        raise ValueError(str(error)) from error
+    start = 0
+    for file in builder.info.splits[split].file_instructions:
+        _check_length(builder, Path(file.filename), file.examples_in_shard)
+        for first in range(0, file.take, _CHUNK):
+            chunk = range(first, min(first + _CHUNK, file.take))
+            try:
+                records = source.__getitems__([start + i for i in chunk])
+            except Exception as error:  # what a C++ library raises on bytes that are not its own
+                raise ValueError(_damaged(builder, file.filename, str(error))) from error
+            for i, record in zip(chunk, records, strict=True):
+                yield f"{file.filename}: record {file.skip + i} of split {split!r}", record
+        start += file.take
+
+
+def _check_length(builder: tfds.core.DatasetBuilder, path: Path, expected: int) -> None:
+    from array_record.python import array_record_module
+
+    if not path.exists():
+        raise ValueError(_damaged(builder, path, "the file is missing"))
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except RuntimeError as error:
+        raise ValueError(_damaged(builder, path, str(error))) from error
+    if found != expected:
+        raise ValueError(_damaged(builder, path, f"{found} records instead of {expected}"))
+
+
+def _damaged(builder: tfds.core.DatasetBuilder, path: str | Path, why: str) -> str:
+    config = builder.builder_config
+    name = f"{builder.name}/{config.name}" if config else builder.name
+    directory = Path(builder.data_dir).parents[2 if config else 1]
+    return f"{path} is truncated or damaged: {why}. Make it anew with\n{_command(name, directory)}"
+
+
+def _stack(examples: Iterable[dict[str, Any]], name: str) -> dict[str, np.ndarray]:
+    """Stacks examples feature by feature, with integers as int32, the type JAX has them in.
+
+    Each feature grows in one buffer, so that no example is held twice.
+    """
+    buffers: dict[str, bytearray] = {}
+    kinds: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    for example in examples:
+        for key, value in example.items():
+            array = np.asarray(value)
+            if array.dtype.kind not in "biuf":
+                continue
+            kind = (array.dtype, array.shape)
+            if kinds.setdefault(key, kind) != kind:
+                raise ValueError(
+                    f"the examples of data set {name!r} differ in the shape of {key!r}: "
+                    f"{array.shape} and {kinds[key][1]}. Images become equal with "
+                    "config.data.size"
+                )
+            buffers.setdefault(key, bytearray()).extend(array.tobytes())
+    if not buffers:
         raise ValueError(f"the split of data set {name!r} is empty")
     arrays = {}
-    for key in examples[0]:
-        try:
-            array = np.stack([np.asarray(example[key]) for example in examples])
-        except ValueError:
-            raise ValueError(
-                f"the examples of data set {name!r} differ in the shape of {key!r}"
-            ) from None
-        if array.dtype.kind in "biuf":
-            arrays[key] = array.astype(np.int32) if array.dtype == np.int64 else array
+    for key, (dtype, shape) in kinds.items():
+        array = np.frombuffer(buffers[key], dtype).reshape(-1, *shape)
+        arrays[key] = array.astype(np.int32) if dtype == np.int64 else array
     return arrays

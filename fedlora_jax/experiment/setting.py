@@ -1,5 +1,6 @@
 """What all runs of a comparison share: data, model and pretrained parameters, by configuration."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from fedlora_jax.lora import Params
 from fedlora_jax.models import pretrain, pretrained
 from fedlora_jax.names import lookup
 
+_SOURCE_OPTIONS = ("size", "classes", "on_bad_record")
 _PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -54,7 +56,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
         texts.check(config, model)
     train, domains = training_examples(config)
     test, _ = _load(config, config.data.splits.test)
-    inputs = _tokens if "tokens" in train else _images
+    inputs = _tokens if "tokens" in train else _images(config)
     params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
     task = _task(config, model.clone(dtype=dtype_of(config.precision.compute)), inputs)
     return Setting(task, params, train, _examples(test), domains)
@@ -114,9 +116,16 @@ def _load(
     if data.name == "python_docs":
         return python_docs.load(split, pretrained.locate(data.tokenizer), data.length), ()
     if data.name == "image_folder":
-        arrays = image_folder.load(split, data.root, size=data.size, held_out=data.held_out)
+        arrays = image_folder.load(
+            split,
+            data.root,
+            size=data.size,
+            held_out=data.held_out,
+            on_bad_record=data.on_bad_record,
+        )
         return arrays, tuple(image_folder.class_names(data.root, "domain"))
-    arrays = sources.load(data.name, split)
+    options = {key: data[key] for key in _SOURCE_OPTIONS if key in data}
+    arrays = sources.load(data.name, split, **options)
     return arrays, tuple(sources.class_names(data.name, "domain")) if "domain" in arrays else ()
 
 
@@ -134,6 +143,7 @@ def _backbone(
         _backbone_path(config),
         model,
         _load(config, config.pretraining.split)[0],
+        statistics=config.data.statistics,
         **config.pretraining.options,
     )
     return jax.tree.map(lambda x: x.astype(storage), made)
@@ -144,7 +154,8 @@ def _backbone_path(config: ml_collections.ConfigDict) -> Path:
     if config.data.name == "image_folder":
         data: str | dict = {**config.data.to_dict(), "root": image_folder.digest(config.data.root)}
     else:
-        data = sources.full_name(config.data.name)
+        options = {key: config.data.get(key) for key in (*_SOURCE_OPTIONS, "statistics")}
+        data = {"name": sources.full_name(config.data.name), **options}
     recipe = [data, config.model.to_dict(), config.pretraining.to_dict()]
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True, default=list).encode())
     return Path(config.backbone_dir) / f"{config.model.name}-{digest.hexdigest()[:12]}"
@@ -168,5 +179,6 @@ def _tokens(batch: Batch) -> tuple[jax.Array]:
     return (batch["tokens"],)
 
 
-def _images(batch: Batch) -> tuple[jax.Array]:
-    return (images.normalize(batch["image"]),)
+def _images(config: ml_collections.ConfigDict) -> Callable[[Batch], tuple[jax.Array]]:
+    normalize = functools.partial(images.normalize, statistics=config.data.statistics)
+    return lambda batch: (normalize(batch["image"]),)

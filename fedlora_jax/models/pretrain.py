@@ -32,6 +32,7 @@ def pretrain(
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     seed: int = 0,
+    statistics: str = "half",
     progress: bool = True,
 ) -> Params:
     """Trains a classifier from random weights, with AdamW and small affine distortions.
@@ -43,6 +44,7 @@ def pretrain(
       batch_size: Examples a step, drawn with replacement.
       learning_rate: At the start; it falls to zero along half a cosine.
       seed: Of the weights, the batches and the distortions.
+      statistics: By which `images.normalize` maps pixels.
       progress: Shows a progress bar if the standard error is a terminal.
 
     Returns:
@@ -50,7 +52,7 @@ def pretrain(
     """
     images_, labels = jnp.asarray(examples["image"]), jnp.asarray(examples["label"])
     init_key, train_key = jax.random.split(jax.random.key(seed))
-    params = jax.jit(model.init)(init_key, images.normalize(images_[:1]))["params"]
+    params = jax.jit(model.init)(init_key, images.normalize(images_[:1], statistics))["params"]
     schedule = optax.cosine_decay_schedule(learning_rate, steps)
     optimizer = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
 
@@ -62,9 +64,8 @@ def pretrain(
         params, state = carry
         batch_key, affine_key = jax.random.split(jax.random.fold_in(train_key, index))
         chosen = jax.random.randint(batch_key, (batch_size,), 0, len(labels))
-        batch = images.random_affine(
-            affine_key, images.normalize(images_[chosen]), shift=SHIFT, distortion=DISTORTION
-        )
+        pixels = images.normalize(images_[chosen], statistics)
+        batch = images.random_affine(affine_key, pixels, shift=SHIFT, distortion=DISTORTION)
         gradient = jax.grad(loss)(params, batch, labels[chosen])
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state

@@ -4,8 +4,9 @@ import sys
 import numpy as np
 import pytest
 
-from fedlora_jax.data import digits_domains, sources
-from fedlora_jax.data.digits_domains import DOMAINS, SPLIT_SIZES, DigitsDomains
+from fedlora_jax.data import sources
+from fedlora_jax.data.builders import digits_domains
+from fedlora_jax.data.builders.digits_domains import DOMAINS, SPLIT_SIZES, DigitsDomains
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,9 @@ def test_errors(tmp_path):
     (root / "red" / "bad.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="bad.png is not an image that can be read"):
         image_folder.load("federated", root, size=8, held_out={})
+    with pytest.warns(UserWarning, match="skipped 1 bad record: .*bad.png"):
+        found = image_folder.load("federated", root, size=8, held_out={}, on_bad_record="skip")
+    assert len(found["image"]) == len(found["label"]) == 6
     (root / "red" / "bad.png").rename(root / "bad.png")
     with pytest.raises(ValueError, match="lies elsewhere than"):
         image_folder.class_names(root)

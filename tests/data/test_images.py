@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedlora_jax.data import images
 
@@ -8,6 +9,17 @@ from fedlora_jax.data import images
 def test_normalize_maps_bytes_to_plus_minus_one():
     pixels = jnp.array([[0, 255], [51, 204]], jnp.uint8)
     np.testing.assert_allclose(images.normalize(pixels), [[-1, 1], [-0.6, 0.6]], rtol=0, atol=1e-6)
+
+
+def test_published_statistics():
+    pixels = jnp.array([[[0, 128, 255]]], jnp.uint8)
+    for name, (mean, deviation) in images.STATISTICS.items():
+        wanted = (np.array([0, 128, 255]) / 255 - mean) / deviation
+        np.testing.assert_allclose(images.normalize(pixels, name)[0, 0], wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="'clip' are of 3 channels, the images have 1"):
+        images.normalize(pixels[..., :1], "clip")
+    with pytest.raises(ValueError, match="Did you mean 'imagenet'"):
+        images.normalize(pixels, "image_net")
 
 
 def test_no_distortion_is_the_identity():

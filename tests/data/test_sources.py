@@ -7,6 +7,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from fedlora_jax.data import sources
+from fedlora_jax.data.builders import BUILDERS
+from fedlora_jax.data.decoding import decode
 
 
 def _image(i, size=4):
@@ -74,6 +76,68 @@ def test_images_of_unequal_size_are_refused(tmp_path):
     _prepare(RaggedImages, tmp_path)
     with pytest.raises(ValueError, match="'ragged_images' differ in the shape of 'image'"):
         sources.load("ragged_images", "train", tmp_path)
+    resized = sources.load("ragged_images", "train", tmp_path, size=8)["image"]
+    np.testing.assert_array_equal(resized, np.stack([_image(i, 8) for i in range(2)]))
+
+
+def test_images_are_resized_whole_by_bicubic_interpolation(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    found = decode(file.getvalue(), size=12)
+    wanted = Image.fromarray(pixels).resize((12, 12), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(found, np.asarray(wanted))
+    gray = decode(file.getvalue(), channels=1)
+    assert gray.shape == (20, 30, 1)
+
+
+def test_the_first_classes_are_kept(tmp_path):
+    _prepare(ToyImages, tmp_path)
+    examples = sources.load("toy_images", "train", tmp_path, classes=1)
+    assert examples["label"].tolist() == [0, 0] and examples["image"][1, 0, 0, 0] == 20
+    with pytest.raises(ValueError, match="3 classes are wanted of .*, which has 2"):
+        sources.load("toy_images", "train", tmp_path, classes=3)
+
+
+def test_there_has_to_be_an_image_to_resize(data_dir):
+    with pytest.raises(ValueError, match="'digits_domains' has no image files"):
+        sources.load("digits_domains", "test", data_dir, size=8)
+
+
+class BadImages(ToyImages):
+    """Five records: the second is no image, the third cut short, the fourth of no class."""
+
+    def _generate_examples(self):
+        whole = io.BytesIO()
+        Image.fromarray(_image(1)).save(whole, "png")
+        contents = [whole.getvalue(), b"no image", whole.getvalue()[:40]] + [whole.getvalue()] * 2
+        for i, content in enumerate(contents):
+            label = -1 if i == 3 else 1
+            yield i, {"image": io.BytesIO(content), "label": label, "id": ""}
+
+
+def test_bad_records_stop_or_are_skipped_and_counted(tmp_path):
+    _prepare(BadImages, tmp_path)
+    place = "bad_images-train.array_record-00000-of-00001: record 1 of split 'train[:3]'"
+    with pytest.raises(ValueError, match=re.escape(place) + ": not an image of a format"):
+        sources.load("bad_images", "train[:3]", tmp_path)
+    with pytest.raises(ValueError, match="record 3 .*: label -1 is not a class, 0 to 1"):
+        sources.load("bad_images", "train[3:]", tmp_path)
+    with pytest.warns(UserWarning, match="skipped 3 bad records: .*record 1.*record 2.*record 3"):
+        examples = sources.load("bad_images", "train", tmp_path, on_bad_record="skip")
+    assert len(examples["image"]) == len(examples["label"]) == 2
+    with pytest.raises(ValueError, match="unknown on_bad_record 'skp'. Did you mean 'skip'"):
+        sources.load("bad_images", "train", tmp_path, on_bad_record="skp")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="is empty"):
+        sources.load("bad_images", "train[1:2]", tmp_path, on_bad_record="skip")
+
+
+def test_files_of_another_format_are_refused(tmp_path):
+    _prepare(ToyImages, tmp_path)
+    info = next(tmp_path.rglob("dataset_info.json"))
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="file format FileFormat.TFRECORD is not supported"):
+        sources.load("toy_images", "train", tmp_path)
 
 
 def test_unprepared_data_set_names_the_command(tmp_path):
@@ -108,7 +172,7 @@ def test_a_killed_preparation_leaves_nothing_in_the_way(tmp_path, monkeypatch):
 
 
 def test_losing_the_race_to_prepare_is_no_error(tmp_path, monkeypatch):
-    builder_type = sources._EMBEDDED["digits_domains"]
+    builder_type = BUILDERS["digits_domains"]
     prepare = builder_type.download_and_prepare
 
     def overtaken(self):

@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from configs import digits
 from fedlora_jax import lora, methods, models
-from fedlora_jax.data import digits_domains, images
+from fedlora_jax.data import images
+from fedlora_jax.data.builders import digits_domains
 from fedlora_jax.data.clients import client_data
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, train_cohort
