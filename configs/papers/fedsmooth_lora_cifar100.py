@@ -10,8 +10,8 @@ written.
 
 Stated by the paper or the authors' code: five clients that all take part, 10 rounds of one epoch,
 SGD 0.01 with momentum 0.9, batches of 64, cosine over rounds; adapters of rank 2 on query, key and
-value, alpha 4, scale alpha / sqrt(rank); gamma 256, 512 calibration samples, zeta 1 (IID) or falling
-from 1 to 0 (otherwise), singular values split evenly.
+value, alpha 4, scale alpha / sqrt(rank); gamma 256, 512 calibration samples, zeta 1 (IID) or
+falling from 1 to 0 (otherwise), singular values split evenly.
 
 Ours: images at 224 with pixels in -1 .. 1, weights of the ViT-S/16 for ImageNet-21k, a head that is
 trained and averaged, and alpha = 0.1 of the Dirichlet, the value to which the authors' code falls

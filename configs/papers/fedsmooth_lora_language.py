@@ -2,18 +2,18 @@
 
     python -m experiments.prepare_data --dataset=metamathqa
     python -m experiments.compare --methods=fedit,flora,frlora,fedsmooth_lora --seeds=1 \\
-        --config=configs/papers/fedsmooth_lora_language.py:task=mathematics --workdir=runs/mathematics
-    python -m experiments.evaluate --workdir=runs/mathematics/fedsmooth_lora/seed_0 --tasks=gsm8k
+        --config=configs/papers/fedsmooth_lora_language.py:task=mathematics --workdir=runs/math
+    python -m experiments.evaluate --workdir=runs/math/fedsmooth_lora/seed_0 --tasks=gsm8k
 
 Wang et al., "FedSmoothLoRA: Toward Smoother and Faster Convergence in Federated Low-Rank
 Adaptation" (arXiv:2605.29460). Its table is not repeated here: it could not be read where this was
 written.
 
 Stated by the paper or the authors' code: MetaMathQA (mathematics), Code-Feedback (code) and Dolly
-(chat), at most 100,000 examples, IID over three clients that all take part; 10 rounds of 200 steps,
-AdamW 2e-5, batches of 32, 1024 tokens, cosine over rounds; adapters of rank 32 on all linear layers,
-alpha 64, scale alpha / sqrt(rank); gamma 64, zeta 1, 32 calibration samples, singular values on the
-paper's B.
+(chat), at most 100,000 examples, IID over three clients that all take part; 10 rounds of 200
+steps, AdamW 2e-5, batches of 32, 1024 tokens, cosine over rounds; adapters of rank 32 on all linear
+layers, alpha 64, scale alpha / sqrt(rank); gamma 64, zeta 1, 32 calibration samples, singular
+values on the paper's B.
 
 Ours: all of MetaMathQA, of which the authors keep what comes from GSM8K and cut the last line; the
 first question and answer of a conversation in Code-Feedback, of whose answers they keep the first
@@ -44,12 +44,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     args = parse_arg(arg, task="mathematics", method="fedsmooth_lora", source="", runlocal=False)
     small = args["runlocal"]
     dataset, template = lookup(_TASKS, args["task"], "task of the paper")
-    config = instructions.of_paper(
-        dataset,
-        args["source"] or ("" if small else "meta-llama/Llama-3.2-1B"),
-        args["method"],
-        small,
-    )
+    source = args["source"] or ("" if small else "meta-llama/Llama-3.2-1B")
+    config = instructions.of_model(dataset, source, args["method"], small)
     config.rounds = 2 if small else 10
     config.clients_per_round = 3
     config.data.template = template

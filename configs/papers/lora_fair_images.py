@@ -18,9 +18,9 @@ mean over the domains' test images.
     | NICO++    | ViT   | feature and label |       | 89.48 | 89.60 | 89.65    | 90.04 |         |
 
 Stated: the data (DomainNet's first 100 classes, NICO++'s 60), models pretrained on ImageNet-21k,
-6 clients of one domain each, or 30, five a domain, with Dirichlet(0.5) over labels, of which 18 take
-part; rank 16, SGD 0.01 with momentum 0.9, weight decay 1e-5, clipping at 10, batches of 128; input
-224, bicubic, statistics of CLIP, no augmentation; the head is trained and averaged.
+six clients of one domain each, or 30, five a domain, with Dirichlet(0.5) over labels, of which 18
+take part; rank 16, SGD 0.01 with momentum 0.9, weight decay 1e-5, clipping at 10, batches of 128;
+input 224, bicubic, statistics of CLIP, no augmentation; the head is trained and averaged.
 
 Ours, because it is not stated: 50 rounds of one epoch, a constant learning rate, adapters on query,
 key and value (ViT) and on all layers of the MLPs (Mixer), scale 1 (alpha = rank), and NICO++'s test
