@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from fedlora_jax.data import builders
 from fedlora_jax.data.digits_domains import DigitsDomains
 from fedlora_jax.names import lookup
+
+_CHUNK = 256  # records read at a time
 
 _EMBEDDED: dict[str, type[tfds.core.DatasetBuilder]] = {"digits_domains": DigitsDomains}
 
@@ -43,9 +46,35 @@ def load(
       ValueError: If there is no such data set or split, or if it has features of unequal shapes.
       FileNotFoundError: If it is not prepared; the message says which command prepares it.
     """
+    source = _builder(name, data_dir).as_data_source(split)
+    return _stack(source.__getitems__(range(len(source))), name)
+
+
+def records(
+    name: str, split: str, data_dir: str | os.PathLike[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a split as TFDS decodes them, text as bytes, each with a name for messages.
+
+    Raises:
+      ValueError: If there is no such data set or split.
+      FileNotFoundError: As `load`.
+    """
     builder = _builder(name, data_dir)
     source = builder.as_data_source(split)
-    return _stack(source.__getitems__(range(len(source))), name)
+    for start in range(0, len(source), _CHUNK):
+        places = range(start, min(start + _CHUNK, len(source)))
+        for place, record in zip(places, source.__getitems__(places)):
+            yield f"{builder.info.full_name}:{split}:{place}", record
+
+
+def info(name: str, data_dir: str | os.PathLike[str] | None = None) -> tfds.core.DatasetInfo:
+    """What TFDS knows of a prepared data set: its features, splits and version.
+
+    Raises:
+      ValueError: If there is no such data set.
+      FileNotFoundError: As `load`.
+    """
+    return _builder(name, data_dir).info
 
 
 def full_name(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
@@ -55,7 +84,7 @@ def full_name(name: str, data_dir: str | os.PathLike[str] | None = None) -> str:
       ValueError: If there is no such data set.
       FileNotFoundError: As `load`.
     """
-    return _builder(name, data_dir).info.full_name
+    return info(name, data_dir).full_name
 
 
 def class_names(
@@ -67,15 +96,20 @@ def class_names(
       ValueError: If the data set has no such feature or it has no classes.
       FileNotFoundError: As `load`.
     """
-    features = _builder(name, data_dir).info.features
+    features = info(name, data_dir).features
     classes = {key: value for key, value in features.items() if hasattr(value, "names")}
     return list(lookup(classes, feature, f"class feature of {name!r}").names)
 
 
-def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> tfds.core.DatasetBuilder:
-    directory = Path(
+def directory_of(data_dir: str | os.PathLike[str] | None = None) -> Path:
+    """Where prepared data sets are, as for `load`."""
+    return Path(
         data_dir or os.environ.get("FEDLORA_DATA_DIR") or tfds.core.constants.DATA_DIR
     ).expanduser()
+
+
+def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> tfds.core.DatasetBuilder:
+    directory = directory_of(data_dir)
     if name in _EMBEDDED:
         _prepare(_EMBEDDED[name], directory)
     try:
@@ -90,7 +124,7 @@ def _builder(name: str, data_dir: str | os.PathLike[str] | None) -> tfds.core.Da
 
 
 def _check_known(name: str) -> None:
-    known = {*_EMBEDDED, *tfds.list_builders(with_community_datasets=False)}
+    known = {*_EMBEDDED, *builders.names()}
     if name in known:
         return
     nearest = difflib.get_close_matches(name, known, n=1)
