@@ -93,14 +93,13 @@ def load(
         name, record = item
         texts = {key: x.decode() for key, x in record.items() if isinstance(x, bytes)}
         label = record["label"]
-        highest = len(classes) - 1 if classes else math.inf
-        if not 0 <= label <= highest:
-            unpublished = (
-                ". GLUE's labels for testing are not published: use a split of validation"
-                if dataset.startswith("glue/")
-                else ""
+        if dataset.startswith("glue/") and label == -1:
+            raise ValueError(
+                f"{name}: label -1 is out of range, for the labels of GLUE's test splits are not "
+                "published: use a split of validation"
             )
-            raise ValueError(f"{name}: label {label} is out of range 0 .. {highest}{unpublished}")
+        if classes and not 0 <= label < len(classes) or not math.isfinite(label):
+            raise ValueError(f"{name}: label {label} is out of range 0 .. {len(classes) - 1}")
         return _Labelled(
             tuple(text.value_of(texts, field, name) for field in names),
             float(label),
