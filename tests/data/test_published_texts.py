@@ -91,9 +91,7 @@ def test_unpublished_labels(dataset, data_dir):
     suffix = "_matched" if dataset == "glue/mnli" else ""
     held_out = labelled_texts.load(dataset, f"validation{suffix}", reader, data_dir=data_dir)
     assert len(held_out.arrays["label"]) == HELD_OUT
-    problem = (
-        f"{dataset}/2.0.0:test{suffix}:0: label -1 .* not published: use a split of validation"
-    )
+    problem = "glue-?.*test.*0.*: label -1 .* not published: use a split of validation"
     with pytest.raises(ValueError, match=problem):
         labelled_texts.load(dataset, f"test{suffix}", reader, data_dir=data_dir)
 
