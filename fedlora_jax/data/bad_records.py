@@ -1,11 +1,12 @@
 """Records that cannot be used: each is named, and ends the work or is skipped and counted."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from fedlora_jax.names import lookup
 
+Record = TypeVar("Record")
 T = TypeVar("T")
 
 POLICIES = ("stop", "skip")
@@ -54,3 +55,30 @@ def summary(bad: list[str]) -> str:
     """One line on what was skipped: how many, and the first few."""
     rest = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     return f"skipped {len(bad)} bad record{'s'[: len(bad) > 1]}: {'; '.join(bad[:_SHOWN])}{rest}"
+
+
+def read_each(
+    records: Iterable[Record], read: Callable[[Record], T], on_bad_record: str = "stop"
+) -> list[T]:
+    """What is in the records that can be used, in their order.
+
+    Args:
+      records: In their order.
+      read: Gives what is in a record; raises a `ValueError` that names it if it cannot be used.
+      on_bad_record: As for `good`.
+
+    Raises:
+      BadRecord: As `good`.
+      ValueError: If none can be used; or as `good`.
+    """
+
+    def result(record: Record) -> T | BadRecord:
+        try:
+            return read(record)
+        except ValueError as error:
+            return BadRecord(str(error))
+
+    found = list(good(map(result, records), on_bad_record))
+    if not found:
+        raise ValueError("there is no record that can be used")
+    return found

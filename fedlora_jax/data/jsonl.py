@@ -1,46 +1,30 @@
-"""Instruction examples of one's own: a local file with one JSON object a line.
+"""Instruction examples of one's own: a local file with one JSON object a line, or an array of them.
 
     {"prompt": "What is the capital of France?", "response": "Paris.", "client": "ann"}
 
-Every line has the fields that the template names. `client` and `domain` are optional: all lines
-have them, or none. `docs/your_own_data.md` walks through it.
+Every example has the fields that the template names. `client` and `domain` are optional: all
+examples have them, or none. `docs/your_own_data.md` walks through it.
 """
 
-import json
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from fedlora_jax.data import text
-from fedlora_jax.data.held_out import split_of
+from fedlora_jax.data import own_files, text
+from fedlora_jax.data.bad_records import read_each
+from fedlora_jax.data.own_files import Example
 from fedlora_jax.data.text import Encoder, Rows, Template, Texts
-from fedlora_jax.names import lookup
 
-_SPLITS = ("federated", "validation", "test")
-_ALL = "all"
-
-
-class Example(NamedTuple):
-    """A line of a file.
-
-    Attributes:
-      name: File and number of the line.
-      fields: The text of each field that the template names.
-      client: Whose it is; None if the file does not say.
-      domain: Of what kind it is; None if the file does not say.
-    """
-
-    name: str
-    fields: dict[str, str]
-    client: str | None
-    domain: str | None
+Made: TypeAlias = tuple[Rows, Sequence[Example]]
 
 
 def read(
-    path: str | os.PathLike[str], template: Template, fields: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    template: Template,
+    fields: Mapping[str, str] | None = None,
+    on_bad_record: str = "stop",
 ) -> list[Example]:
     """The examples of a file, in its order; blank lines are passed over.
 
@@ -48,34 +32,15 @@ def read(
       path: A file in UTF-8.
       template: Which fields are needed.
       fields: What the file calls `prompt`, `response`, `client` or `domain`, where otherwise.
+      on_bad_record: As for `read_each`.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If a line is not a JSON object, or lacks a field, or a text in it is empty, named
-        by file and line; or if the file holds no example.
+      ValueError: As `own_files.read`.
     """
-    called = {name: name for name in ("prompt", "response", "client", "domain")}
-    for name, theirs in (fields or {}).items():
-        lookup(called, name, "field to be called otherwise")
-        called[name] = theirs or name
-    lines = _objects(Path(path).expanduser())
-    given = {
-        name
-        for name in ("client", "domain")
-        if called[name] != name or any(name in line for _, line in lines)
-    }
-
-    def example(name: str, line: Mapping[str, Any]) -> Example:
-        values = {
-            field: text.value_of(line, called.get(field, field), name) for field in template.fields
-        }
-        owner, kind = (
-            text.value_of(line, called[field], name) if field in given else None
-            for field in ("client", "domain")
-        )
-        return Example(name, values, owner, kind)
-
-    return [example(name, line) for name, line in lines]
+    return own_files.read(
+        path, template.fields, fields, optional=template.optional, on_bad_record=on_bad_record
+    )
 
 
 def load(
@@ -89,13 +54,13 @@ def load(
     held_out: Mapping[str, float] | None = None,
     packing: bool = False,
     most: int = 0,
+    on_bad_record: str = "stop",
 ) -> Texts:
     """The rows of a split: one example each, or windows over the texts of each client.
 
     Args:
       split: `'federated'`, `'validation'` or `'test'`.
-      files: The file of each split. A split without one is held out of the federated examples, by
-        a hash of their text, so that equal texts are in one split.
+      files: As for `own_files.read_splits`.
       encoder: The tokenizer, and what ends a text.
       template: How an example becomes text.
       length: T, tokens of a row.
@@ -105,6 +70,7 @@ def load(
       packing: Windows in which everything is to be predicted, instead of an example a row in which
         only the answer is.
       most: At most so many rows, evenly spaced over the file; 0 for all.
+      on_bad_record: As for `read_each`.
 
     Returns:
       Rows with the domain of each (one called `all` if the file does not say), and the client if
@@ -112,51 +78,112 @@ def load(
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: As `read` and `text.prompted`; or if there is no such split, nothing is in it, or
-        without packing the template has no `{response}`.
+      ValueError: As `own_files.read_splits` and `rows`; or if there is no such split or nothing is
+        in it.
+    """
+    check_template(template, packing)
+    splits = own_files.read_splits(
+        files,
+        template.fields,
+        fields,
+        held_out=held_out or {"test": 0.2},
+        optional=template.optional,
+        on_bad_record=on_bad_record,
+    )
+    return rows(
+        own_files.members(splits, split, files),
+        [example for examples in splits.values() for example in examples],
+        encoder,
+        template,
+        length,
+        packing=packing,
+        most=most,
+        on_bad_record=on_bad_record,
+    )
+
+
+def check_template(template: Template, packing: bool) -> None:
+    """Checks that something would be learned.
+
+    Raises:
+      ValueError: If without packing the template has no `{response}`.
     """
     if not packing and "response" not in template.fields:
         raise ValueError(
             "the template has no {response}, so nothing would be learned; for whole texts set "
             "config.data.packing"
         )
-    splits = _splits(files, template, fields, held_out or {"test": 0.2})
-    chosen = lookup(splits, split, "split")
-    if not chosen:
-        raise ValueError(f"no example of {files['federated']} is in the split {split!r}")
-    everything = [example for examples in splits.values() for example in examples]
-    clients = sorted({example.client for example in everything if example.client is not None})
-    domains = tuple(sorted({example.domain or _ALL for example in everything}))
-    if clients and any(example.client is None for example in everything):
-        raise ValueError(f"only some of the files {', '.join(files.values())} have clients")
 
-    rows, members = _packed if packing else _one_a_row, chosen
-    made, owners = rows(members, template, encoder, length)
-    arrays = {
-        "tokens": made.tokens,
-        "answer": made.answer,
-        "domain": np.array([domains.index(x.domain or _ALL) for x in owners], np.int32),
-    }
-    if clients:
-        arrays["client"] = np.array([clients.index(str(x.client)) for x in owners], np.int32)
-    kept = text.evenly(len(owners), most)
-    return Texts({name: x[kept] for name, x in arrays.items()}, tuple(clients), domains)
+
+def rows(
+    examples: Sequence[Example],
+    known: Sequence[Example],
+    encoder: Encoder,
+    template: Template,
+    length: int,
+    *,
+    packing: bool = False,
+    most: int = 0,
+    on_bad_record: str = "stop",
+) -> Texts:
+    """Examples as rows of tokens.
+
+    Args:
+      examples: Those of a split.
+      known: Those of all splits, whose clients and domains are numbered.
+      encoder: As for `load`.
+      template: As for `load`.
+      length: As for `load`.
+      packing: As for `load`.
+      most: As for `load`.
+      on_bad_record: As for `load`; without packing a prompt that leaves nothing of its answer is
+        bad.
+
+    Raises:
+      ValueError: As `text.prompted` or `text.pack`.
+    """
+    if packing:
+        made, owners = _packed(examples, template, encoder, length)
+        kept = text.evenly(len(owners), most)
+        made, owners = made.thinned(most), [owners[place] for place in kept]
+    else:
+        chosen = [examples[place] for place in text.evenly(len(examples), most)]
+        made, owners = _one_a_row(chosen, template, encoder, length, on_bad_record)
+    return text.with_owners(made._asdict(), owners, known)
 
 
 def _one_a_row(
-    examples: Sequence[Example], template: Template, encoder: Encoder, length: int
-) -> tuple[Rows, Sequence[Example]]:
-    names = [example.name for example in examples]
-    prompts, answers = text.encode_prompted([x.fields for x in examples], names, template, encoder)
-    return text.prompted(prompts, answers, length, encoder.end, names), examples
+    examples: Sequence[Example],
+    template: Template,
+    encoder: Encoder,
+    length: int,
+    on_bad_record: str,
+) -> Made:
+    def encode(some: Sequence[Example]) -> Any:
+        pairs = text.encode_prompted(*_contents(some), template, encoder)
+        return zip(*([np.array(ids, np.int32) for ids in side] for side in pairs))
+
+    def fitting(
+        item: tuple[Example, tuple[np.ndarray, np.ndarray]],
+    ) -> tuple[Example, np.ndarray, np.ndarray]:
+        example, (prompt, answer) = item
+        text.check_fits(prompt, answer, length, example.name)
+        return example, prompt, answer
+
+    encoded = zip(examples, _in_pieces(examples, encode), strict=True)
+    owners, prompts, answers = zip(*read_each(encoded, fitting, on_bad_record))
+    names = [example.name for example in owners]
+    return text.prompted(prompts, answers, length, encoder.end, names), owners
 
 
-def _packed(
-    examples: Sequence[Example], template: Template, encoder: Encoder, length: int
-) -> tuple[Rows, Sequence[Example]]:
+def _packed(examples: Sequence[Example], template: Template, encoder: Encoder, length: int) -> Made:
     """Windows over the texts of one client and domain, and for each window one of those."""
-    names = [example.name for example in examples]
-    documents = text.encode_whole([x.fields for x in examples], names, template, encoder)
+
+    def encode(some: Sequence[Example]) -> Any:
+        documents = text.encode_whole(*_contents(some), template, encoder)
+        return [np.array(ids, np.int32) for ids in documents]
+
+    documents = list(_in_pieces(examples, encode))
     groups: dict[tuple[str | None, str | None], list[int]] = {}
     for index, example in enumerate(examples):
         groups.setdefault((example.client, example.domain), []).append(index)
@@ -167,43 +194,11 @@ def _packed(
     return Rows(*map(np.concatenate, zip(*made))), owners
 
 
-def _objects(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Name and content of each line that is not blank."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
-        name = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}: not JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(value, dict):
-            raise ValueError(f"{name}: expected an object with fields, got {line.strip()[:40]!r}")
-        found.append((name, value))
-    if not found:
-        raise ValueError(f"{path} holds no example")
-    return found
+def _contents(examples: Sequence[Example]) -> tuple[list[dict[str, str]], list[str]]:
+    return [example.fields for example in examples], [example.name for example in examples]
 
 
-def _splits(
-    files: Mapping[str, str],
-    template: Template,
-    fields: Mapping[str, str] | None,
-    held_out: Mapping[str, float],
-) -> dict[str, list[Example]]:
-    for name in (*files, *held_out):
-        lookup(dict.fromkeys(_SPLITS), name, "split")
-    if not files.get("federated"):
-        raise ValueError("there is no file to train on: set config.data.files.federated")
-    splits: dict[str, list[Example]] = {
-        name: read(files[name], template, fields) if files.get(name) else [] for name in _SPLITS
-    }
-    shares = {
-        name: share for name, share in held_out.items() if name in _SPLITS[1:] and not splits[name]
-    }
-    rest: dict[str, list[Example]] = {name: [] for name in ("federated", *shares)}
-    for example in splits["federated"]:
-        content = "\0".join(example.fields[name] for name in sorted(example.fields))
-        rest[split_of(content.encode(), shares)].append(example)
-    return {**splits, **rest}
+def _in_pieces(examples: Sequence[Example], encode: Callable[[Sequence[Example]], Any]) -> Any:
+    """What `encode` gives for each example, a piece at a time: lists of ids take much room."""
+    for start in range(0, len(examples), text.AT_ONCE):
+        yield from encode(examples[start : start + text.AT_ONCE])

@@ -22,8 +22,8 @@ from tensorflow_datasets.core.download.checksums import load_url_infos
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 from tensorflow_datasets.core.download.extractor import ExtractError
 
-from fedlora_jax.data import bad_records, sources
-from fedlora_jax.data.builders import BUILDERS
+from fedlora_jax.data import bad_records, builders, sources
+from fedlora_jax.names import lookup
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CAUSES = 10  # of an exception, at most so many are followed
@@ -73,6 +73,20 @@ DATA_SETS: dict[str, DataSet] = {
     "digits_domains": DataSet(
         "16 x 16 handwritten digits in six styles", "CC BY 4.0 (UCI)", tensorflow=False
     ),
+    "glue": DataSet("understanding of English, a config each task", "those of each task's page"),
+    "newsgroups20": DataSet(
+        "postings to 20 news groups, split by date", "no licence stated; cite it", tensorflow=False
+    ),
+    "banking77": DataSet("customers' questions, 77 intents", "CC BY 4.0", tensorflow=False),
+    "gsm8k": DataSet("school mathematics, worked out", "MIT", tensorflow=False),
+    "metamathqa": DataSet(
+        "questions of GSM8K and MATH, reworded and answered", "MIT", tensorflow=False
+    ),
+    "code_feedback": DataSet("conversations about code", "Apache-2.0", tensorflow=False),
+    "alpaca": DataSet("instructions, answered by a model", "CC BY-NC 4.0", tensorflow=False),
+    "databricks_dolly": DataSet(
+        "instructions in eight categories, answered by people", "CC BY-SA 3.0", tensorflow=False
+    ),
 }
 
 # Published numbers of examples by split, in the language of TFDS.
@@ -92,6 +106,25 @@ EXAMPLES: dict[str, dict[str, int]] = {
     "cars196": {"train": 8_144, "test": 8_041},
     "fgvc_aircraft": {"train": 3_334, "validation": 3_333, "test": 3_333},
     "digits_domains": {"pretrain": 600, "federated": 4_782, "validation": 1_200, "test": 1_200},
+    "glue/cola": {"train": 8_551, "validation": 1_043},
+    "glue/sst2": {"train": 67_349, "validation": 872},
+    "glue/mrpc": {"train": 3_668, "validation": 408},
+    "glue/qqp": {"train": 363_846, "validation": 40_430},
+    "glue/stsb": {"train": 5_749, "validation": 1_500},
+    "glue/mnli": {
+        "train": 392_702,
+        "validation_matched": 9_815,
+        "validation_mismatched": 9_832,
+    },
+    "glue/qnli": {"train": 104_743, "validation": 5_463},
+    "glue/rte": {"train": 2_490, "validation": 277},
+    "newsgroups20": {"train": 11_314, "test": 7_532},
+    "banking77": {"train": 10_003, "test": 3_080},
+    "gsm8k": {"train": 7_473, "test": 1_319},
+    "metamathqa": {"train": 395_000},
+    "code_feedback": {"train": 66_383},
+    "alpaca": {"train": 52_002},
+    "databricks_dolly": {"train": 15_011},
 }
 
 
@@ -127,7 +160,8 @@ def prepare(
     bad_records.check_policy(on_bad_record)
     directory = sources.directory_of(data_dir)
     base, _, config = name.partition("/")
-    kind: Callable[..., tfds.core.DatasetBuilder] = sources.builder_type(base)
+    kind: Callable[..., tfds.core.DatasetBuilder] = builders.get(base)
+    _check_config(builders.get(base), config)
     options = {"on_bad_record": on_bad_record}
     if "on_bad_record" not in inspect.signature(kind).parameters:
         options = {}
@@ -158,6 +192,12 @@ def prepare(
             report(
                 f"{full}: {_counts(builder)}; {builder.info.dataset_size} in {builder.data_path}"
             )
+
+
+def _check_config(kind: type[tfds.core.DatasetBuilder], config: str) -> None:
+    known = dict.fromkeys(f"{kind.name}/{each.name}" for each in kind.BUILDER_CONFIGS)
+    if known and (config or kind.name not in sources.DOMAINS):
+        lookup(known, f"{kind.name}/{config}", f"part of {kind.name}")
 
 
 def table() -> list[tuple[str, str, str, str, str]]:
@@ -193,7 +233,7 @@ def _is_whole(builder: tfds.core.DatasetBuilder, name: str, report: Callable[[st
 
 def _check_requirements(builder: tfds.core.DatasetBuilder, base: str, manual: Path) -> None:
     known = DATA_SETS.get(base)
-    needs = known.tensorflow if known else base not in BUILDERS
+    needs = known.tensorflow if known else base not in builders.BUILDERS
     if needs and importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
             f"preparing {base} takes TensorFlow: pip install 'fedlora-jax[prepare]'. "

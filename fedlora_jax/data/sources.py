@@ -6,7 +6,6 @@ beforehand, by `experiments/prepare_data.py`.
 """
 
 import contextlib
-import difflib
 import io
 import itertools
 import os
@@ -19,9 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from fedlora_jax.data import bad_records
+from fedlora_jax.data import bad_records, builders
 from fedlora_jax.data.bad_records import BadRecord
-from fedlora_jax.data.builders import BUILDERS
 from fedlora_jax.data.decoding import decode
 from fedlora_jax.names import lookup
 
@@ -89,6 +87,29 @@ def load(
     return _stack(filter(None, bad_records.good(results, on_bad_record)), name)
 
 
+def records(
+    name: str, split: str, data_dir: Directory = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The records of a split as TFDS decodes them, text as bytes, each with the place where it is.
+
+    Raises:
+      ValueError: If there is no such data set or split, or a file is damaged.
+      FileNotFoundError: As `load`.
+    """
+    for builder in _builders(name, data_dir).values():
+        yield from _records(builder, split)
+
+
+def info(name: str, data_dir: Directory = None) -> tfds.core.DatasetInfo:
+    """What TFDS knows of a prepared data set, or of its first domain: features, splits, version.
+
+    Raises:
+      ValueError: If there is no such data set.
+      FileNotFoundError: As `load`.
+    """
+    return next(iter(_builders(name, data_dir).values())).info
+
+
 def full_name(name: str, data_dir: Directory = None) -> str:
     """The name of a data set with its config and version, `"digits_domains/2.0.0"`.
 
@@ -96,8 +117,8 @@ def full_name(name: str, data_dir: Directory = None) -> str:
       ValueError: If there is no such data set.
       FileNotFoundError: As `load`.
     """
-    first = next(iter(_builders(name, data_dir).values()))
-    return f"{name}/{first.version}" if name in DOMAINS else first.info.full_name
+    found = info(name, data_dir)
+    return f"{name}/{found.version}" if name in DOMAINS else found.full_name
 
 
 def class_names(name: str, feature: str = "label", data_dir: Directory = None) -> list[str]:
@@ -109,7 +130,7 @@ def class_names(name: str, feature: str = "label", data_dir: Directory = None) -
     """
     if name in DOMAINS and feature == "domain":
         return list(DOMAINS[name])
-    features = next(iter(_builders(name, data_dir).values())).info.features
+    features = info(name, data_dir).features
     classes = {key: value for key, value in features.items() if hasattr(value, "names")}
     return list(lookup(classes, feature, f"class feature of {name!r}").names)
 
@@ -119,29 +140,6 @@ def directory_of(data_dir: Directory = None) -> Path:
     return Path(
         data_dir or os.environ.get("FEDLORA_DATA_DIR") or tfds.core.constants.DATA_DIR
     ).expanduser()
-
-
-def builder_type(name: str) -> type[tfds.core.DatasetBuilder]:
-    """What makes a data set, ours or that of TFDS.
-
-    Args:
-      name: Without config.
-
-    Raises:
-      ValueError: If there is none; it names the nearest.
-    """
-    if name in BUILDERS:
-        return BUILDERS[name]
-    try:
-        return tfds.builder_cls(name)
-    except (tfds.core.DatasetNotFoundError, ValueError):  # no such name, or no name at all
-        known = {*BUILDERS, *tfds.list_builders(with_community_datasets=False)}
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(
-            f"unknown data set {name!r}.{hint} Ours are {', '.join(BUILDERS)}; others are those "
-            "of the TFDS catalogue and whatever has been prepared in the data directory."
-        ) from None
 
 
 def damage(directory: str | os.PathLike[str]) -> str | None:
@@ -181,10 +179,10 @@ def _builders(name: str, data_dir: Directory) -> dict[str, tfds.core.DatasetBuil
 def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
     base = name.partition("/")[0].partition(":")[0]
     if name in EMBEDDED:
-        _prepare(BUILDERS[name], directory)
+        _prepare(builders.BUILDERS[name], directory)
     found = _found(name, directory)
     try:
-        known = builder_type(base)
+        known = builders.get(base)
     except ValueError:
         if found is None:
             raise

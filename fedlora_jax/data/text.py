@@ -11,17 +11,25 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+
+_ALL = "all"
+# Texts that are encoded at once: an encoding takes much more room than its ids.
+AT_ONCE = 2048
+
+Ids: TypeAlias = Sequence[int] | np.ndarray
 
 
 class Texts(NamedTuple):
     """Rows of a split, and what their numbers mean.
 
     Attributes:
-      arrays: `tokens` int32 `[M, T]`, `answer` bool `[M, T]`, `domain` int32 `[M]`, and `client`
-        int32 `[M]` where it is known whose a row is.
+      arrays: `tokens` int32 `[M, T]`, `domain` int32 `[M]`, and `client` int32 `[M]` where it is
+        known whose a row is; for language models `answer` bool `[M, T]`; for classification or
+        regression `label` int32 or float32 `[M]`, and `token_types` int32 `[M, T]` where a
+        tokenizer tells the texts of a pair apart.
       clients: Names of the clients, in order; none where they are not known.
       domains: Names of the domains, in order.
     """
@@ -29,6 +37,34 @@ class Texts(NamedTuple):
     arrays: dict[str, np.ndarray]
     clients: tuple[str, ...]
     domains: tuple[str, ...]
+
+
+def with_owners(
+    arrays: Mapping[str, np.ndarray], owners: Sequence[Any], known: Sequence[Any]
+) -> Texts:
+    """Rows with their clients and domains.
+
+    Args:
+      arrays: `[M, ...]`.
+      owners: For each row, something with `client` and `domain`: a name, or None if unknown.
+      known: The same for all that there is, other splits included: names are of these, sorted.
+
+    Returns:
+      The rows; all are of one domain called `all` where none is known.
+
+    Raises:
+      ValueError: If only some have clients.
+    """
+    clients = sorted({each.client for each in known if each.client is not None})
+    if clients and any(each.client is None for each in known):
+        raise ValueError(f"only some of the examples have clients, such as {clients[0]!r}")
+    domains = sorted({each.domain or _ALL for each in known})
+    places = {name: place for place, name in enumerate(domains)}
+    found = {**arrays, "domain": np.array([places[x.domain or _ALL] for x in owners], np.int32)}
+    if clients:
+        places = {name: place for place, name in enumerate(clients)}
+        found["client"] = np.array([places[x.client] for x in owners], np.int32)
+    return Texts(found, tuple(clients), tuple(domains))
 
 
 class Rows(NamedTuple):
@@ -69,8 +105,13 @@ class Encoder(NamedTuple):
         return self._encode(texts, False)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
-        found = self.tokenizer.encode_batch(list(texts), add_special_tokens=special)
-        return [encoding.ids for encoding in found]
+        return [
+            encoding.ids
+            for start in range(0, len(texts), AT_ONCE)
+            for encoding in self.tokenizer.encode_batch(
+                list(texts[start : start + AT_ONCE]), add_special_tokens=special
+            )
+        ]
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -94,6 +135,46 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Any:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def padded(
+    tokenizer: Any, pad: int, texts: Sequence[tuple[str, ...]], length: int
+) -> dict[str, np.ndarray]:
+    """Texts, or pairs of texts, as an encoder such as BERT reads them.
+
+    Special tokens are those of the tokenizer's own post-processor. What is longer than a row is
+    cut, of a pair the longer text first.
+
+    Args:
+      tokenizer: A `tokenizers.Tokenizer`.
+      pad: Id of the padding token.
+      texts: One or two each.
+      length: T, tokens of a row.
+
+    Returns:
+      `tokens` int32 `[M, T]`, and `token_types` int32 `[M, T]` if the tokenizer marks the second
+      text of a pair, as BERT's does and RoBERTa's does not.
+
+    Raises:
+      ValueError: If the special tokens alone fill a row.
+    """
+    if not texts:
+        raise ValueError("there are no texts")
+    each = len(texts[0])
+    needed = tokenizer.num_special_tokens_to_add(each == 2) + each
+    if length < needed:
+        raise ValueError(f"a row of {length} tokens holds no text: use {needed} or more")
+    own = type(tokenizer).from_str(tokenizer.to_str())
+    own.enable_truncation(length, strategy="longest_first")
+    own.enable_padding(length=length, pad_id=pad, pad_token=own.id_to_token(pad))
+    tokens = np.empty((len(texts), length), np.int32)
+    types = np.zeros_like(tokens)
+    for start in range(0, len(texts), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        found = own.encode_batch([x if each == 2 else x[0] for x in texts[some]])
+        tokens[some] = [encoding.ids for encoding in found]
+        types[some] = [encoding.type_ids for encoding in found]
+    return {"tokens": tokens, "token_types": types} if types.any() else {"tokens": tokens}
 
 
 def token_id(tokenizer: Any, token: str) -> int:
@@ -135,7 +216,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int, *, source: str, model: str
         )
 
 
-def pack(documents: Iterable[Sequence[int]], length: int, end: int) -> Rows:
+def pack(documents: Iterable[Ids], length: int, end: int) -> Rows:
     """Windows over documents joined to one stream, each followed by the end-of-text token.
 
     Neighbouring windows share a token, the last of one and the first of the next, so that every
@@ -170,8 +251,8 @@ def pack(documents: Iterable[Sequence[int]], length: int, end: int) -> Rows:
 
 
 def prompted(
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
+    answers: Sequence[Ids],
     length: int,
     end: int,
     names: Sequence[str],
@@ -195,13 +276,7 @@ def prompted(
     answer = np.zeros((len(prompts), length), bool)
     cut = []
     for row, (prompt, reply, name) in enumerate(zip(prompts, answers, names, strict=True)):
-        if not len(prompt) or not len(reply):
-            raise ValueError(f"{name}: the {'answer' if len(prompt) else 'prompt'} is empty")
-        if len(prompt) >= length:
-            raise ValueError(
-                f"{name}: its prompt of {len(prompt)} tokens leaves nothing of the answer in a row "
-                f"of {length}. Use longer rows (config.data.length), or leave it out"
-            )
+        check_fits(prompt, reply, length, name)
         whole = [*prompt, *reply]
         if len(whole) > length:
             cut.append(name)
@@ -217,6 +292,21 @@ def prompted(
     return Rows(tokens, answer)
 
 
+def check_fits(prompt: Ids, answer: Ids, length: int, name: str) -> None:
+    """Checks that a row holds an example's prompt, and something of its answer.
+
+    Raises:
+      ValueError: If not, or if one of them is empty.
+    """
+    if not len(prompt) or not len(answer):
+        raise ValueError(f"{name}: the {'answer' if len(prompt) else 'prompt'} is empty")
+    if len(prompt) >= length:
+        raise ValueError(
+            f"{name}: its prompt of {len(prompt)} tokens leaves nothing of the answer in a row "
+            f"of {length}. Use longer rows (config.data.length), or leave it out"
+        )
+
+
 class Template(NamedTuple):
     """How an example becomes text.
 
@@ -224,11 +314,13 @@ class Template(NamedTuple):
       fields: Names of the fields it needs.
       render: From these to the prompt and the answer.
       written_out: Whether special tokens are in the text, so that none is to be added.
+      optional: Names of fields that may be empty or not there.
     """
 
     fields: tuple[str, ...]
     render: Callable[[Mapping[str, str]], tuple[str, str]]
     written_out: bool = False
+    optional: tuple[str, ...] = ()
 
 
 def format_template(text: str) -> Template:
@@ -265,6 +357,27 @@ def format_template(text: str) -> Template:
         return prompt, answer
 
     return Template(fields, render)
+
+
+def alpaca_template() -> Template:
+    """The template of Stanford Alpaca (Taori et al., 2023), which much was trained with since.
+
+    It is of `prompt`, `context` (which may be empty, and then the template is another) and
+    `response`.
+    """
+
+    def render(values: Mapping[str, str]) -> tuple[str, str]:
+        context = values.get("context", "")
+        given = ", paired with an input that provides further context" if context.strip() else ""
+        return (
+            f"Below is an instruction that describes a task{given}. Write a response that "
+            f"appropriately completes the request.\n\n### Instruction:\n{values['prompt']}\n\n"
+            + f"### Input:\n{context}\n\n" * bool(given)
+            + "### Response:",
+            values.get("response", ""),
+        )
+
+    return Template(("prompt", "response"), render, optional=("context",))
 
 
 def chat_template(text: str, special: Mapping[str, str] | None = None) -> Template:

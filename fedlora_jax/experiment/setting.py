@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -164,7 +164,7 @@ def _backbone_path(config: ml_collections.ConfigDict) -> Path:
 def _examples(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What training needs of a split; a data set without domains has one."""
     count = len(next(iter(arrays.values())))
-    wanted = ("image", "tokens", "answer", "label", "domain", "client")
+    wanted = ("image", "tokens", "token_types", "answer", "label", "domain", "client")
     return {"domain": np.zeros(count, np.int32)} | {
         name: arrays[name] for name in wanted if name in arrays
     }
@@ -175,7 +175,10 @@ def is_labelled(examples: dict[str, np.ndarray]) -> bool:
     return "label" in examples and np.issubdtype(examples["label"].dtype, np.integer)
 
 
-def _tokens(batch: Batch) -> tuple[jax.Array]:
+def _tokens(batch: Batch) -> tuple[Any, ...]:
+    """Tokens, which mask their padding; and which text of a pair each is of, where it is told."""
+    if "token_types" in batch:
+        return batch["tokens"], None, batch["token_types"]
     return (batch["tokens"],)
 
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fedlora_jax.data import jsonl, text
+from fedlora_jax.data import jsonl, own_files, text
+from fedlora_jax.data.bad_records import BadRecord
 from tests import letters
 
 pytest.importorskip("tokenizers", reason="needs the extra `text`")
@@ -58,7 +59,7 @@ def test_equal_texts_are_in_one_split_and_shares_are_kept(tmp_path):
     lines = examples(400) * 2
     files = {"federated": write(tmp_path / "x.jsonl", lines)}
     shares = {"validation": 0.1, "test": 0.3}
-    splits = jsonl._splits(files, TEMPLATE, None, shares)
+    splits = own_files.read_splits(files, TEMPLATE.fields, held_out=shares)
     found = {name: {x.fields["prompt"] for x in members} for name, members in splits.items()}
     assert sum(map(len, splits.values())) == 800 and sum(map(len, found.values())) == 400
     for name, share in shares.items():
@@ -150,3 +151,51 @@ def test_errors(tmp_path, encoder):
         options = {"split": "federated", "files": files, "length": 40, **changed}
         with pytest.raises(ValueError, match=problem):
             jsonl.load(encoder=encoder, template=TEMPLATE, **options)
+
+
+def test_an_array_and_a_table_are_the_same(tmp_path):
+    lines = examples(5, domain="d")
+    one = jsonl.read(write(tmp_path / "x.jsonl", lines), TEMPLATE)
+    (tmp_path / "x.json").write_text(json.dumps(lines, indent=2), encoding="utf-8-sig")
+    rows = [[x["prompt"], f'"{x["response"]}"', "d"] for x in lines]
+    table = "\n".join(",".join(row) for row in [["prompt", "response", "domain"], *rows])
+    (tmp_path / "x.csv").write_text(table)
+    for file, name in (("x.json", "[1]"), ("x.csv", ":2")):
+        found = jsonl.read(tmp_path / file, TEMPLATE)
+        assert [x[1:] for x in found] == [x[1:] for x in one]
+        assert found[0].name == f"{tmp_path / file}{name}"
+
+
+def test_bad_ones_are_skipped_and_counted(tmp_path, encoder):
+    long = {"prompt": "p" * 60, "response": "r"}
+    lines = [*examples(3), "{", {"prompt": "a"}, {"prompt": " ", "response": "b"}, long]
+    files = {"federated": write(tmp_path / "x.jsonl", lines)}
+    options = {"held_out": {"test": 0}}
+    with pytest.raises(BadRecord, match="x.jsonl:4: not JSON"):
+        jsonl.load("federated", files, encoder, TEMPLATE, 40, **options)
+    with pytest.warns(UserWarning) as given:
+        found = jsonl.load(
+            "federated", files, encoder, TEMPLATE, 40, on_bad_record="skip", **options
+        )
+    assert decoded(encoder, found) == [f" It is {i}." for i in range(3)]
+    said = " ".join(str(warning.message) for warning in given)
+    for part in (
+        "skipped 1 bad record: ",
+        "skipped 2 bad records: ",
+        "jsonl:4: not JSON",
+        ":7: its",
+    ):
+        assert part in said
+    with pytest.raises(ValueError, match="no record that can be used"), pytest.warns(UserWarning):
+        jsonl.read(write(tmp_path / "y.jsonl", ["{"]), TEMPLATE, on_bad_record="skip")
+    with pytest.raises(ValueError, match="unknown on_bad_record 'ignore'"):
+        jsonl.read(files["federated"], TEMPLATE, on_bad_record="ignore")
+
+
+def test_a_template_with_a_field_that_may_be_empty(tmp_path):
+    template = text.alpaca_template()
+    lines = [{**x, "context": c} for x, c in zip(examples(3), ["", "some", None])]
+    found = jsonl.read(write(tmp_path / "x.jsonl", [*lines, *examples(1)]), template)
+    rendered = [template.render(x.fields)[0] for x in found]
+    assert [x.fields["context"] for x in found] == ["", "some", "", ""]
+    assert ["### Input:\nsome\n" in x for x in rendered] == [False, True, False, False]

@@ -276,6 +276,10 @@ def test_an_embedded_data_set_is_prepared_as_all_others(data_dir):
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'cifar100'"):
         preparation.prepare("cifar-100", tmp_path)
+    with pytest.raises(ValueError, match="Did you mean 'glue/qnli'"):
+        preparation.prepare("glue/qnl", tmp_path)
+    with pytest.raises(ValueError, match="Valid names: .*glue/cola.*glue/sst2"):
+        preparation.prepare("glue", tmp_path)
     with pytest.raises(ValueError, match="Did you mean 'skip'"):
         preparation.prepare("cifar100", tmp_path, on_bad_record="skp")
 

@@ -22,6 +22,8 @@ DOMAINS = ("letters", "numbers")
 def base(tmp_path_factory):
     """A configuration of a tiny Llama in a GGUF file, and of four clients' examples."""
     directory = tmp_path_factory.mktemp("language")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
     shapes = jax.eval_shape(files.MODEL.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 8, shapes)
@@ -50,7 +52,8 @@ def base(tmp_path_factory):
     config.clients_per_round = 3
     config.lora.rank = 2
     config.local.update(steps=3, batch_size=5, learning_rate=3e-2)
-    return config
+    yield config
+    patch.undo()
 
 
 def run(config, workdir, **changes):

@@ -21,8 +21,9 @@ BEGUN = CHAT + "{% if add_generation_prompt %}<|user|>{% endif %}"
 
 
 @pytest.fixture
-def directory(tmp_path):
+def directory(tmp_path, monkeypatch):
     """A checkpoint's directory with a tokenizer, and a file of examples."""
+    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
     letters.tokenizer().save(str(tmp_path / "tokenizer.json"))
     known = {"eos_token": {"content": "<|end|>"}, "pad_token": None, "chat_template": BEGUN}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(known))
@@ -119,6 +120,52 @@ def test_what_a_tokenizer_does_not_say(directory):
     config.data.tokenizer = str(directory / "none.json")
     with pytest.raises(FileNotFoundError, match="none.json"):
         texts.encoder(config)
+
+
+def test_what_is_learned_of_a_source(directory):
+    config = of_stdlib(directory)
+    config.task = "classification"
+    with pytest.raises(ValueError, match="unknown task for the source 'python_stdlib'.*causal_lm"):
+        texts.check(config, llama())
+
+
+def test_a_bad_record_says_how_it_is_left_out(directory):
+    with (directory / "x.jsonl").open("a") as file:
+        file.write('\n{"prompt": "p"}')
+    config = of_jsonl(directory)
+    with pytest.raises(ValueError, match="x.jsonl:21: .*\n.*config.data.on_bad_record='skip'"):
+        texts.load(config, "federated")
+    config.data.on_bad_record = "skip"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="skipped 1 bad record"):
+            assert len(texts.load(config, "federated").arrays["tokens"]) > 8
+
+
+def test_ids_are_kept_until_something_changes(directory, monkeypatch):
+    made = []
+    load = texts.jsonl.load
+    monkeypatch.setattr(texts.jsonl, "load", lambda *x, **y: made.append(x[0]) or load(*x, **y))
+
+    def makes(split="test", **changes):
+        made.clear()
+        texts.load(of_jsonl(directory, **changes), split)
+        return made == [split]
+
+    alike = [{}, {"length": 25}, {"template": "{prompt}{response}"}, {"template": "alpaca"}]
+    alike = [{**x, "length": 300} if x.get("template") == "alpaca" else x for x in alike]
+    alike += [{"end_token": "<|user|>"}, {"packing": True}, {"rows": {"test": 2}}]
+    assert [makes(**changes) for changes in alike] == [True] * len(alike)
+    assert makes("federated") and not makes("federated")
+    assert not any(makes(**changes) for changes in alike)
+    other = {"files": {"federated": str(directory / "y.jsonl"), "test": ""}}
+    content = (directory / "x.jsonl").read_text()
+    (directory / "y.jsonl").write_text(content)
+    assert not makes(**other)
+    (directory / "x.jsonl").write_text(content.replace("p1", "q1"))
+    assert makes() and not makes(**other)
+    changed = BEGUN.replace("<|user|>", "<|user|>!")
+    (directory / "chat_template.jinja").write_text(changed)
+    assert makes() and not makes(template="{prompt}{response}", **other)
 
 
 def test_a_model_that_its_file_describes(tmp_path):
