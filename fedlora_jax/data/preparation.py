@@ -73,7 +73,10 @@ DATA_SETS: dict[str, DataSet] = {
     "digits_domains": DataSet(
         "16 x 16 handwritten digits in six styles", "CC BY 4.0 (UCI)", tensorflow=False
     ),
-    "glue": DataSet("understanding of English, a config each task", "those of each task's page"),
+    "glue": DataSet(
+        "tasks on one text or two: glue/cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli",
+        "those of each task, on its page",
+    ),
     "newsgroups20": DataSet(
         "postings to 20 news groups, split by date", "no licence stated; cite it", tensorflow=False
     ),
@@ -106,18 +109,21 @@ EXAMPLES: dict[str, dict[str, int]] = {
     "cars196": {"train": 8_144, "test": 8_041},
     "fgvc_aircraft": {"train": 3_334, "validation": 3_333, "test": 3_333},
     "digits_domains": {"pretrain": 600, "federated": 4_782, "validation": 1_200, "test": 1_200},
-    "glue/cola": {"train": 8_551, "validation": 1_043},
-    "glue/sst2": {"train": 67_349, "validation": 872},
-    "glue/mrpc": {"train": 3_668, "validation": 408},
-    "glue/qqp": {"train": 363_846, "validation": 40_430},
-    "glue/stsb": {"train": 5_749, "validation": 1_500},
+    "glue/cola": {"train": 8_551, "validation": 1_043, "test": 1_063},
+    "glue/sst2": {"train": 67_349, "validation": 872, "test": 1_821},
+    "glue/mrpc": {"train": 3_668, "validation": 408, "test": 1_725},
+    "glue/qqp": {"train": 363_846, "validation": 40_430, "test": 390_965},
+    "glue/stsb": {"train": 5_749, "validation": 1_500, "test": 1_379},
     "glue/mnli": {
         "train": 392_702,
         "validation_matched": 9_815,
         "validation_mismatched": 9_832,
+        "test_matched": 9_796,
+        "test_mismatched": 9_847,
     },
-    "glue/qnli": {"train": 104_743, "validation": 5_463},
-    "glue/rte": {"train": 2_490, "validation": 277},
+    "glue/qnli": {"train": 104_743, "validation": 5_463, "test": 5_463},
+    "glue/rte": {"train": 2_490, "validation": 277, "test": 3_000},
+    "glue/wnli": {"train": 635, "validation": 71, "test": 146},
     "newsgroups20": {"train": 11_314, "test": 7_532},
     "banking77": {"train": 10_003, "test": 3_080},
     "gsm8k": {"train": 7_473, "test": 1_319},

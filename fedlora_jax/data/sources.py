@@ -192,7 +192,11 @@ def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
             f"data set {name!r} is not prepared in {directory}. Prepare it once with\n"
             f"{_command(name, directory)}"
         )
-    versions = [str(known.VERSION), *map(str, known.SUPPORTED_VERSIONS)]
+    configs = {config.name: config for config in known.BUILDER_CONFIGS}
+    own = configs.get(name.partition(":")[0].partition("/")[2])
+    newest = own.version if own is not None and own.version else known.VERSION
+    older = (own.supported_versions if own is not None else None) or known.SUPPORTED_VERSIONS
+    versions = [str(newest), *map(str, older)]
     if str(found.version) in versions:
         return found
     for version in versions:
