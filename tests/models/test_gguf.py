@@ -51,11 +51,11 @@ def bytes_vocabulary():
     return ["<|end|>", "<|user|>", *letters, "he", "Ġt", "Ġthe"], ["h e", "Ġ t", "Ġt he"]
 
 
-def write(path, params, kind="F32", frequencies=None, **changed):
+def write(path, params, kind="F32", frequencies=None, context=128, **changed):
     """A file of `MODEL` with matrices in a quantisation; the dequantised parameters as torch's."""
     writer = gguf.GGUFWriter(path, changed.pop("arch", "llama"))
     tokens, merges = bytes_vocabulary()
-    writer.add_context_length(128)
+    writer.add_context_length(context)
     writer.add_embedding_length(MODEL.width)
     writer.add_block_count(MODEL.depth)
     writer.add_feed_forward_length(MODEL.mlp_dim)
