@@ -17,7 +17,7 @@ Ours: images at 224 with pixels in -1 .. 1, weights of the ViT-S/16 for ImageNet
 trained and averaged, and alpha = 0.1 of the Dirichlet, the value to which the authors' code falls
 back.
 
-`source` is where the weights are. Expected on one H200: 45 GB, a quarter of an hour a method
+`source` is where the weights are. Expected on one H200: 35 GB, a few minutes a method
 (`docs/papers.md` says how that is reckoned). `runlocal` makes it a matter of seconds, with a small
 model that is made on the spot.
 """

@@ -21,8 +21,8 @@ block of code; arithmetic in bfloat16. One per cent is held out to be judged by 
 `experiments.evaluate` scores GSM8K and HumanEval.
 
 `source` is where weights and tokenizer are, by default on the hub, behind Meta's licence. Expected
-on one H200: 30 GB, three hours a method (`docs/papers.md` says how that is reckoned). `runlocal`
-makes it a matter of a minute, with SmolLM2, or seconds with a small model as `source`.
+on one H200: 20 GB, an hour a method (`docs/papers.md` says how that is reckoned). `runlocal` makes
+it a matter of a minute, with SmolLM2, or seconds with a small model as `source`.
 """
 
 import ml_collections

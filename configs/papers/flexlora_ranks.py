@@ -13,7 +13,7 @@ the paper are 1,600 tasks of Natural Instructions on a model of 1.3 billion para
 each with examples of one category, of which six take part; 20 rounds of 20 steps; AdamW 1e-4.
 
 `source` is where weights and tokenizer are, by default on the hub, behind Meta's licence. Expected
-on one H200: 30 GB, half an hour a method (`docs/papers.md` says how that is reckoned). `runlocal`
+on one H200: 20 GB, ten minutes a method (`docs/papers.md` says how that is reckoned). `runlocal`
 makes it a matter of a minute, with SmolLM2, or seconds with a small model as `source`.
 """
 

@@ -18,7 +18,7 @@ puts itself: IID, 100 rounds of 30 steps, SGD 0.005, batches of one, 1000 tokens
 adapters on query and value; Code-Feedback to learn code from; arithmetic and storage in bfloat16.
 
 `source` is where weights and tokenizer are, by default on the hub, behind Meta's licence. Expected
-on one H200: 30 GB, two hours a method (`docs/papers.md` says how that is reckoned). `runlocal`
+on one H200: 45 GB, half an hour a method (`docs/papers.md` says how that is reckoned). `runlocal`
 makes it a matter of a minute, with SmolLM2, or seconds with a small model as `source`.
 """
 

@@ -24,10 +24,10 @@ to 0.1), no warming up of the learning rate, the proportions for the three label
 clients for STS-B, which has numbers for labels. Judged on GLUE's validation split, whose labels are
 published.
 
-`source` is where weights and tokenizer are, by default on the hub. Expected on one H200: 25 GB,
-four hours a method for MNLI and QQP, two for the smaller tasks, less than one for `fedex_lora`
-(`docs/papers.md` says how that is reckoned). `runlocal` makes it a matter of seconds, with MiniLM
-or a small model as `source`.
+`source` is where weights and tokenizer are, by default on the hub. Expected on one H200: 35 GB,
+one to three hours a method for 1000 rounds, seven for QQP, whose validation split is large; for
+`fedex_lora` 15 GB and between minutes and five hours (`docs/papers.md` says how that is reckoned).
+`runlocal` makes it a matter of seconds, with MiniLM or a small model as `source`.
 """
 
 from typing import Any, NamedTuple
@@ -113,4 +113,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.update(weight_decay=0.0, clip_norm=0.0, schedule="constant", **paper.local)
     if small:
         config.local.update(steps=1, epochs=0, batch_size=4)
+    else:
+        config.clients_per_chunk = 1
     return config

@@ -28,7 +28,7 @@ split (`docs/data_sets.md`).
 
 `source` is where the weights are: by default the ViT of the hub, and for the Mixer
 `Mixer-B_16.npz` of the original release for ImageNet-21k in the current directory. Expected on one
-H200: 50 GB; 1.5 hours a method for DomainNet, one for NICO++ (`docs/papers.md` says how that is
+H200: 70 GB; an hour a method for DomainNet, half for NICO++ (`docs/papers.md` says how that is
 reckoned). `runlocal` makes it a matter of seconds, with a small model that is made on the spot.
 """
 
