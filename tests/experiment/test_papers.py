@@ -14,6 +14,7 @@ from PIL import Image
 
 from fedlora_jax import experiment
 from fedlora_jax.data import preparation
+from fedlora_jax.experiment import partitions
 from tests.preparation import published, published_texts
 
 pytest.importorskip("tokenizers", reason="needs the extra `text`")
@@ -100,21 +101,25 @@ def here(tmp_path_factory):
         yield directory
 
 
-# Which source a configuration takes, and its arguments.
-RUNS = [
+# A configuration, which of the sources above it takes, and its arguments.
+TRAINED = [
     ("lora_fair_images", "", "data=domainnet,model=vit,skew=feature"),
-    ("lora_fair_images", "", "data=domainnet,model=mixer,skew=feature"),
-    ("lora_fair_images", "", "data=nico_pp,model=vit,skew=feature_label"),
-    ("fedsmooth_lora_cifar100", "", "skew=iid"),
+    ("lora_fair_images", "", "data=nico_pp,model=mixer,skew=feature_label"),
     ("fedsmooth_lora_cifar100", "", "skew=dirichlet"),
     ("fedsmooth_lora_language", "decoder.gguf", "task=mathematics"),
-    ("fedsmooth_lora_language", "decoder.gguf", "task=code"),
-    ("fedsmooth_lora_language", "decoder.gguf", "task=chat"),
-    ("flora_na_generation", "decoder.gguf", "task=mathematics"),
     ("flora_na_generation", "decoder.gguf", "task=code"),
     ("flexlora_ranks", "decoder.gguf", "ranks=heavy_tail_light"),
     ("glue", "encoder", "paper=ffa_lora,task=mnli"),
     ("glue", "encoder", "paper=fedex_lora,task=stsb"),
+]
+ALL = [
+    *TRAINED,
+    ("lora_fair_images", "", "data=domainnet,model=mixer,skew=feature"),
+    ("lora_fair_images", "", "data=nico_pp,model=vit,skew=feature"),
+    ("fedsmooth_lora_cifar100", "", "skew=iid"),
+    ("fedsmooth_lora_language", "decoder.gguf", "task=code"),
+    ("fedsmooth_lora_language", "decoder.gguf", "task=chat"),
+    ("flora_na_generation", "decoder.gguf", "task=mathematics"),
     ("glue", "encoder", "paper=flora_na,task=cola"),
 ]
 
@@ -125,13 +130,7 @@ def configured(here, name, source, arg, *flags):
     return module.get_config(",".join([arg, *source, *flags]))
 
 
-def test_every_configuration_is_run():
-    files = Path(__file__).parents[2].glob("configs/papers/*.py")
-    assert {path.stem for path in files} == {name for name, _, _ in RUNS}
-
-
-@pytest.mark.parametrize(("name", "source", "arg"), RUNS, ids=lambda x: x or "-")
-def test_runlocal(here, tmp_path, name, source, arg):
+def runlocal(here, name, source, arg):
     config = configured(here, name, source, arg, "runlocal")
     config.rounds = 1
     if "pretraining" in config:
@@ -141,6 +140,17 @@ def test_runlocal(here, tmp_path, name, source, arg):
         config.data.held_out.update(validation=0.0, test=0.3)
     if source == "encoder":
         config.data.length = 100
+    return config
+
+
+def test_every_configuration_is_trained():
+    files = Path(__file__).parents[2].glob("configs/papers/*.py")
+    assert {path.stem for path in files} == {name for name, _, _ in TRAINED}
+
+
+@pytest.mark.parametrize(("name", "source", "arg"), TRAINED, ids=lambda x: x or "-")
+def test_runlocal(here, tmp_path, name, source, arg):
+    config = runlocal(here, name, source, arg)
     setting = experiment.prepare(config)
     program = experiment.compile_program(config, setting)
     (row,) = experiment.run(config, setting, program, tmp_path)
@@ -149,7 +159,15 @@ def test_runlocal(here, tmp_path, name, source, arg):
     assert json.loads((tmp_path / "config.json").read_text())["method"] == config.method
 
 
-@pytest.mark.parametrize(("name", "source", "arg"), RUNS, ids=lambda x: x or "-")
+@pytest.mark.parametrize(("name", "source", "arg"), ALL[len(TRAINED) :], ids=lambda x: x or "-")
+def test_data_model_and_partition_fit(here, name, source, arg):
+    config = runlocal(here, name, source, arg)
+    experiment.check(config)
+    setting = experiment.prepare(config)
+    assert len(partitions.draw(config, setting.train, 0)) >= config.clients_per_round
+
+
+@pytest.mark.parametrize(("name", "source", "arg"), ALL, ids=lambda x: x or "-")
 def test_in_full_it_is_sound_and_larger(here, name, source, arg):
     small, full = (configured(here, name, source, arg, *flag) for flag in (["runlocal"], []))
     experiment.check(full)
