@@ -4,7 +4,7 @@
 
 * `format`: the version of this format, 1;
 * `data`: full name and split of the data set, its number of examples, and a digest of all that
-  partitioners look at;
+  partitioners look at, and of its text;
 * `partitioner`, `options`, `seed`: what made it;
 * `sha256`: of the parts, written as JSON without spaces;
 * `parts`: for each client, the positions of its examples.
@@ -165,12 +165,14 @@ def partition_counts(config: ml_collections.ConfigDict, setting: Setting) -> np.
 
 
 def _looked_at(train: Examples) -> dict[str, Any]:
-    """What partitioners look at."""
+    """What partitioners look at, and text, by which other data are told."""
     found = {"num_examples": len(train["domain"]), "domains": train["domain"]}
     if is_labelled(train):
         found["labels"] = train["label"]
     if "client" in train:
         found["clients"] = train["client"]
+    if "tokens" in train:
+        found["tokens"] = train["tokens"]
     return found
 
 

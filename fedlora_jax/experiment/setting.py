@@ -72,7 +72,7 @@ def training_examples(
 
 def full_name(config: ml_collections.ConfigDict) -> str:
     """The name of the data set, with its version where it has one."""
-    name = config.data.name
+    name = config.data.get("dataset", config.data.name)
     if name in (*texts.SOURCES, "python_docs", "image_folder"):
         return name
     return sources.full_name(name)

@@ -102,6 +102,18 @@ def test_another_seed_option_or_data_is_refused(base, make, tmp_path):
     assert path.read_text() == text
 
 
+def test_other_text_is_other_data(make, tmp_path):
+    text = {"domain": np.zeros(6, np.int32), "tokens": np.arange(18).reshape(6, 3)}
+    config = make("iid", {"num_clients": 2})
+    found, path = keep(config, text, tmp_path)
+    assert same(partitions.draw(make("file", {"path": str(path)}), text, 0), found.parts)
+    other = {**text, "tokens": text["tokens"] + 1}
+    with pytest.raises(ValueError, match="data.digest is"):
+        partitions.of_run(config, other, tmp_path)
+    with pytest.raises(ValueError, match="is a partition of other data"):
+        partitions.draw(make("file", {"path": str(path)}), other, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -64,7 +64,7 @@ _PARTITIONERS: dict[str, Callable[..., Parts]] = {
 }
 
 # What is not an option: it comes with the data and the run.
-_GIVEN = ("num_examples", "labels", "domains", "clients", "seed")
+_GIVEN = ("num_examples", "labels", "domains", "clients", "tokens", "seed")
 
 
 def names() -> list[str]:

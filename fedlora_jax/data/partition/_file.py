@@ -25,6 +25,7 @@ def file(
     labels: np.ndarray | None = None,
     domains: np.ndarray | None = None,
     clients: np.ndarray | None = None,
+    tokens: np.ndarray | None = None,
 ) -> Parts:
     """Reads any other partition from a JSON file.
 
@@ -38,6 +39,7 @@ def file(
       labels: Integers or numbers `[M]` of the data, if there are any, to tell other data by.
       domains: Integers `[M]`, likewise.
       clients: Integers `[M]`, likewise.
+      tokens: Integers `[M, T]`, likewise.
 
     Returns:
       int32 arrays of positions in `0 .. M - 1`, in the order of the file, each at most once.
@@ -52,7 +54,8 @@ def file(
     content = load(path)
     if isinstance(content, dict) and "parts" in content:
         _check_written(content, path)
-        theirs, mine = content["data"], digest(num_examples, labels, domains, clients)
+        theirs = content["data"]
+        mine = digest(num_examples, labels, domains, clients, tokens)
         if theirs["digest"] != mine:
             raise ValueError(
                 f"{path} is a partition of other data: of {theirs['num_examples']} examples of "
@@ -67,8 +70,9 @@ def digest(
     labels: np.ndarray | None = None,
     domains: np.ndarray | None = None,
     clients: np.ndarray | None = None,
+    tokens: np.ndarray | None = None,
 ) -> str:
-    """A SHA-256 that changes with all of the data that partitioners look at.
+    """A SHA-256 that changes with all of the data that partitioners look at, and with its text.
 
     The same on every machine, whatever the width of integers.
 
@@ -77,9 +81,11 @@ def digest(
       labels: Integers or other numbers `[M]`, if there are any.
       domains: Integers `[M]`, likewise.
       clients: Integers `[M]`, likewise.
+      tokens: Integers `[M, T]`, likewise.
     """
     found = hashlib.sha256(f"{num_examples} examples".encode())
-    for name, values in {"labels": labels, "domains": domains, "clients": clients}.items():
+    given = {"labels": labels, "domains": domains, "clients": clients, "tokens": tokens}
+    for name, values in given.items():
         if values is not None:
             kind = "<f8" if np.asarray(values).dtype.kind == "f" else "<i8"
             found.update(f" {name} {kind} ".encode())
