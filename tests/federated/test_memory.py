@@ -18,7 +18,7 @@ MODEL = functools.partial(
     models.Llama,
     vocab_size=97,
     width=WIDTH,
-    depth=12,
+    depth=6,
     num_heads=4,
     num_kv_heads=2,
     mlp_dim=8 * WIDTH,
@@ -59,4 +59,4 @@ def working_bytes(remat):
 def test_remat_saves_the_activations_of_all_blocks_but_one():
     hidden = 4 * CLIENTS * BATCH_SIZE * (LENGTH - 1) * 8 * WIDTH
     # Gate, up and their product in each block, which the backward pass needs.
-    assert working_bytes(False) - working_bytes(True) > 11 * 3 * hidden
+    assert working_bytes(False) - working_bytes(True) > 5 * 3 * hidden
