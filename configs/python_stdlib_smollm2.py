@@ -14,8 +14,8 @@ clients, one at a time, each with four steps on two windows of 128 tokens. On an
 more: `--config.clients_per_chunk=0 --config.local.batch_size=16 --config.data.length=512
 --config.precision.compute=bfloat16`, and `--config.model.options.remat=True` where memory is short.
 
-With three seeds the loss falls from 2.774 nats a token to 2.604 for fedit and 2.592 for central; eight
-methods are in `experiments/results/python_stdlib`, two hours on two cores.
+With three seeds the loss falls from 2.774 nats a token to 2.604 for fedit and 2.592 for central;
+eight methods are in `experiments/results/python_stdlib`, two hours on two cores.
 
 The text is that of the Python that runs this; its version and a digest are in
 `config.data.edition`, and so in a run's `config.json`. `runlocal` makes it a matter of a minute or
