@@ -9,7 +9,6 @@ after a kill or a full disk, the same command goes on. `docs/data_sets.md` has m
 """
 
 import os
-import sys
 
 from absl import flags
 from tabulate import tabulate
@@ -48,19 +47,14 @@ def main() -> None:
     if not _DATASET.value:
         raise ValueError("--dataset names none; --list shows those there are")
     for name in _DATASET.value:
-        try:
-            preparation.prepare(
-                name,
-                _DATA_DIR.value,
-                manual_dir=_MANUAL_DIR.value,
-                on_bad_record=_ON_BAD_RECORD.value,
-                examples=preparation.EXAMPLES if _CHECK_COUNTS.value else {},
-                report=lambda line: print(line, flush=True),
-            )
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            sys.exit(f"error: {error}")
+        preparation.prepare(
+            name,
+            _DATA_DIR.value,
+            manual_dir=_MANUAL_DIR.value,
+            on_bad_record=_ON_BAD_RECORD.value,
+            examples=preparation.EXAMPLES if _CHECK_COUNTS.value else {},
+            report=lambda line: print(line, flush=True),
+        )
 
 
 if __name__ == "__main__":

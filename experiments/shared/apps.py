@@ -28,7 +28,7 @@ def run(main: Callable[[], None]) -> None:
             logging.set_verbosity(logging.WARNING)
         try:
             main()
-        except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
             logging.info("Where it comes from:", exc_info=True)
             sys.exit(f"error: {error}")
 

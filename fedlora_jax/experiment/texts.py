@@ -96,7 +96,11 @@ def _jsonl(
     }
     written, read = encoder(config), template(config)
     make = partial(jsonl.load, split, data.files, written, read, data.length, **options)
-    return make, {"files": record_files.digests(data.files), **_language(config), **options}
+    return make, {
+        "files": record_files.digests(data.files),
+        **_language(config, written),
+        **options,
+    }
 
 
 def _instructions(
@@ -106,7 +110,7 @@ def _instructions(
     options |= {"held_out": data.held_out.to_dict(), "packing": data.packing}
     written, read = encoder(config), template(config)
     make = partial(instructions.load, data.dataset, split, written, read, data.length, **options)
-    return make, {"data": _prepared(data.dataset), **_language(config), **options}
+    return make, {"data": _prepared(data.dataset), **_language(config, written), **options}
 
 
 def _labelled_texts(
@@ -140,14 +144,13 @@ def _prepared(dataset: str) -> list[Any]:
     return [info.full_name, splits]
 
 
-def _language(config: ml_collections.ConfigDict) -> Recipe:
+def _language(config: ml_collections.ConfigDict, written: Encoder) -> Recipe:
     """What ids depend on besides the text, of a language model."""
-    found = encoder(config)
     wording: Any = config.data.template
     if wording == CHAT:
         language = read_language(config.data.tokenizer)
         wording = [CHAT, language.template, language.special]
-    return {"tokenizer": _digest(found.tokenizer), "end": found.end, "template": wording}
+    return {"tokenizer": _digest(written.tokenizer), "end": written.end, "template": wording}
 
 
 def _padding(read: Reader) -> Recipe:
