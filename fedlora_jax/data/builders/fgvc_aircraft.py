@@ -5,12 +5,12 @@ Published by Maji et al., *Fine-Grained Visual Classification of Aircraft*, 2013
 whose lines are the name of an image, a space, and its variant.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from fedlora_jax.data.builders._archive import check
 from fedlora_jax.data.builders._image_files import ImageFile, ImageFiles
 
 URL = "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz"
@@ -44,13 +44,7 @@ class FgvcAircraft(ImageFiles):
 
     def _files(self, dl_manager: tfds.download.DownloadManager) -> Sequence[ImageFile]:
         archive = Path(dl_manager.download(URL))
-        with archive.open("rb") as file:
-            found = hashlib.file_digest(file, "md5").hexdigest()
-        if found != MD5:
-            raise ValueError(
-                f"{archive} has the MD5 sum {found}, the published file {MD5}: delete it, and it "
-                "is downloaded anew"
-            )
+        check(archive, "md5", MD5)
         root = Path(dl_manager.extract(archive)) / "fgvc-aircraft-2013b" / "data"
         variants = (root / "variants.txt").read_text().splitlines()
         self.info.features["label"].names = variants

@@ -1,12 +1,13 @@
 """20 Newsgroups: 11,314 messages of twenty groups, and 7,532 later ones for testing."""
 
-import hashlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
+
+from fedlora_jax.data.builders._archive import check
 
 CLASSES = (
     "alt.atheism comp.graphics comp.os.ms-windows.misc comp.sys.ibm.pc.hardware "
@@ -47,13 +48,7 @@ class Newsgroups20(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
         archive = Path(manager.download(_URL))
-        with archive.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != SHA256:
-            raise ValueError(
-                f"{archive} is not the archive that was published: its SHA-256 is {found}, not "
-                f"{SHA256}. Delete it, and prepare the data set again"
-            )
+        check(archive, "sha256", SHA256)
         return {split: self._generate_examples(archive, split) for split in ("train", "test")}
 
     def _generate_examples(self, archive: Path, split: str) -> Iterator[tuple[str, dict[str, str]]]:
