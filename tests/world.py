@@ -123,9 +123,8 @@ def train_by_hand(
     state = training.optimizer.init(trainable)
     count = world.data.counts[client]
     for step in range(int(training.steps_of(count))):
-        chosen, mask = local_batch(
-            world.data.indices[client], count, key, step, training.batch_size
-        )
+        places, mask = local_batch(count, key, step, training.batch_size)
+        chosen = positions(world.data, client)[places]
         batch = {name: x[chosen[mask]] for name, x in world.data.examples.items()}
         slope = masked(correct(gradient(trainable, batch), trainable))
         updates, state = training.optimizer.update(slope, state, trainable)
@@ -144,6 +143,11 @@ def _gradient(model, backbone, scale, trainable, batch):
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     return jax.grad(loss)(trainable)
+
+
+def positions(data: ClientData, client: int) -> jax.Array:
+    """Where in the examples a client's are."""
+    return data.positions[data.offsets[client] :][: data.counts[client]]
 
 
 def learning_rate(federation: Federation) -> jax.Array:

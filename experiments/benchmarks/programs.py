@@ -87,9 +87,8 @@ def lower(
 
     def data() -> ClientData:
         tokens = jnp.zeros((clients * EXAMPLES, length), jnp.int32)
-        indices = jnp.zeros((clients, EXAMPLES), jnp.int32)
-        examples = {"tokens": tokens, "answer": tokens > 0}
-        return ClientData(examples, indices, jnp.zeros(clients, jnp.int32))
+        examples, each = {"tokens": tokens, "answer": tokens > 0}, jnp.zeros(clients, jnp.int32)
+        return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each)
 
     task = LOSSES[loss](model)
     return make_round(task, made, training, clients_per_chunk=clients_per_chunk).lower(

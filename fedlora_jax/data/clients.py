@@ -1,6 +1,5 @@
-"""Clients' data on the device: the examples once, and an index array that says whose they are."""
+"""Clients' data on the device: the examples once, and whose they are, client after client."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,20 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from fedlora_jax.data.shuffling import shuffled
+
 
 class ClientData(NamedTuple):
-    """The data of all N clients.
+    """The data of all N clients, in memory that grows with clients and examples, not with both.
 
     Attributes:
       examples: Arrays `[M, ...]`, shared by all clients.
-      indices: int32 `[N, max_n]`, positions of a client's examples; beyond its count, padding.
-        The width is a power of two, of at least three times the mean count, so that partitions of
-        one kind under different seeds share a compiled program.
+      positions: int32 `[P]`, where in the examples they are: those of the first client, then those
+        of the second, and so on; what is left is padding. P is M, or the next power of two if
+        clients share so many examples, so that partitions under different seeds share a compiled
+        program.
+      offsets: int32 `[N]`, where in the positions a client's begin.
       counts: int32 `[N]`, how many examples a client has.
     """
 
     examples: dict[str, jax.Array]
-    indices: jax.Array
+    positions: jax.Array
+    offsets: jax.Array
     counts: jax.Array
 
 
@@ -49,47 +53,42 @@ def client_data(examples: Mapping[str, ArrayLike], parts: Sequence[np.ndarray]) 
     sizes = {key: len(np.asarray(value)) for key, value in examples.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"arrays differ in their number of examples: {sizes}")
-    longest = max(int(counts.max()), math.ceil(3 * counts.mean()))
-    width = 1 << (longest - 1).bit_length()
-    indices = np.zeros((len(parts), width), np.int32)
-    for row, part in zip(indices, parts, strict=True):
-        row[: len(part)] = part
     num_examples = next(iter(sizes.values()))
-    if min(map(np.min, parts)) < 0 or indices.max() >= num_examples:
+    positions = np.concatenate(parts).astype(np.int32)
+    if positions.min() < 0 or positions.max() >= num_examples:
         raise ValueError(f"a client has positions beyond the {num_examples} examples")
+    width = max(num_examples, len(positions))
+    if width > num_examples:
+        width = 1 << (width - 1).bit_length()
     return ClientData(
         {key: jnp.asarray(value) for key, value in examples.items()},
-        jnp.asarray(indices),
+        jnp.asarray(np.pad(positions, (0, width - len(positions)))),
+        jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
         jnp.asarray(counts),
     )
 
 
 def local_batch(
-    client_indices: jax.Array, count: jax.Array, key: jax.Array, step: ArrayLike, batch_size: int
+    count: jax.Array, key: jax.Array, step: ArrayLike, batch_size: int
 ) -> tuple[jax.Array, jax.Array]:
     """The batch of one client at one step: epochs without replacement, shuffled anew each time.
 
     An epoch of a client with n examples takes `ceil(n / batch_size)` steps, and its last batch is
     partial when n is not a multiple. The batch depends on nothing but the arguments, so that
-    training resumes at any step; jit and vmap apply.
+    training resumes at any step; jit and vmap apply. Its cost does not grow with n.
 
     Args:
-      client_indices: int32 `[max_n]`, a row of `ClientData.indices`.
-      count: How many of them are the client's, at least 1.
+      count: How many examples the client has, n, at least 1.
       key: Random key of the client; a different permutation is drawn from it for each epoch.
       step: Number of the step, from 0.
       batch_size: B.
 
     Returns:
-      Positions in the examples, int32 `[B]`, and a mask, bool `[B]`. Where it is False the position
-      is that of padding, valid but without meaning.
+      Which of the client's examples, int32 `[B]` in `0 .. n - 1`, and a mask, bool `[B]`. Where it
+      is False the example is valid but without meaning.
     """
     steps_per_epoch = (count + batch_size - 1) // batch_size
     epoch, batch = jnp.divmod(step, steps_per_epoch)
-    max_n = client_indices.shape[0]
-    # Sorting random numbers, padding last, permutes a number of examples that jit does not know.
-    order = jax.random.uniform(jax.random.fold_in(key, epoch), (max_n,))
-    order = jnp.where(jnp.arange(max_n) < count, order, jnp.inf)
-    shuffled = client_indices[jnp.argsort(order)]
     places = batch * batch_size + jnp.arange(batch_size)
-    return shuffled[jnp.minimum(places, max_n - 1)], places < count
+    mask = places < count
+    return shuffled(jax.random.fold_in(key, epoch), jnp.where(mask, places, 0), count), mask

@@ -182,10 +182,11 @@ def train_cohort(
             return randomness.of_client(seed, name, server.round, identity)
 
         def batches_of(stream: str) -> BatchOf:
-            rows, order = data.indices[identity], key(stream)
+            first, order = data.offsets[identity], key(stream)
 
             def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-                chosen, mask = local_batch(rows, count, order, step, training.batch_size)
+                places, mask = local_batch(count, order, step, training.batch_size)
+                chosen = data.positions[first + places]
                 return {name: values[chosen] for name, values in data.examples.items()}, mask
 
             return batch_of

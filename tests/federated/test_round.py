@@ -11,7 +11,7 @@ from fedlora_jax import lora, methods
 from fedlora_jax.experiment import memory
 from fedlora_jax.federated.round import make_round, run_round
 from fedlora_jax.methods import Trainable
-from tests.world import COHORT, learning_rate, method_of, train_by_hand
+from tests.world import COHORT, learning_rate, method_of, positions, train_by_hand
 
 AVERAGING = ["fedit", "lora_fair", "flora_na"]
 
@@ -166,7 +166,7 @@ def test_jit_equals_no_jit(world):
 
 @pytest.mark.parametrize("name", AVERAGING)
 def test_diverged_client_is_left_out(world, name):
-    poisoned = int(world.data.indices[2, 0])
+    poisoned = int(positions(world.data, 2)[0])
     x = world.data.examples["x"].at[poisoned].set(jnp.nan)
     bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
     with_it, metrics = rounds(bad, name, [COHORT])
@@ -177,7 +177,7 @@ def test_diverged_client_is_left_out(world, name):
 
 
 def test_diverged_client_keeps_its_last_state(world):
-    poisoned = int(world.data.indices[2, 0])
+    poisoned = int(positions(world.data, 2)[0])
     x = world.data.examples["x"].at[poisoned].set(jnp.nan)
     bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
     federation, _ = rounds(bad, "local", [COHORT])
@@ -206,11 +206,10 @@ def test_local_clients_train_alone_and_absent_ones_stay(world):
 
 
 def test_padding_never_moves_anything(world):
-    """What stands beyond a client's count may be anything."""
-    columns = jnp.arange(world.data.indices.shape[1])
-    beyond = columns >= world.data.counts[:, None]
-    other = world.data._replace(indices=jnp.where(beyond, 1, world.data.indices))
-    assert not bool(jnp.all(other.indices == world.data.indices))
+    """What stands beyond the last client's positions may be anything."""
+    total = int(world.data.counts.sum())
+    padded = jnp.pad(world.data.positions[:total], (0, 9), constant_values=1)
+    other = world.data._replace(positions=padded)
     one, _ = rounds(world, "fedit", [COHORT])
     two, _ = rounds(world._replace(data=other), "fedit", [COHORT])
     assert_equal(one, two)

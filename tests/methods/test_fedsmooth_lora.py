@@ -16,6 +16,7 @@ from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, run_round, train_cohort
 from fedlora_jax.federated.task import Task, equally
 from fedlora_jax.methods import Server, Trainable
+from tests.world import positions
 
 D_IN, D_OUT, RANK, SCALE, GAMMA, RATE, STEPS = 9, 7, 2, 1.3, 4.0, 0.05, 3
 COUNTS = (8, 5)
@@ -142,8 +143,9 @@ def test_calibration_is_the_mean_over_batches_of_one_pass_at_most(linear, batche
         key = randomness.of_client(seed, "calibration", 0, client)
         slopes = []
         for index in range(min(batches, most)):
-            rows, mask = local_batch(data.indices[client], count, key, index, 5)
-            x, y = (np.float64(examples[name][rows[mask]]) for name in "xy")
+            places, mask = local_batch(count, key, index, 5)
+            rows = positions(data, client)[places[mask]]
+            x, y = (np.float64(examples[name][rows]) for name in "xy")
             slopes.append(x.T @ (x @ weight - y) / len(x))
         a, b = aligned(np.mean(slopes, axis=0))
         found = -np.float64(offset.a[client]) @ np.float64(offset.b[client])

@@ -11,7 +11,7 @@ import pytest
 from fedlora_jax import methods, transforms
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import run_round
-from tests.world import COHORT, COUNTS, method_of, train_by_hand
+from tests.world import COHORT, COUNTS, method_of, positions, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
 COMBINE = {
@@ -274,7 +274,7 @@ def test_noise_differs_from_round_to_round_and_is_drawn_again_after_a_restart(wo
 
 
 def test_a_diverged_client_counts_as_no_change(world):
-    poisoned = int(world.data.indices[2, 0])
+    poisoned = int(positions(world.data, 2)[0])
     x = world.data.examples["x"].at[poisoned].set(jnp.nan)
     bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
     before, result, metrics, after = privately(bad, "fedit", clip=1e6, noise=0.0)
