@@ -88,7 +88,7 @@ def lower(
     def data() -> ClientData:
         tokens = jnp.zeros((clients * EXAMPLES, length), jnp.int32)
         examples, each = {"tokens": tokens, "answer": tokens > 0}, jnp.zeros(clients, jnp.int32)
-        return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each)
+        return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each, jnp.float32(1))
 
     task = LOSSES[loss](model)
     return make_round(task, made, training, clients_per_chunk=clients_per_chunk).lower(

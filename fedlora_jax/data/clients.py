@@ -22,12 +22,14 @@ class ClientData(NamedTuple):
         program.
       offsets: int32 `[N]`, where in the positions a client's begin.
       counts: int32 `[N]`, how many examples a client has.
+      total: Their sum, float32 `[]`.
     """
 
     examples: dict[str, jax.Array]
     positions: jax.Array
     offsets: jax.Array
     counts: jax.Array
+    total: jax.Array
 
 
 def client_data(examples: Mapping[str, ArrayLike], parts: Sequence[np.ndarray]) -> ClientData:
@@ -65,6 +67,7 @@ def client_data(examples: Mapping[str, ArrayLike], parts: Sequence[np.ndarray]) 
         jnp.asarray(np.pad(positions, (0, width - len(positions)))),
         jnp.asarray(np.cumsum(counts) - counts, jnp.int32),
         jnp.asarray(counts),
+        jnp.float32(counts.sum()),
     )
 
 

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from fedlora_jax import aggregation, lowrank
 from fedlora_jax.data.clients import ClientData, local_batch
-from fedlora_jax.federated import local, precision, randomness
+from fedlora_jax.federated import local, placement, precision, randomness
 from fedlora_jax.federated.local import BatchOf, LocalTraining
 from fedlora_jax.federated.task import Task
 from fedlora_jax.lora import Adapters
@@ -117,11 +118,38 @@ def create(
         )
     if chosen.min() < full:
         check_combination(method, "unequal_ranks", "unequal ranks")
-    server, client = method.init(key, precision.with_wide_head(server))
-    server = precision.with_wide_kernels(method, server, client, jnp.int32(full))
-    server = precision.off_the_grid(key, server, dtype)
+    server, client = first_states(key, method, server, dtype)
     clients = jax.tree.map(lambda x: jnp.repeat(x[None], num_clients, axis=0), client)
     return Federation(server, clients, jnp.asarray(chosen, jnp.int32))
+
+
+def first_states(
+    key: jax.Array, method: Method, server: Server, dtype: DTypeLike = jnp.float32
+) -> tuple[Server, PyTree]:
+    """The server's state before the first round and that of any client, as `create` has them."""
+    full = max(factors.rank for factors in server.trainable.adapters.values())
+    server, client = method.init(key, precision.with_wide_head(server))
+    server = precision.with_wide_kernels(method, server, client, jnp.int32(full))
+    return precision.off_the_grid(key, server, dtype), client
+
+
+class CohortRoundFunction(Protocol):
+    """A jitted round on the states of a cohort, from `make_cohort_round`."""
+
+    def __call__(
+        self,
+        server: Server,
+        states: PyTree,
+        ranks: jax.Array,
+        data: ClientData,
+        cohort: jax.Array,
+        seed: jax.Array,
+        learning_rate: ArrayLike,
+    ) -> tuple[Server, PyTree, RoundMetrics]:
+        """See `run_cohort`."""
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, not yet compiled."""
 
 
 class CohortResult(NamedTuple):
@@ -170,56 +198,118 @@ def train_cohort(
       clients_per_chunk: Clients trained at once, one chunk after the other, so that memory is that
         of a chunk and not of a cohort; None for all at once.
     """
-    server = federation.server
-    counts = data.counts[cohort]
-    longest = jnp.max(training.steps_of(counts)) if training.epochs else training.steps
+    shared = _Shared(federation.server, data.examples, data.positions, seed, learning_rate)
+    members = _members(_rows(federation.clients, cohort), federation.ranks, data, cohort)
+    return _train(task, method, training, shared, members, clients_per_chunk)
 
-    def of_client(inputs: tuple[PyTree, jax.Array]) -> CohortResult:
-        client, identity = inputs
-        count = data.counts[identity]
 
-        def key(name: str) -> jax.Array:
-            return randomness.of_client(seed, name, server.round, identity)
+class _Members(NamedTuple):
+    """What is each client's own; stacked along `[K]`."""
 
-        def batches_of(stream: str) -> BatchOf:
-            first, order = data.offsets[identity], key(stream)
+    state: PyTree
+    identity: jax.Array
+    rank: jax.Array
+    count: jax.Array
+    offset: jax.Array
 
-            def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-                places, mask = local_batch(count, order, step, training.batch_size)
-                chosen = data.positions[first + places]
-                return {name: values[chosen] for name, values in data.examples.items()}, mask
 
-            return batch_of
+class _Shared(NamedTuple):
+    """What the clients of a cohort have in common."""
 
-        def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
-            at = server.trainable._replace(adapters=adapters)
-            own, available = batches_of("calibration"), training.steps_of_epoch(count)
-            frozen = (task, server.backbone, server.scale)
-            return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
+    server: Server
+    examples: dict[str, jax.Array]
+    positions: jax.Array
+    seed: jax.Array
+    learning_rate: ArrayLike
 
-        affordable = federation.ranks[identity]
-        start = method.start(server, client, Context(key("start"), gradient, affordable))
-        rank = affordable if start.rank is None else start.rank
-        start = _within(start, rank)
-        trained, loss = local.train(
-            task,
-            training,
-            server.backbone,
-            server.scale,
-            start,
-            batches_of("batches"),
-            learning_rate=jnp.asarray(learning_rate, jnp.float32),
-            steps=training.steps_of(count),
-            longest=longest,
-            penalty=_penalty(method, server, client, start),
-        )
-        upload, client = method.finish(server, client, start, trained)
-        return CohortResult(start, trained.trainable, upload, client, loss, rank)
 
-    members = (jax.tree.map(lambda x: x[cohort], federation.clients), cohort)
-    if clients_per_chunk is None or clients_per_chunk >= len(cohort):
-        return jax.vmap(of_client)(members)
-    return jax.lax.map(of_client, members, batch_size=clients_per_chunk)
+def _members(states: PyTree, ranks: jax.Array, data: ClientData, cohort: jax.Array) -> _Members:
+    """The clients of a cohort; in the place of nobody there is the first, with one example."""
+    who = jnp.maximum(cohort, 0)
+    counts = jnp.where(cohort < 0, 1, data.counts[who])
+    return _Members(states, cohort, ranks[who], counts, data.offsets[who])
+
+
+def _train(
+    task: Task,
+    method: Method,
+    training: LocalTraining,
+    shared: _Shared,
+    members: _Members,
+    clients_per_chunk: int | None,
+    mesh: Mesh | None = None,
+) -> CohortResult:
+    steps = training.steps_of(members.count)
+    longest = jnp.max(steps) if training.epochs else jnp.int32(training.steps)
+
+    def each(shared: _Shared, longest: jax.Array, members: _Members) -> CohortResult:
+        one = functools.partial(_of_client, task, method, training, shared, longest)
+        if clients_per_chunk is None or clients_per_chunk >= len(members.identity):
+            return jax.vmap(one)(members)
+        return jax.lax.map(one, members, batch_size=clients_per_chunk)
+
+    if mesh is None:
+        return each(shared, longest, members)
+    # Clients have nothing to say to each other while they train. Said so, no device waits for
+    # another; left to find out, the compiler gathers what decompositions and loops work on.
+    rows = PartitionSpec(placement.CLIENTS)
+    return jax.shard_map(
+        each,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(), rows),
+        out_specs=rows,
+        axis_names={placement.CLIENTS},
+        check_vma=False,
+    )(shared, longest, members)
+
+
+def _of_client(
+    task: Task,
+    method: Method,
+    training: LocalTraining,
+    shared: _Shared,
+    longest: jax.Array,
+    member: _Members,
+) -> CohortResult:
+    """What one client does in a round."""
+    server = shared.server
+
+    def key(name: str) -> jax.Array:
+        return randomness.of_client(shared.seed, name, server.round, member.identity)
+
+    def batches_of(stream: str) -> BatchOf:
+        order = key(stream)
+
+        def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+            places, mask = local_batch(member.count, order, step, training.batch_size)
+            chosen = shared.positions[member.offset + places]
+            return {name: values[chosen] for name, values in shared.examples.items()}, mask
+
+        return batch_of
+
+    def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
+        at = server.trainable._replace(adapters=adapters)
+        own, available = batches_of("calibration"), training.steps_of_epoch(member.count)
+        frozen = (task, server.backbone, server.scale)
+        return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
+
+    start = method.start(server, member.state, Context(key("start"), gradient, member.rank))
+    rank = member.rank if start.rank is None else start.rank
+    start = _within(start, rank)
+    trained, loss = local.train(
+        task,
+        training,
+        server.backbone,
+        server.scale,
+        start,
+        batches_of("batches"),
+        learning_rate=jnp.asarray(shared.learning_rate, jnp.float32),
+        steps=training.steps_of(member.count),
+        longest=longest if training.epochs else training.steps,
+        penalty=_penalty(method, server, member.state, start),
+    )
+    upload, state = method.finish(server, member.state, start, trained)
+    return CohortResult(start, trained.trainable, upload, state, loss, rank)
 
 
 def _within(start: Start, rank: jax.Array) -> Start:
@@ -270,21 +360,70 @@ def run_round(
       The state after the round, its metrics, and what the clients did.
     """
     server, clients, ranks = federation
-    result = train_cohort(
+    server, states, metrics, result = run_cohort(
         task,
         method,
         training,
-        federation,
+        server,
+        _rows(clients, cohort),
+        ranks,
         data,
         cohort,
         seed,
         learning_rate,
+        equal_weights=equal_weights,
         clients_per_chunk=clients_per_chunk,
     )
-    finite = _all_finite((result.trained, result.uploads, result.clients))
+    return Federation(server, _put(clients, cohort, states), ranks), metrics, result
+
+
+def run_cohort(
+    task: Task,
+    method: Method,
+    training: LocalTraining,
+    server: Server,
+    states: PyTree,
+    ranks: jax.Array,
+    data: ClientData,
+    cohort: jax.Array,
+    seed: jax.Array,
+    learning_rate: ArrayLike,
+    *,
+    equal_weights: bool = False,
+    clients_per_chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Server, PyTree, RoundMetrics, CohortResult]:
+    """`run_round` on the states of the cohort's clients alone; time and memory know no N.
+
+    Args:
+      task: What is learned.
+      method: How clients and server work together.
+      training: How clients train.
+      server: The server's state.
+      states: The states of the cohort's clients, stacked along `[K]`.
+      ranks: The rank that each client can afford, int32 `[N]`.
+      data: The data of all clients.
+      cohort: Identities, int32 `[K]`, without repetition but of -1: nobody, a place that is filled
+        so that there are as many as devices need, and changes nothing.
+      seed: The seed's key.
+      learning_rate: Of this round.
+      equal_weights: As in `run_round`.
+      clients_per_chunk: As in `train_cohort`; of each device, if there is a mesh.
+      mesh: Devices that the cohort is spread over, along `placement.CLIENTS`; K is a multiple of
+        their number. None for one.
+
+    Returns:
+      The server's state after the round, those of the clients `[K]`, the metrics, and what the
+      clients did.
+    """
+    shared = _Shared(server, data.examples, data.positions, seed, learning_rate)
+    members = _members(states, ranks, data, cohort)
+    result = _train(task, method, training, shared, members, clients_per_chunk, mesh)
+    present = cohort >= 0
+    finite = _all_finite((result.trained, result.uploads, result.clients)) & present
     equal = equal_weights or method.equal_weights
-    shares = aggregation.shares(jnp.ones_like(data.counts) if equal else data.counts)
-    weights = jnp.where(finite, shares[cohort], 0)
+    shares = 1 / len(data.counts) if equal else members.count / data.total
+    weights = jnp.where(finite, shares, 0)
     changed, aggregated = method.aggregate(server, result.uploads, weights)
     server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
     metrics = RoundMetrics(
@@ -292,10 +431,9 @@ def run_round(
         client_loss=result.loss,
         aggregation_error=_error(result, weights, aggregated),
         ranks=result.rank,
-        excluded=jnp.sum(~finite, dtype=jnp.int32),
+        excluded=jnp.sum(~finite & present, dtype=jnp.int32),
     )
-    clients = _put(clients, cohort, result.clients, finite)
-    return Federation(server, clients, ranks), metrics, result
+    return server, _kept(states, result.clients, finite), metrics, result
 
 
 def make_round(
@@ -336,6 +474,58 @@ def make_round(
     return round_function
 
 
+def make_cohort_round(
+    task: Task,
+    method: Method,
+    training: LocalTraining,
+    *,
+    equal_weights: bool = False,
+    clients_per_chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> CohortRoundFunction:
+    """Builds the jitted `run_cohort`, without its last result, on one device or on a mesh of them.
+
+    The server's state and the metrics come back as `placement.server` puts them, the clients'
+    states as `placement.rows`, so that one round is compiled for all.
+    """
+
+    @functools.partial(jax.jit, compiler_options=_compiler_options())
+    def round_function(
+        server: Server,
+        states: PyTree,
+        ranks: jax.Array,
+        data: ClientData,
+        cohort: jax.Array,
+        seed: jax.Array,
+        learning_rate: ArrayLike,
+    ) -> tuple[Server, PyTree, RoundMetrics]:
+        server, states, metrics, _ = run_cohort(
+            task,
+            method,
+            training,
+            server,
+            states,
+            ranks,
+            data,
+            cohort,
+            seed,
+            learning_rate,
+            equal_weights=equal_weights,
+            clients_per_chunk=clients_per_chunk,
+            mesh=mesh,
+        )
+        if mesh is None:
+            return server, states, metrics
+        held = jax.lax.with_sharding_constraint
+        return (
+            held(server, placement.server(mesh, server)),
+            held(states, placement.rows(mesh)),
+            held(metrics, placement.everywhere(mesh)),
+        )
+
+    return round_function
+
+
 def _compiler_options() -> dict[str, str] | None:
     """On CPU, operations in an order that needs little memory.
 
@@ -356,19 +546,31 @@ def _error(
     return aggregation.error(changes, weights, aggregated)
 
 
-def _put(clients: PyTree, cohort: jax.Array, new: PyTree, finite: jax.Array) -> PyTree:
-    """The states of all clients, with the new ones where they are finite."""
+def _rows(clients: PyTree, cohort: jax.Array) -> PyTree:
+    return jax.tree.map(lambda x: x[cohort], clients)
+
+
+def _put(clients: PyTree, cohort: jax.Array, states: PyTree) -> PyTree:
+    """The states of all clients, with those of a cohort replaced."""
     absent = len(cohort)
     num_clients = len(jax.tree.leaves(clients)[0]) if jax.tree.leaves(clients) else 0
     # Gathered by each client's place in the cohort: a scatter is a loop of its own for each array.
-    places = jnp.where(finite, jnp.arange(absent), absent)
-    place = jnp.full(num_clients, absent).at[cohort].set(places)
+    place = jnp.full(num_clients, absent).at[cohort].set(jnp.arange(absent))
 
     def put(stacked: jax.Array, values: jax.Array) -> jax.Array:
         renewed = (place < absent).reshape(-1, *[1] * (values.ndim - 1))
         return jnp.where(renewed, values.at[place].get(mode="clip"), stacked)
 
-    return jax.tree.map(put, clients, new)
+    return jax.tree.map(put, clients, states)
+
+
+def _kept(states: PyTree, new: PyTree, finite: jax.Array) -> PyTree:
+    """The clients' new states where they are finite, else the old ones."""
+
+    def kept(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(finite.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(kept, states, new)
 
 
 def _all_finite(tree: PyTree) -> jax.Array:

@@ -38,7 +38,7 @@ def working_bytes(remat):
     def data():
         tokens = jnp.zeros((CLIENTS * BATCH_SIZE, LENGTH), jnp.int32)
         examples, each = {"tokens": tokens, "answer": tokens > 0}, jnp.zeros(CLIENTS, jnp.int32)
-        return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each)
+        return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each, jnp.float32(1))
 
     key = jax.eval_shape(jax.random.key, 0)
     function = make_round(

@@ -1,0 +1,100 @@
+"""Where arrays are on a mesh of devices: clients along one axis, wide backbones along another.
+
+The compiler does the rest: a round is the same program, and what it moves between devices follows
+from where its arrays are.
+"""
+
+import re
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedlora_jax.methods import Server
+
+PyTree: TypeAlias = Any
+
+# The axes of a mesh.
+CLIENTS, MODEL = "clients", "model"
+
+# How kernels of blocks are split over `MODEL`, as in Megatron-LM (Shoeybi et al., 2019, section 3):
+# what widens along its outputs, what follows it along its inputs, so that a block adds up over the
+# devices once after its attention and once after its MLP. The first pattern that matches counts;
+# what none matches every device has whole.
+SPLITS: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"(query|key|value|gate|up|fc1)/kernel$", PartitionSpec(None, MODEL)),
+    (r"(query|key|value|gate|up|fc1)/bias$", PartitionSpec(MODEL)),
+    (r"(out|down|fc2)/kernel$", PartitionSpec(MODEL, None)),
+    (r"(^|/)embedding/embedding$", PartitionSpec(MODEL, None)),
+)
+
+
+def make_mesh(clients: int, model: int = 1) -> Mesh:
+    """A mesh of `clients` x `model` devices, of all hosts.
+
+    Args:
+      clients: Devices that a cohort is spread over.
+      model: Devices that one backbone is spread over; 1 if it fits one.
+
+    Raises:
+      ValueError: If that is not the number of devices there are.
+    """
+    there = jax.device_count()
+    if clients < 1 or model < 1 or clients * model != there:
+        raise ValueError(
+            f"a mesh of {clients} x {model} (clients x model) devices needs {clients * model}, "
+            f"there are {there} ({jax.devices()[0].device_kind})"
+        )
+    return jax.make_mesh((clients, model), (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+    """The leading axis, of clients, spread over `CLIENTS`."""
+    return NamedSharding(mesh, PartitionSpec(CLIENTS))
+
+
+def server(mesh: Mesh, state: Server) -> Server:
+    """The sharding of each array of a server's state: the backbone's by `SPLITS`, else whole."""
+    width = mesh.shape[MODEL]
+
+    def split(path: tuple[Any, ...], x: jax.Array) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, spec in SPLITS:
+            if re.search(pattern, name) and _divides(width, x.shape, spec):
+                return NamedSharding(mesh, spec)
+        return everywhere(mesh)
+
+    whole = jax.tree.map(lambda _: everywhere(mesh), state)
+    return whole._replace(backbone=jax.tree_util.tree_map_with_path(split, state.backbone))
+
+
+def put(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Arrays that every host has, where the shardings say; one sharding serves a whole tree."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(_put, tree, shardings)
+
+
+def _put(x: Any, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable or isinstance(x, np.ndarray):
+        return jax.device_put(x, sharding)
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _put(np.asarray(jax.random.key_data(x)), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.device_put(np.asarray(x), sharding)
+
+
+def padded(cohort: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+    """A cohort with -1, nobody, added until every device along `CLIENTS` has as many."""
+    missing = 0 if mesh is None else -len(cohort) % mesh.shape[CLIENTS]
+    return np.pad(cohort, (0, missing), constant_values=-1)
+
+
+def _divides(width: int, shape: tuple[int, ...], spec: PartitionSpec) -> bool:
+    return all(axis is None or size % width == 0 for size, axis in zip(shape, spec, strict=True))
