@@ -12,7 +12,7 @@ import pytest
 from fedlora_jax import methods, transforms
 from fedlora_jax.federated import communication
 from fedlora_jax.federated.round import run_round
-from tests.world import COHORT, COUNTS
+from tests.world import COHORT, COUNTS, any_client
 
 PAGE = (Path(__file__).parents[1] / "docs" / "add_a_method.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
@@ -70,11 +70,12 @@ def test_mixture(world):
 def test_what_the_page_promises_comes_with_it(world, make):
     method = make()
     federation = world.federation(method, ranks=(1, 2, 2, 1, 2, 1, 2))
-    made = communication.messages(method, federation, len(COHORT))
+    made = communication.messages(method, federation.server, any_client(federation), len(COHORT))
     fedit = methods.fedit()
-    usual = communication.messages(fedit, world.federation(fedit), len(COHORT))
-    assert communication.count(method, federation, made, 0) == communication.count(
-        fedit, world.federation(fedit), usual, 0
+    plain = world.federation(fedit)
+    usual = communication.messages(fedit, plain.server, any_client(plain), len(COHORT))
+    assert communication.count(method, federation.server, made, 0) == communication.count(
+        fedit, plain.server, usual, 0
     )
     combined = transforms.fedprox(method, mu=0.1)
     step = functools.partial(run_round, world.task, combined, world.training, clients_per_chunk=3)

@@ -145,6 +145,11 @@ def _gradient(model, backbone, scale, trainable, batch):
     return jax.grad(loss)(trainable)
 
 
+def any_client(federation: Federation):
+    """The state of a client."""
+    return jax.tree.map(lambda x: x[0], federation.clients)
+
+
 def positions(data: ClientData, client: int) -> jax.Array:
     """Where in the examples a client's are."""
     return data.positions[data.offsets[client] :][: data.counts[client]]

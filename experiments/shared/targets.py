@@ -106,15 +106,15 @@ def of_run(workdir: Path, split: str, client: int | None = None) -> Target:
       FileNotFoundError: If there is no finished round.
     """
     run = finished.restore(workdir, split)
-    federation, method = run.state.federation, run.program.method
-    trainable, count = federation.server.trainable, len(federation.ranks)
+    server, method = run.state.server, run.program.method
+    trainable, count = server.trainable, len(run.state.ranks)
     if client is not None:
         if method.personal is None:
             raise ValueError(f"{run.config.method} keeps no models of clients' own")
         if not 0 <= client < count:
             raise ValueError(f"there is no client {client}: they are 0 to {count - 1}")
-        own = jax.tree.map(lambda x: x[client], federation.clients)
-        trainable = method.personal(federation.server, own)
+        own = jax.tree.map(lambda x: x[0], run.clients.read(np.array([client])))
+        trainable = method.personal(server, own)
     name = {"workdir": str(workdir), "rounds": run.rounds, "client": client}
     target = _of_state(name, run, trainable)
     if client is None and not method.shared:
@@ -129,27 +129,27 @@ def of_config(config: ConfigDict, split: str, adapter: Adapter) -> Target:
     config.method = finished.LEAST
     experiment.check(config)
     run = finished.untrained(config, experiment.prepare(config))
-    server = run.state.federation.server
+    server = run.state.server
     params = lora.join_head(server.backbone, server.trainable.head)
     adapters, scale, saved = adapter.read(run.setting.task.model, params, config.lora.scale)
     head = lora.join_head(server.trainable.head, saved)
     trainable = Trainable(adapters or server.trainable.adapters, head)
     server = server._replace(trainable=trainable, scale=jnp.float32(scale))
-    state = run.state._replace(federation=run.state.federation._replace(server=server))
+    state = run.state._replace(server=server)
     made = config.to_json_best_effort().encode()
     name = {"config": hashlib.sha256(made).hexdigest()[:16], "adapter": adapter.source}
     return _of_state(name, run._replace(state=state), trainable)
 
 
 def _of_state(name: dict[str, Any], run: Finished, trainable: Trainable) -> Target:
-    federation, config = run.state.federation, run.config
+    server, config = run.state.server, run.config
     source = config.pretrained.source if "pretrained" in config else None
     return Target(
         {**name, "adapters": digest(trainable.adapters)},
         run.setting.task.model,
-        lora.join_head(federation.server.backbone, trainable.head),
+        lora.join_head(server.backbone, trainable.head),
         trainable.adapters,
-        federation.server.scale,
+        server.scale,
         config.data.get("tokenizer", source),
         run.measure,
     )

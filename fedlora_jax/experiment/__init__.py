@@ -5,10 +5,11 @@ of one method, once for all seeds; `run` trains one method under one seed, or go
 """
 
 from fedlora_jax.experiment.finished import judge_untouched
-from fedlora_jax.experiment.loop import Progress, State, first_state, run
+from fedlora_jax.experiment.loop import Progress, run
 from fedlora_jax.experiment.partitions import partition_counts
 from fedlora_jax.experiment.program import Program, check, compile_program
 from fedlora_jax.experiment.setting import Setting, prepare, training_examples
+from fedlora_jax.experiment.state import State, first_state
 
 __all__ = [
     "Program",

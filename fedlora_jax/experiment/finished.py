@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
+import numpy as np
 
 from fedlora_jax.experiment import partitions, records
-from fedlora_jax.experiment.loop import State, first_state
+from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
 from fedlora_jax.experiment.setting import Setting, prepare
+from fedlora_jax.experiment.state import State, first_state
+from fedlora_jax.federated.round import Federation
 from fedlora_jax.names import lookup
 
 # Of all methods the one that does least: a model for all, and nothing else.
@@ -24,7 +27,8 @@ class Finished(NamedTuple):
       config: As it was, but judged on the split that was asked for.
       setting: Data and pretrained model.
       program: The compiled functions of its method.
-      state: Server and clients after the last finished round, and the data.
+      state: The server after the last finished round, and the data.
+      clients: The states of the clients then.
       rounds: How many rounds that is.
     """
 
@@ -32,11 +36,14 @@ class Finished(NamedTuple):
     setting: Setting
     program: Program
     state: State
+    clients: ClientStore
     rounds: int
 
     def measure(self) -> dict[str, Any]:
         """The metrics on held-out examples, as a line of `metrics.jsonl` has them."""
-        found = self.program.evaluate(self.state.federation, self.state.test)
+        server, ranks = self.state.server, self.state.ranks
+        federation = Federation(server, self.clients.read(np.arange(len(ranks))), ranks)
+        found = self.program.evaluate(federation, self.state.test)
         return in_words(self.program.metrics, found, self.setting.domains)
 
 
@@ -45,7 +52,9 @@ def untrained(config: ml_collections.ConfigDict, setting: Setting) -> Finished:
     config = config.copy_and_resolve_references()
     config.method = LEAST
     program = compile_program(config, setting)
-    return Finished(config, setting, program, first_state(config, setting, program.method), 0)
+    state = first_state(config, setting, program.method)
+    clients = ClientStore(Path(), state.client, len(state.ranks))
+    return Finished(config, setting, program, state, clients, 0)
 
 
 def judge_untouched(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, Any] | None:
@@ -74,12 +83,13 @@ def restore(workdir: Path, split: str = "test") -> Finished:
     start = first_state(config, setting, program.method, parts)
     checkpoints = records.Checkpoints(workdir)
     try:
-        federation, rounds = checkpoints.restore(start.federation)
+        server, rounds = checkpoints.restore(start.server)
     finally:
         checkpoints.close()
     if not rounds:
         raise FileNotFoundError(f"{workdir}: no round of this run is finished")
-    return Finished(config, setting, program, start._replace(federation=federation), rounds)
+    clients = ClientStore(workdir, start.client, len(start.ranks), rounds)
+    return Finished(config, setting, program, start._replace(server=server), clients, rounds)
 
 
 def read_config(workdir: Path) -> ml_collections.ConfigDict:

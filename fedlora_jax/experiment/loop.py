@@ -3,116 +3,25 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fedlora_jax import lora
-from fedlora_jax.data.clients import ClientData, client_data
-from fedlora_jax.data.partition import Parts
 from fedlora_jax.experiment import memory, partitions, records
+from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
-from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled
-from fedlora_jax.federated import cohort, randomness, ranks
-from fedlora_jax.federated.evaluation import HeldOut, held_out
-from fedlora_jax.federated.round import Federation, create
-from fedlora_jax.methods import Method, Server, Trainable
+from fedlora_jax.experiment.setting import Setting
+from fedlora_jax.experiment.state import everywhere, first_state, rows
+from fedlora_jax.federated import cohort, placement
+from fedlora_jax.federated.round import Federation
 
 Progress = Callable[[], Any]
-
-
-class State(NamedTuple):
-    """A federation before its first round, with its data on the device."""
-
-    federation: Federation
-    data: ClientData
-    test: HeldOut
-    cohort_size: int
-
-
-def first_state(
-    config: ml_collections.ConfigDict,
-    setting: Setting,
-    method: Method,
-    parts: Parts | None = None,
-) -> State:
-    """Splits the data over clients and makes the first adapters, both from `config.seed`.
-
-    Args:
-      config: As in `configs/`.
-      setting: From `prepare`.
-      method: What is run.
-      parts: The positions of each client's examples; by default drawn.
-
-    Raises:
-      ValueError: If a round wants more clients than there are, there are not as many ranks as
-        clients, or as `lora.init`.
-    """
-    seed = jax.random.key(config.seed)
-    parts = partitions.draw(config, setting.train, config.seed) if parts is None else parts
-    if not method.pooled and config.clients_per_round > len(parts):
-        raise ValueError(
-            f"config.clients_per_round is {config.clients_per_round}, but the partition "
-            f"{config.data.partition!r} makes only {len(parts)} clients"
-        )
-    if method.pooled:
-        parts = [np.concatenate(parts)]
-    backbone, head = lora.split_head(setting.params, config.lora.head)
-    adapters = lora.init(
-        randomness.stream(seed, "adapters"),
-        backbone,
-        targets=config.lora.targets,
-        rank=config.lora.rank,
-    )
-    server = Server(
-        backbone,
-        Trainable(adapters, head),
-        scale=jnp.float32(config.lora.scale),
-        memory=(),
-        round=jnp.int32(0),
-    )
-    affordable = None
-    if not method.pooled:
-        affordable = ranks.assign(config.lora.ranks, config.lora.rank, len(parts), config.seed)
-    federation = create(
-        randomness.stream(seed, "method"),
-        method,
-        server,
-        len(parts),
-        affordable,
-        dtype_of(config.precision.compute),
-    )
-    # Arrays read from a file are tied to a device, new ones are not, and a round's results are if
-    # any input was: all tied from the start, a round compiles once, also after a restart.
-    federation = jax.tree.map(lambda x: jax.device_put(x, x.sharding), federation)
-    return State(
-        federation,
-        client_data(setting.train, parts),
-        _held_out(config, setting, parts),
-        1 if method.pooled else config.clients_per_round,
-    )
-
-
-def _held_out(
-    config: ml_collections.ConfigDict, setting: Setting, parts: Sequence[np.ndarray]
-) -> HeldOut:
-    """Each client's own text where there is such; else examples of its domains and labels."""
-    natural = config.data.partition == "natural"
-    train, test = setting.train, setting.test
-    kind = "client" if natural else "label" if is_labelled(train) else "domain"
-    return held_out(
-        test,
-        test["domain"],
-        test[kind],
-        [(train["domain"][part], train[kind][part]) for part in parts],
-        kinds_are_own=natural,
-    )
 
 
 def run(
@@ -130,7 +39,8 @@ def run(
     * `config.json`: the configuration, with the options of this method alone.
     * `partition.json`: whose the training examples are. One that is there is used.
     * `metrics.jsonl`: one line a round, see `docs/outputs.md`, and the same as TensorBoard events.
-    * `checkpoints/`: the last two states, by Orbax.
+    * `checkpoints/`: the last two states of the server, by Orbax.
+    * `clients/`: the states of clients that keep one, see `client_store`.
     * `adapters.npz`: the final adapters.
 
     Args:
@@ -150,13 +60,15 @@ def run(
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
+    mesh = program.mesh
     found = partitions.of_run(config, setting.train, workdir)
-    start = first_state(config, setting, program.method, found.parts)
+    start = first_state(config, setting, program.method, found.parts, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     _claim(config, workdir)
     partitions.write(found, workdir)
     checkpoints = records.Checkpoints(workdir)
-    federation, first = checkpoints.restore(start.federation)
+    server, first = checkpoints.restore(start.server)
+    store = ClientStore(workdir, start.client, len(start.ranks), first)
     for _ in range(first):
         advance()
     seed = jax.random.key(config.seed)
@@ -166,31 +78,44 @@ def run(
         num_clients=len(start.data.counts),
         cohort_size=start.cohort_size,
     )
-    measure = make_measure(config, program, setting.domains, start.federation, start.test, cohorts)
+    measure = make_measure(config, program, setting.domains, start, cohorts)
     rate_of = schedule(config)
+
+    def inputs(index: int) -> tuple[Any, ...]:
+        """What a round gets besides the server's state."""
+        members = placement.padded(cohorts[index], mesh)
+        states = rows(store.read(members), mesh)
+        shared = everywhere((seed, jnp.float32(rate_of(index))), mesh)
+        return states, start.ranks, start.data, rows(members, mesh), *shared
+
     if announce is not None and first < config.rounds:
-        arguments = (federation, start.data, cohorts[first], seed, jnp.float32(0))
-        needed = memory.estimate(program.round, *arguments)
+        needed = memory.estimate(program.cohort_round, server, *inputs(first))
         if needed is not None:
             announce(needed)
     writer = records.MetricsWriter(workdir, first)
     try:
         for index in range(first, config.rounds):
             began = time.perf_counter()
-            federation, measured = program.round(
-                federation, start.data, cohorts[index], seed, jnp.float32(rate_of(index))
-            )
-            jax.block_until_ready(federation)
+            server, states, measured = program.cohort_round(server, *inputs(index))
+            states, measured = jax.device_get((states, measured))
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
+            store.write(index, cohorts[index], _first(states, start.cohort_size))
+            federation = Federation(server, store.read(np.arange(len(start.ranks))), start.ranks)
             writer.write({**measure(index, federation, measured), "seconds": seconds})
-            checkpoints.save(index + 1, federation)
+            checkpoints.save(index + 1, server)
+            store.forget(checkpoints.oldest())
             advance()
     finally:
         writer.close()
         checkpoints.close()
-    records.save_adapters(workdir / "adapters.npz", federation.server.trainable.adapters)
+    records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
     return records.read_metrics(workdir)
+
+
+def _first(tree: Any, count: int) -> Any:
+    """The first so many rows of each array."""
+    return jax.tree.map(lambda x: x[:count], tree)
 
 
 def _stop_or_warn(excluded: int, cohort_size: int, index: int, workdir: Path) -> None:
@@ -214,6 +139,8 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
     More rounds than a run had go on with it, if its rounds do not depend on how many there are.
     """
     mine = {**config.to_dict(), "options": config.options[config.method].to_dict()}
+    # The same run, on whatever devices.
+    mine.pop("mesh", None)
     text = json.dumps(mine, indent=2, sort_keys=True, default=list) + "\n"
     path = workdir / records.CONFIG
     if path.exists():

@@ -9,11 +9,13 @@ import ml_collections
 import numpy as np
 
 from fedlora_jax.experiment.program import Program, epsilon
+from fedlora_jax.experiment.state import State
 from fedlora_jax.federated import communication
 from fedlora_jax.federated.communication import MessageBytes
-from fedlora_jax.federated.evaluation import Evaluation, HeldOut, mean_of_known
+from fedlora_jax.federated.evaluation import Evaluation, mean_of_known
 from fedlora_jax.federated.metrics import Metric
 from fedlora_jax.federated.round import Federation, RoundMetrics
+from fedlora_jax.methods import Server
 
 Measure: TypeAlias = Callable[[int, Federation, RoundMetrics], dict[str, Any]]
 
@@ -22,8 +24,7 @@ def make_measure(
     config: ml_collections.ConfigDict,
     program: Program,
     domains: Sequence[str],
-    federation: Federation,
-    test: HeldOut,
+    start: State,
     cohorts: np.ndarray,
 ) -> Measure:
     """Builds `(round, federation after it, what it measured) -> metrics`, all plain numbers.
@@ -32,18 +33,17 @@ def make_measure(
       config: As in `configs/`.
       program: Of the method of the configuration.
       domains: Their names.
-      federation: Before the first round.
-      test: Held-out examples.
+      start: Before the first round.
       cohorts: Of all rounds, `[rounds, K]`.
     """
-    made = communication.messages(program.method, federation, cohorts.shape[1])
-    num_clients = len(federation.ranks)
+    made = communication.messages(program.method, start.server, start.client, cohorts.shape[1])
+    num_clients = len(start.ranks)
 
-    def megabytes(index: int, federation: Federation, ranks: list[int]) -> dict[str, float]:
+    def megabytes(index: int, server: Server, ranks: list[int]) -> dict[str, float]:
         absent = communication.absences(cohorts[: index + 1].tolist())
         count = functools.cache(
             lambda rank, away: communication.count(
-                program.method, federation, made, index, rank=rank, absent=away
+                program.method, server, made, index, rank=rank, absent=away
             )
         )
         each = [count(rank, away) for rank, away in zip(ranks, absent, strict=True)]
@@ -51,20 +51,20 @@ def make_measure(
         return {f"megabytes_{name}": value for name, value in total._asdict().items()}
 
     def measure(index: int, federation: Federation, measured: RoundMetrics) -> dict[str, Any]:
-        ranks = np.asarray(measured.ranks).tolist()
+        ranks = np.asarray(measured.ranks)[: start.cohort_size].tolist()
         return {
             "round": index,
             "method": config.method,
             "seed": config.seed,
-            **in_words(program.metrics, program.evaluate(federation, test), domains),
+            **in_words(program.metrics, program.evaluate(federation, start.test), domains),
             "loss": float(measured.loss),
             "aggregation_error": _number(measured.aggregation_error),
             "excluded_clients": int(measured.excluded),
-            **megabytes(index, federation, ranks),
+            **megabytes(index, federation.server, ranks),
             "epsilon": epsilon(config, num_clients, index + 1),
             "cohort": cohorts[index].tolist(),
             "rank": ranks,
-            "client_loss": np.asarray(measured.client_loss).tolist(),
+            "client_loss": np.asarray(measured.client_loss)[: start.cohort_size].tolist(),
         }
 
     return measure

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fedlora_jax.federated.round import RoundFunction
+from fedlora_jax.federated.round import CohortRoundFunction, RoundFunction
 
 
 class Memory(NamedTuple):
@@ -31,7 +31,7 @@ class Memory(NamedTuple):
         return self.limit is None or self.held + self.working <= self.limit
 
 
-def estimate(round_function: RoundFunction, *arguments: Any) -> Memory | None:
+def estimate(round_function: RoundFunction | CohortRoundFunction, *arguments: Any) -> Memory | None:
     """The memory of a round with these arguments, as the compiler plans it.
 
     The round is compiled, not run; its first call with the same shapes then need not compile.

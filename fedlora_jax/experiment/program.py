@@ -1,18 +1,24 @@
 """The compiled functions of one method, by configuration, with all that it is combined with."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import optax
+from jax.sharding import Mesh
 
 from fedlora_jax import methods, transforms
 from fedlora_jax.data import partition
 from fedlora_jax.experiment.setting import Setting, dtype_of
-from fedlora_jax.federated import ranks
+from fedlora_jax.federated import placement, ranks
 from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.metrics import Metric
-from fedlora_jax.federated.round import RoundFunction, make_round
+from fedlora_jax.federated.round import (
+    CohortRoundFunction,
+    RoundFunction,
+    make_cohort_round,
+    make_round,
+)
 from fedlora_jax.federated.task import metrics_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
@@ -21,13 +27,25 @@ _EQUAL_WEIGHTS = {"examples": False, "equal": True}
 
 
 class Program(NamedTuple):
-    """The compiled functions of one method."""
+    """The compiled functions of one method.
+
+    Attributes:
+      method: With all that it is combined with.
+      training: How clients train.
+      round: A round of a whole federation.
+      cohort_round: The same on the states of a cohort alone, on the mesh if there is one.
+      evaluate: What is held out, judged.
+      metrics: How.
+      mesh: The devices that a cohort is spread over; None for one.
+    """
 
     method: Method
     training: LocalTraining
     round: RoundFunction
+    cohort_round: CohortRoundFunction
     evaluate: Evaluate
     metrics: tuple[Metric, ...]
+    mesh: Mesh | None
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -75,25 +93,37 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
         optimizer(config.local), batch_size, config.local.steps, config.local.epochs
     )
     equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
+    mesh = mesh_of(config)
+    task, chunk = setting.task, config.clients_per_chunk or None
+    together: dict[str, Any] = {"equal_weights": equal, "clients_per_chunk": chunk}
     return Program(
         method,
         training,
-        make_round(
-            setting.task,
-            method,
-            training,
-            equal_weights=equal,
-            clients_per_chunk=config.clients_per_chunk or None,
-        ),
+        make_round(task, method, training, **together),
+        make_cohort_round(task, method, training, **together, mesh=mesh),
         make_evaluate(
-            setting.task,
+            task,
             method,
             len(setting.domains),
             batch_size=config.evaluation_batch_size,
             clients_at_once=config.clients_per_chunk or 8,
         ),
-        setting.task.metrics,
+        task.metrics,
+        mesh,
     )
+
+
+def mesh_of(config: ml_collections.ConfigDict) -> Mesh | None:
+    """The devices of `config.mesh`; None for one alone.
+
+    Raises:
+      ValueError: If there are not as many.
+    """
+    wanted = config.get("mesh", {})
+    clients, model = wanted.get("clients", 1), wanted.get("model", 1)
+    if clients == model == 1:
+        return None
+    return placement.make_mesh(clients, model)
 
 
 def make_method(config: ml_collections.ConfigDict) -> Method:

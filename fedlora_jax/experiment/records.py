@@ -103,6 +103,10 @@ class Checkpoints:
             ) from error
         return state, step
 
+    def oldest(self) -> int:
+        """The number of finished rounds of the oldest state that is there for good; 0 without."""
+        return min(self._manager.all_steps(), default=0)
+
     def save(self, rounds: int, state: Any) -> None:
         """Starts to write the state after so many rounds."""
         self._manager.save(rounds, args=ocp.args.StandardSave(state))

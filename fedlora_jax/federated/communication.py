@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from fedlora_jax import lora, lowrank
 from fedlora_jax.federated.outline import outline
-from fedlora_jax.federated.round import Federation
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.methods import Method, Server
 
@@ -36,16 +36,22 @@ class Messages(NamedTuple):
     aggregated: PyTree
 
 
-def messages(method: Method, federation: Federation, cohort_size: int) -> Messages:
-    """The shapes of a client's upload and of the aggregate, without computing anything."""
-    client = jax.tree.map(lambda x: x[0], federation.clients)
-    made = outline(method, federation.server, client, federation.ranks[0], cohort_size)
+def messages(method: Method, server: Server, client: PyTree, cohort_size: int) -> Messages:
+    """The shapes of a client's upload and of the aggregate, without computing anything.
+
+    Args:
+      method: How clients and server work together.
+      server: The server's state.
+      client: The state of any client.
+      cohort_size: K.
+    """
+    made = outline(method, server, client, jnp.int32(1), cohort_size)
     return Messages(made.upload, made.aggregated)
 
 
 def count(
     method: Method,
-    federation: Federation,
+    server: Server,
     made: Messages,
     round_index: int,
     *,
@@ -56,23 +62,22 @@ def count(
 
     Args:
       method: How clients and server work together.
-      federation: The state after the round. `spectral` looks at its values.
+      server: Its state after the round. `spectral` looks at its values.
       made: From `messages`.
       round_index: The round.
       rank: The client's; by default that of the server's adapters. What is stacked from a cohort is
         counted as if all in it had this rank, so that the mean over a cohort is right.
       absent: Rounds since the client last took part, without this one.
     """
-    server, aggregated = federation.server, made.aggregated
-    upload = made.upload
+    known, upload, aggregated = server, made.upload, made.aggregated
     if rank is not None:
         full = max(factors.rank for factors in server.trainable.adapters.values())
-        server, upload, aggregated = _narrow((server, upload, aggregated), rank, full)
-    missed = _bytes(method.missed(server, aggregated, round_index, absent)) if absent else 0
+        known, upload, aggregated = _narrow((server, upload, aggregated), rank, full)
+    missed = _bytes(method.missed(known, aggregated, round_index, absent)) if absent else 0
     return MessageBytes(
         up=_bytes(method.sent(upload, round_index)),
-        down=_bytes(method.received(server, aggregated, round_index)),
-        catch_up=min(missed, _bytes(_adapted_kernels(federation.server))) if missed else 0,
+        down=_bytes(method.received(known, aggregated, round_index)),
+        catch_up=min(missed, _bytes(_adapted_kernels(server))) if missed else 0,
     )
 
 

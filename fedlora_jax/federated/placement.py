@@ -31,22 +31,25 @@ SPLITS: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def make_mesh(clients: int, model: int = 1) -> Mesh:
-    """A mesh of `clients` x `model` devices, of all hosts.
+    """A mesh of `clients` x `model` devices, the first ones; on several hosts, all.
 
     Args:
       clients: Devices that a cohort is spread over.
       model: Devices that one backbone is spread over; 1 if it fits one.
 
     Raises:
-      ValueError: If that is not the number of devices there are.
+      ValueError: If there are not as many, or, on several hosts, more.
     """
-    there = jax.device_count()
-    if clients < 1 or model < 1 or clients * model != there:
+    there, wanted = jax.devices(), clients * model
+    enough = wanted <= len(there) if jax.process_count() == 1 else wanted == len(there)
+    if clients < 1 or model < 1 or not enough:
         raise ValueError(
-            f"a mesh of {clients} x {model} (clients x model) devices needs {clients * model}, "
-            f"there are {there} ({jax.devices()[0].device_kind})"
+            f"a mesh of {clients} x {model} devices (clients x model) needs {wanted}, there are "
+            f"{len(there)} ({there[0].device_kind}) on {jax.process_count()} host(s)"
         )
-    return jax.make_mesh((clients, model), (CLIENTS, MODEL), axis_types=(AxisType.Auto,) * 2)
+    axes = (CLIENTS, MODEL)
+    types = (AxisType.Auto,) * 2
+    return jax.make_mesh((clients, model), axes, axis_types=types, devices=there[:wanted])
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

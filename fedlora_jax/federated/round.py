@@ -109,6 +109,16 @@ def create(
       ValueError: If the ranks are not N numbers from 1 to the rank of the server's adapters, or
         differ for a method that cannot have that.
     """
+    affordable = check_ranks(method, server, num_clients, ranks)
+    server, client = first_states(key, method, server, dtype)
+    clients = jax.tree.map(lambda x: jnp.repeat(x[None], num_clients, axis=0), client)
+    return Federation(server, clients, affordable)
+
+
+def check_ranks(
+    method: Method, server: Server, num_clients: int, ranks: Sequence[int] | None
+) -> jax.Array:
+    """The rank of each client, int32 `[N]`; raises ValueError as `create` does."""
     full = max(factors.rank for factors in server.trainable.adapters.values())
     chosen = np.full(num_clients, full) if ranks is None else np.asarray(ranks)
     if chosen.shape != (num_clients,) or chosen.min() < 1 or chosen.max() > full:
@@ -118,9 +128,7 @@ def create(
         )
     if chosen.min() < full:
         check_combination(method, "unequal_ranks", "unequal ranks")
-    server, client = first_states(key, method, server, dtype)
-    clients = jax.tree.map(lambda x: jnp.repeat(x[None], num_clients, axis=0), client)
-    return Federation(server, clients, jnp.asarray(chosen, jnp.int32))
+    return jnp.asarray(chosen, jnp.int32)
 
 
 def first_states(
@@ -204,12 +212,12 @@ def train_cohort(
 
 
 class _Members(NamedTuple):
-    """What is each client's own; stacked along `[K]`."""
+    """What is each client's own, stacked along `[K]`: of its examples how many, and where."""
 
     state: PyTree
     identity: jax.Array
     rank: jax.Array
-    count: jax.Array
+    num_examples: jax.Array
     offset: jax.Array
 
 
@@ -239,7 +247,7 @@ def _train(
     clients_per_chunk: int | None,
     mesh: Mesh | None = None,
 ) -> CohortResult:
-    steps = training.steps_of(members.count)
+    steps = training.steps_of(members.num_examples)
     longest = jnp.max(steps) if training.epochs else jnp.int32(training.steps)
 
     def each(shared: _Shared, longest: jax.Array, members: _Members) -> CohortResult:
@@ -281,7 +289,7 @@ def _of_client(
         order = key(stream)
 
         def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-            places, mask = local_batch(member.count, order, step, training.batch_size)
+            places, mask = local_batch(member.num_examples, order, step, training.batch_size)
             chosen = shared.positions[member.offset + places]
             return {name: values[chosen] for name, values in shared.examples.items()}, mask
 
@@ -289,7 +297,7 @@ def _of_client(
 
     def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
         at = server.trainable._replace(adapters=adapters)
-        own, available = batches_of("calibration"), training.steps_of_epoch(member.count)
+        own, available = batches_of("calibration"), training.steps_of_epoch(member.num_examples)
         frozen = (task, server.backbone, server.scale)
         return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
 
@@ -304,7 +312,7 @@ def _of_client(
         start,
         batches_of("batches"),
         learning_rate=jnp.asarray(shared.learning_rate, jnp.float32),
-        steps=training.steps_of(member.count),
+        steps=training.steps_of(member.num_examples),
         longest=longest if training.epochs else training.steps,
         penalty=_penalty(method, server, member.state, start),
     )
@@ -422,7 +430,7 @@ def run_cohort(
     present = cohort >= 0
     finite = _all_finite((result.trained, result.uploads, result.clients)) & present
     equal = equal_weights or method.equal_weights
-    shares = 1 / len(data.counts) if equal else members.count / data.total
+    shares = 1 / len(data.counts) if equal else members.num_examples / data.total
     weights = jnp.where(finite, shares, 0)
     changed, aggregated = method.aggregate(server, result.uploads, weights)
     server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)

@@ -13,7 +13,7 @@ from fedlora_jax.experiment import records
 from fedlora_jax.federated import communication
 from fedlora_jax.federated.round import run_round
 from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
-from tests.world import COHORT, method_of, train_by_hand
+from tests.world import COHORT, any_client, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
 EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "rolora"]
@@ -364,10 +364,10 @@ SCALARS = {
 def counted(world, method, round_index):
     """Bytes up and down of one client of a cohort of four, before anything is trained."""
     federation = world.federation(method)
-    made = communication.messages(method, federation, 4)
+    made = communication.messages(method, federation.server, any_client(federation), 4)
     # Shapes alone: `spectral` counts by the values, which are all zero here.
     federation = jax.eval_shape(lambda x: x, federation)
-    return communication.count(method, federation, made, round_index)[:2]
+    return communication.count(method, federation.server, made, round_index)[:2]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -380,8 +380,8 @@ def test_bytes_are_those_of_the_formulas(world, name):
 def test_bytes_are_those_of_the_arrays_that_cross(world, cohort_of, name):
     before, result, after = cohort_of(name)
     method = method_of(name)
-    made = communication.messages(method, before, len(COHORT))
-    counted = communication.count(method, after, made, 0)
+    made = communication.messages(method, before.server, any_client(before), len(COHORT))
+    counted = communication.count(method, after.server, made, 0)
     upload = jax.tree.map(lambda x: x[0], result.uploads)
     arrays = jax.tree.leaves(method.sent(upload, 0))
     assert counted.up == sum(np.asarray(x).nbytes for x in arrays)
@@ -394,7 +394,7 @@ def test_spectral_receives_the_directions_that_were_kept(world):
     method = methods.spectral(threshold=0.5)
     step = jax.jit(functools.partial(run_round, world.task, method, world.training))
     federation = world.federation(method)
-    made = communication.messages(method, federation, len(COHORT))
+    made = communication.messages(method, federation.server, any_client(federation), len(COHORT))
     federation, _, _ = step(federation, world.data, COHORT, world.seed, jnp.float32(0.2))
     sizes = {"first": 6 + 10, "second": 10 + 7}
     scalars = HEAD
@@ -402,7 +402,7 @@ def test_spectral_receives_the_directions_that_were_kept(world):
         kept = int(np.any(np.asarray(factors.b) != 0, axis=1).sum())
         assert kept == 1
         scalars += kept * sizes[path]
-    assert communication.count(method, federation, made, 0).down == 4 * scalars
+    assert communication.count(method, federation.server, made, 0).down == 4 * scalars
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa_lora", "flexlora", "flora", "fedsa_lora"])
@@ -410,9 +410,9 @@ def test_bytes_of_unequal_ranks(world, name):
     """Up and down of a whole cohort of ranks 1, 2, 1, 2, by METHODS' formulas."""
     method = method_of(name)
     federation = world.federation(method, RANKS)
-    made = communication.messages(method, federation, len(COHORT))
+    made = communication.messages(method, federation.server, any_client(federation), len(COHORT))
     ranks = [RANKS[client] for client in COHORT.tolist()]
-    each = [communication.count(method, federation, made, 0, rank=rank) for rank in ranks]
+    each = [communication.count(method, federation.server, made, 0, rank=rank) for rank in ranks]
     up, down = {
         "fedit": ([r * (D_IN + D_OUT) + HEAD for r in ranks],) * 2,
         "ffa_lora": ([r * D_OUT + HEAD for r in ranks],) * 2,
@@ -450,8 +450,8 @@ RESIDUALS = {
 def test_catching_up_costs_the_residuals_missed_or_the_kernels_themselves(world, name, absent):
     method = method_of(name)
     federation = world.federation(method)
-    made = communication.messages(method, federation, len(COHORT))
-    found = communication.count(method, federation, made, 0, absent=absent)
+    made = communication.messages(method, federation.server, any_client(federation), len(COHORT))
+    found = communication.count(method, federation.server, made, 0, absent=absent)
     once = RESIDUALS.get(name, 0)
     times = min(absent, 1) if name == "rolora" else absent
     assert found.catch_up == 4 * min(times * once, DENSE)

@@ -11,7 +11,7 @@ import pytest
 from fedlora_jax import methods, transforms
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import run_round
-from tests.world import COHORT, COUNTS, method_of, positions, train_by_hand
+from tests.world import COHORT, COUNTS, any_client, method_of, positions, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
 COMBINE = {
@@ -153,8 +153,8 @@ def test_scaffold_sends_the_control_variates_of_what_is_trained(world):
     sizes = []
     for each in (plain, method):
         federation = world.federation(each)
-        made = communication.messages(each, federation, 4)
-        sizes.append(communication.count(each, federation, made, 0))
+        made = communication.messages(each, federation.server, any_client(federation), 4)
+        sizes.append(communication.count(each, federation.server, made, 0))
     assert sizes[1].up == 2 * sizes[0].up and sizes[1].down == 2 * sizes[0].down
 
 
@@ -165,8 +165,10 @@ def test_catching_up_with_scaffold_is_of_factors_and_control_variates(world):
     def counted(name, round_index, absent):
         method = transforms.scaffold(methods.get(name)())
         federation = world.federation(method)
-        made = communication.messages(method, federation, 4)
-        return communication.count(method, federation, made, round_index, absent=absent).catch_up
+        made = communication.messages(method, federation.server, any_client(federation), 4)
+        return communication.count(
+            method, federation.server, made, round_index, absent=absent
+        ).catch_up
 
     a, b = 2 * (6 + 10), 2 * (10 + 7)
     for absent in (0, 1, 3):

@@ -1,0 +1,143 @@
+"""What a run begins with: server, clients and their data, and on which devices they are."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from fedlora_jax import lora
+from fedlora_jax.data.clients import ClientData, client_data
+from fedlora_jax.data.partition import Parts
+from fedlora_jax.experiment import partitions
+from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled
+from fedlora_jax.federated import placement, randomness, ranks
+from fedlora_jax.federated.evaluation import HeldOut, held_out
+from fedlora_jax.federated.round import Federation, PyTree, check_ranks, first_states
+from fedlora_jax.methods import Method, Server, Trainable
+
+
+class State(NamedTuple):
+    """A federation before its first round, with its data on the device.
+
+    Attributes:
+      server: The server's state.
+      client: The state that each client begins with, on the host.
+      ranks: The rank that each client can afford, int32 `[N]`.
+      data: The data of all clients.
+      test: What is held out.
+      cohort_size: K.
+    """
+
+    server: Server
+    client: PyTree
+    ranks: jax.Array
+    data: ClientData
+    test: HeldOut
+    cohort_size: int
+
+    @property
+    def federation(self) -> Federation:
+        """All of it on the device, the states of all N clients too."""
+        count = len(self.ranks)
+        clients = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], count, 0), self.client)
+        return Federation(self.server, clients, self.ranks)
+
+
+def first_state(
+    config: ml_collections.ConfigDict,
+    setting: Setting,
+    method: Method,
+    parts: Parts | None = None,
+    mesh: Mesh | None = None,
+) -> State:
+    """Splits the data over clients and makes the first adapters, both from `config.seed`.
+
+    Args:
+      config: As in `configs/`.
+      setting: From `prepare`.
+      method: What is run.
+      parts: The positions of each client's examples; by default drawn.
+      mesh: The devices that all is put on; None for one.
+
+    Raises:
+      ValueError: If a round wants more clients than there are, there are not as many ranks as
+        clients, or as `lora.init`.
+    """
+    seed = jax.random.key(config.seed)
+    parts = partitions.draw(config, setting.train, config.seed) if parts is None else parts
+    if not method.pooled and config.clients_per_round > len(parts):
+        raise ValueError(
+            f"config.clients_per_round is {config.clients_per_round}, but the partition "
+            f"{config.data.partition!r} makes only {len(parts)} clients"
+        )
+    if method.pooled:
+        parts = [np.concatenate(parts)]
+    backbone, head = lora.split_head(setting.params, config.lora.head)
+    adapters = lora.init(
+        randomness.stream(seed, "adapters"),
+        backbone,
+        targets=config.lora.targets,
+        rank=config.lora.rank,
+    )
+    server = Server(
+        backbone,
+        Trainable(adapters, head),
+        scale=jnp.float32(config.lora.scale),
+        memory=(),
+        round=jnp.int32(0),
+    )
+    chosen = None
+    if not method.pooled:
+        chosen = ranks.assign(config.lora.ranks, config.lora.rank, len(parts), config.seed)
+    affordable = check_ranks(method, server, len(parts), chosen)
+    key, dtype = randomness.stream(seed, "method"), dtype_of(config.precision.compute)
+    server, client = first_states(key, method, server, dtype)
+    data, test = client_data(setting.train, parts), _held_out(config, setting, parts)
+    return State(
+        _placed_server(server, mesh),
+        jax.tree.map(np.asarray, client),
+        everywhere(affordable, mesh),
+        everywhere(data, mesh),
+        everywhere(test, mesh),
+        1 if method.pooled else config.clients_per_round,
+    )
+
+
+def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Arrays on every device of a mesh."""
+    return tree if mesh is None else placement.put(tree, placement.everywhere(mesh))
+
+
+def rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Arrays of the clients of a cohort, spread over the devices of a mesh."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return placement.put(tree, placement.rows(mesh))
+
+
+def _placed_server(server: Server, mesh: Mesh | None) -> Server:
+    if mesh is not None:
+        return placement.put(server, placement.server(mesh, server))
+    # Arrays read from a file are tied to a device, new ones are not, and a round's results are if
+    # any input was: all tied from the start, a round compiles once, also after a restart.
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), server)
+
+
+def _held_out(
+    config: ml_collections.ConfigDict, setting: Setting, parts: Sequence[np.ndarray]
+) -> HeldOut:
+    """Each client's own text where there is such; else examples of its domains and labels."""
+    natural = config.data.partition == "natural"
+    train, test = setting.train, setting.test
+    kind = "client" if natural else "label" if is_labelled(train) else "domain"
+    return held_out(
+        test,
+        test["domain"],
+        test[kind],
+        [(train["domain"][part], train[kind][part]) for part in parts],
+        kinds_are_own=natural,
+    )
