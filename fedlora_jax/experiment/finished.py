@@ -11,6 +11,7 @@ from fedlora_jax.experiment.loop import State, first_state
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
 from fedlora_jax.experiment.setting import Setting, prepare
+from fedlora_jax.federated.evaluation import panel_states
 from fedlora_jax.names import lookup
 
 # Of all methods the one that does least: a model for all, and nothing else.
@@ -36,7 +37,9 @@ class Finished(NamedTuple):
 
     def measure(self) -> dict[str, Any]:
         """The metrics on held-out examples, as a line of `metrics.jsonl` has them."""
-        found = self.program.evaluate(self.state.federation, self.state.test)
+        federation, test = self.state.federation, self.state.test
+        states = panel_states(self.program.method, federation.clients, test)
+        found = self.program.evaluate(federation.server, states, test)
         return in_words(self.program.metrics, found, self.setting.domains)
 
 

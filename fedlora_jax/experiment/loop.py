@@ -1,5 +1,6 @@
 """One method trained under one seed, from its first state to its last record."""
 
+import functools
 import json
 import time
 import warnings
@@ -16,11 +17,11 @@ from fedlora_jax import lora
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.data.partition import Parts
 from fedlora_jax.experiment import memory, partitions, records
-from fedlora_jax.experiment.measure import make_measure
+from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
 from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled
-from fedlora_jax.federated import cohort, randomness, ranks
-from fedlora_jax.federated.evaluation import HeldOut, held_out
+from fedlora_jax.federated import cohort, communication, randomness, ranks
+from fedlora_jax.federated.evaluation import HeldOut, Owned, held_out
 from fedlora_jax.federated.round import Federation, create
 from fedlora_jax.methods import Method, Server, Trainable
 
@@ -94,24 +95,31 @@ def first_state(
     return State(
         federation,
         client_data(setting.train, parts),
-        _held_out(config, setting, parts),
+        _held_out(config, setting, parts, method.personal is not None),
         1 if method.pooled else config.clients_per_round,
     )
 
 
 def _held_out(
-    config: ml_collections.ConfigDict, setting: Setting, parts: Sequence[np.ndarray]
+    config: ml_collections.ConfigDict,
+    setting: Setting,
+    parts: Sequence[np.ndarray],
+    personal_models: bool,
 ) -> HeldOut:
     """Each client's own text where there is such; else examples of its domains and labels."""
     natural = config.data.partition == "natural"
     train, test = setting.train, setting.test
     kind = "client" if natural else "label" if is_labelled(train) else "domain"
+    order = np.concatenate(parts)
     return held_out(
         test,
         test["domain"],
         test[kind],
-        [(train["domain"][part], train[kind][part]) for part in parts],
+        Owned(np.array([len(part) for part in parts]), train["domain"][order], train[kind][order]),
+        seed=jax.random.key(config.seed),
+        judged_clients=config.judged_clients,
         kinds_are_own=natural,
+        personal_models=personal_models,
     )
 
 
@@ -160,30 +168,33 @@ def run(
     for _ in range(first):
         advance()
     seed = jax.random.key(config.seed)
-    cohorts = cohort.all_rounds(
-        seed,
-        config.rounds,
-        num_clients=len(start.data.counts),
-        cohort_size=start.cohort_size,
+    sizes = {"num_clients": len(start.data.counts), "cohort_size": start.cohort_size}
+    draw = functools.partial(cohort.sample, seed, **sizes)
+    last = cohort.last_rounds(seed, first, **sizes)
+    measure = make_measure(
+        config, program, setting.domains, start.federation, start.test, start.cohort_size
     )
-    measure = make_measure(config, program, setting.domains, start.federation, start.test, cohorts)
     rate_of = schedule(config)
     if announce is not None and first < config.rounds:
-        arguments = (federation, start.data, cohorts[first], seed, jnp.float32(0))
+        arguments = (federation, start.data, draw(first), seed, jnp.float32(0))
         needed = memory.estimate(program.round, *arguments)
         if needed is not None:
             announce(needed)
     writer = records.MetricsWriter(workdir, first)
     try:
         for index in range(first, config.rounds):
+            drawn = draw(index)
+            chosen = np.asarray(drawn)
+            who = Participation(chosen, communication.absences(last, chosen, index))
+            last[chosen] = index
             began = time.perf_counter()
             federation, measured = program.round(
-                federation, start.data, cohorts[index], seed, jnp.float32(rate_of(index))
+                federation, start.data, drawn, seed, jnp.float32(rate_of(index))
             )
             jax.block_until_ready(federation)
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
-            writer.write({**measure(index, federation, measured), "seconds": seconds})
+            writer.write({**measure(index, who, federation, measured), "seconds": seconds})
             checkpoints.save(index + 1, federation)
             advance()
     finally:

@@ -427,13 +427,6 @@ def test_bytes_of_unequal_ranks(world, name):
     assert sum(x.down for x in each) == 4 * sum(down)
 
 
-def test_absences():
-    cohorts = [[0, 1], [1, 2], [1, 3], [0, 2]]
-    assert communication.absences(cohorts) == [2, 1]
-    assert communication.absences(cohorts[:1]) == [0, 0]
-    assert communication.absences(cohorts[:3]) == [0, 2]
-
-
 DENSE = 6 * 10 + 10 * 7
 RESIDUALS = {
     "fedex_lora": 3 * RANK * (D_IN + D_OUT),
