@@ -74,6 +74,9 @@ def add_task(config: ml_collections.ConfigDict, task: str, *metrics: str) -> Non
     config.task = task
     config.metrics = metrics
     config.evaluation_batch_size = 256
+    # Most clients whose personal models are judged, and of which each one's score is written; of
+    # more a sample by the seed, the same for all methods.
+    config.judged_clients = 128
 
 
 def add_combinations(config: ml_collections.ConfigDict) -> None:

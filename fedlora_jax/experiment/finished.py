@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
-import numpy as np
 
 from fedlora_jax.experiment import partitions, records
 from fedlora_jax.experiment.client_store import ClientStore
@@ -13,7 +12,6 @@ from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
 from fedlora_jax.experiment.setting import Setting, prepare
 from fedlora_jax.experiment.state import State, first_state
-from fedlora_jax.federated.round import Federation
 from fedlora_jax.names import lookup
 
 # Of all methods the one that does least: a model for all, and nothing else.
@@ -41,9 +39,9 @@ class Finished(NamedTuple):
 
     def measure(self) -> dict[str, Any]:
         """The metrics on held-out examples, as a line of `metrics.jsonl` has them."""
-        server, ranks = self.state.server, self.state.ranks
-        federation = Federation(server, self.clients.read(np.arange(len(ranks))), ranks)
-        found = self.program.evaluate(federation, self.state.test)
+        server, test = self.state.server, self.state.test
+        states = self.clients.read(test.panel.clients) if self.program.method.personal else ()
+        found = self.program.evaluate(server, states, test)
         return in_words(self.program.metrics, found, self.setting.domains)
 
 

@@ -1,5 +1,6 @@
 """One method trained under one seed, from its first state to its last record."""
 
+import functools
 import json
 import time
 import warnings
@@ -14,12 +15,11 @@ import numpy as np
 
 from fedlora_jax.experiment import memory, partitions, records
 from fedlora_jax.experiment.client_store import ClientStore
-from fedlora_jax.experiment.measure import make_measure
+from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
 from fedlora_jax.experiment.setting import Setting
 from fedlora_jax.experiment.state import everywhere, first_state, rows
-from fedlora_jax.federated import cohort, placement
-from fedlora_jax.federated.round import Federation
+from fedlora_jax.federated import cohort, communication, placement
 
 Progress = Callable[[], Any]
 
@@ -72,37 +72,39 @@ def run(
     for _ in range(first):
         advance()
     seed = jax.random.key(config.seed)
-    cohorts = cohort.all_rounds(
-        seed,
-        config.rounds,
-        num_clients=len(start.data.counts),
-        cohort_size=start.cohort_size,
-    )
-    measure = make_measure(config, program, setting.domains, start, cohorts)
+    sizes = {"num_clients": len(start.data.counts), "cohort_size": start.cohort_size}
+    draw = functools.partial(cohort.sample, seed, **sizes)
+    last = cohort.last_rounds(seed, first, **sizes)
+    measure = make_measure(config, program, setting.domains, start)
     rate_of = schedule(config)
 
-    def inputs(index: int) -> tuple[Any, ...]:
-        """What a round gets besides the server's state."""
-        members = placement.padded(cohorts[index], mesh)
+    def inputs(index: int, chosen: np.ndarray) -> tuple[Any, ...]:
+        """What a round of these clients gets besides the server's state."""
+        members = placement.padded(chosen, mesh)
         states = rows(store.read(members), mesh)
         shared = everywhere((seed, jnp.float32(rate_of(index))), mesh)
         return states, start.ranks, start.data, rows(members, mesh), *shared
 
     if announce is not None and first < config.rounds:
-        needed = memory.estimate(program.cohort_round, server, *inputs(first))
+        needed = memory.estimate(
+            program.cohort_round, server, *inputs(first, np.asarray(draw(first)))
+        )
         if needed is not None:
             announce(needed)
     writer = records.MetricsWriter(workdir, first)
     try:
         for index in range(first, config.rounds):
+            chosen = np.asarray(draw(index))
+            who = Participation(chosen, communication.absences(last, chosen, index))
+            last[chosen] = index
             began = time.perf_counter()
-            server, states, measured = program.cohort_round(server, *inputs(index))
+            server, states, measured = program.cohort_round(server, *inputs(index, chosen))
             states, measured = jax.device_get((states, measured))
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
-            store.write(index, cohorts[index], _first(states, start.cohort_size))
-            federation = Federation(server, store.read(np.arange(len(start.ranks))), start.ranks)
-            writer.write({**measure(index, federation, measured), "seconds": seconds})
+            store.write(index, chosen, _first(states, start.cohort_size))
+            judged = store.read(start.test.panel.clients) if program.method.personal else ()
+            writer.write({**measure(index, who, server, judged, measured), "seconds": seconds})
             checkpoints.save(index + 1, server)
             store.forget(checkpoints.oldest())
             advance()

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import ml_collections
@@ -14,10 +14,25 @@ from fedlora_jax.federated import communication
 from fedlora_jax.federated.communication import MessageBytes
 from fedlora_jax.federated.evaluation import Evaluation, mean_of_known
 from fedlora_jax.federated.metrics import Metric
-from fedlora_jax.federated.round import Federation, RoundMetrics
+from fedlora_jax.federated.round import PyTree, RoundMetrics
 from fedlora_jax.methods import Server
 
-Measure: TypeAlias = Callable[[int, Federation, RoundMetrics], dict[str, Any]]
+
+class Participation(NamedTuple):
+    """Who takes part in a round.
+
+    Attributes:
+      cohort: The clients, `[K]`.
+      absent: For each of them, the rounds since it took part before, `[K]`.
+    """
+
+    cohort: np.ndarray
+    absent: np.ndarray
+
+
+Measure: TypeAlias = Callable[[int, Participation, Server, PyTree, RoundMetrics], dict[str, Any]]
+
+_QUANTILES = {"10%": 0.1, "50%": 0.5, "90%": 0.9}
 
 
 def make_measure(
@@ -25,22 +40,23 @@ def make_measure(
     program: Program,
     domains: Sequence[str],
     start: State,
-    cohorts: np.ndarray,
 ) -> Measure:
-    """Builds `(round, federation after it, what it measured) -> metrics`, all plain numbers.
+    """Builds `(round, who took part, server after it, panel's states, measured) -> metrics`.
+
+    They are all plain numbers.
 
     Args:
       config: As in `configs/`.
       program: Of the method of the configuration.
       domains: Their names.
       start: Before the first round.
-      cohorts: Of all rounds, `[rounds, K]`.
     """
-    made = communication.messages(program.method, start.server, start.client, cohorts.shape[1])
+    made = communication.messages(program.method, start.server, start.client, start.cohort_size)
     num_clients = len(start.ranks)
 
-    def megabytes(index: int, server: Server, ranks: list[int]) -> dict[str, float]:
-        absent = communication.absences(cohorts[: index + 1].tolist())
+    def megabytes(
+        index: int, server: Server, ranks: list[int], absent: list[int]
+    ) -> dict[str, float]:
         count = functools.cache(
             lambda rank, away: communication.count(
                 program.method, server, made, index, rank=rank, absent=away
@@ -50,21 +66,25 @@ def make_measure(
         total = MessageBytes(*(sum(x) / 1e6 for x in zip(*each, strict=True)))
         return {f"megabytes_{name}": value for name, value in total._asdict().items()}
 
-    def measure(index: int, federation: Federation, measured: RoundMetrics) -> dict[str, Any]:
-        ranks = np.asarray(measured.ranks)[: start.cohort_size].tolist()
+    def measure(
+        index: int, who: Participation, server: Server, judged: PyTree, measured: RoundMetrics
+    ) -> dict[str, Any]:
+        here = slice(len(who.cohort))
+        ranks = np.asarray(measured.ranks)[here].tolist()
+        found = program.evaluate(server, judged, start.test)
         return {
             "round": index,
             "method": config.method,
             "seed": config.seed,
-            **in_words(program.metrics, program.evaluate(federation, start.test), domains),
+            **in_words(program.metrics, found, domains),
             "loss": float(measured.loss),
             "aggregation_error": _number(measured.aggregation_error),
             "excluded_clients": int(measured.excluded),
-            **megabytes(index, federation.server, ranks),
+            **megabytes(index, server, ranks, who.absent.tolist()),
             "epsilon": epsilon(config, num_clients, index + 1),
-            "cohort": cohorts[index].tolist(),
+            "cohort": who.cohort.tolist(),
             "rank": ranks,
-            "client_loss": np.asarray(measured.client_loss)[: start.cohort_size].tolist(),
+            "client_loss": np.asarray(measured.client_loss)[here].tolist(),
         }
 
     return measure
@@ -73,15 +93,18 @@ def make_measure(
 def in_words(
     metrics: Sequence[Metric], found: Evaluation, domains: Sequence[str]
 ) -> dict[str, Any]:
-    """An evaluation as plain numbers, each metric under four names.
+    """An evaluation as plain numbers, each metric under five names.
 
     For a metric `m`: `m`, the plain mean over domains; `domain_m`, by domain; `personal_m`, the
-    mean over clients; `client_m`, of each of them. Where nothing is held out there is None.
+    mean over clients; `quantiles_m`, three quantiles of clients; `client_m`, of each client of the
+    panel. `panel` says who that is if it is not everybody. Where nothing is held out there is None.
     """
-    numbers: dict[str, Any] = {}
+    numbers: dict[str, Any] = {} if found.panel is None else {"panel": found.panel.tolist()}
     for metric in metrics:
-        by_domain = np.asarray(found.domains[metric.name], np.float64)
-        by_client = np.asarray(found.clients[metric.name], np.float64)
+        by_domain, clients, everyone = (
+            np.asarray(values[metric.name], np.float64)
+            for values in (found.domains, found.clients, found.everyone)
+        )
 
         def finished(values: Any, metric: Metric = metric) -> Any:
             return _jsonable(metric.finish(np.asarray(values)))
@@ -89,10 +112,19 @@ def in_words(
         numbers |= {
             metric.name: finished(mean_of_known(by_domain)),
             f"domain_{metric.name}": dict(zip(domains, finished(by_domain), strict=True)),
-            f"personal_{metric.name}": finished(mean_of_known(by_client)),
-            f"client_{metric.name}": finished(by_client),
+            f"personal_{metric.name}": finished(mean_of_known(everyone)),
+            f"quantiles_{metric.name}": dict(
+                zip(_QUANTILES, finished(_quantiles_of_known(everyone)), strict=True)
+            ),
+            f"client_{metric.name}": finished(clients),
         }
     return numbers
+
+
+def _quantiles_of_known(values: np.ndarray) -> np.ndarray:
+    known = values[~np.isnan(values)]
+    wanted = list(_QUANTILES.values())
+    return np.quantile(known, wanted) if len(known) else np.full(len(wanted), np.nan)
 
 
 def _jsonable(values: np.ndarray) -> Any:

@@ -147,15 +147,15 @@ def overview(train: Examples, domains: tuple[str, ...], parts: partition.Parts) 
     """
     of_domain = train["domain"]
     of_label = train["label"] if is_labelled(train) else np.zeros_like(of_domain)
-    shape = (len(domains), int(of_label.max()) + 1)
-
-    def count(part: np.ndarray) -> np.ndarray:
-        counts = np.zeros(shape, int)
-        np.add.at(counts, (of_domain[part], of_label[part]), 1)
-        return counts
-
-    everything = count(np.arange(len(of_domain)))
-    return Overview(np.stack([count(part) for part in parts]), everything, domains)
+    num_labels = int(of_label.max()) + 1
+    of_pair = of_domain.astype(np.int64) * num_labels + of_label
+    size, shape = len(domains) * num_labels, (len(domains), num_labels)
+    owners = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    counts = np.bincount(
+        owners * size + of_pair[np.concatenate(parts)], minlength=len(parts) * size
+    )
+    whole = np.bincount(of_pair, minlength=size)
+    return Overview(counts.reshape(-1, *shape), whole.reshape(shape), domains)
 
 
 def partition_counts(config: ml_collections.ConfigDict, setting: Setting) -> np.ndarray:

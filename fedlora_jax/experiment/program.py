@@ -57,6 +57,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "local.steps or config.local.epochs": max(config.local.steps, config.local.epochs),
         "local.batch_size": config.local.batch_size,
         "evaluation_batch_size": config.evaluation_batch_size,
+        "judged_clients": config.judged_clients,
     }.items():
         if value < 1:
             raise ValueError(f"config.{name} must be at least 1, got {value}")

@@ -15,7 +15,7 @@ from fedlora_jax.data.partition import Parts
 from fedlora_jax.experiment import partitions
 from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled
 from fedlora_jax.federated import placement, randomness, ranks
-from fedlora_jax.federated.evaluation import HeldOut, held_out
+from fedlora_jax.federated.evaluation import HeldOut, Owned, held_out
 from fedlora_jax.federated.round import Federation, PyTree, check_ranks, first_states
 from fedlora_jax.methods import Method, Server, Trainable
 
@@ -96,13 +96,14 @@ def first_state(
     affordable = check_ranks(method, server, len(parts), chosen)
     key, dtype = randomness.stream(seed, "method"), dtype_of(config.precision.compute)
     server, client = first_states(key, method, server, dtype)
-    data, test = client_data(setting.train, parts), _held_out(config, setting, parts)
+    data = client_data(setting.train, parts)
+    test = _held_out(config, setting, parts, method.personal is not None)
     return State(
         _placed_server(server, mesh),
         jax.tree.map(np.asarray, client),
         everywhere(affordable, mesh),
         everywhere(data, mesh),
-        everywhere(test, mesh),
+        _placed_test(test, mesh),
         1 if method.pooled else config.clients_per_round,
     )
 
@@ -128,16 +129,32 @@ def _placed_server(server: Server, mesh: Mesh | None) -> Server:
 
 
 def _held_out(
-    config: ml_collections.ConfigDict, setting: Setting, parts: Sequence[np.ndarray]
+    config: ml_collections.ConfigDict,
+    setting: Setting,
+    parts: Sequence[np.ndarray],
+    personal_models: bool,
 ) -> HeldOut:
     """Each client's own text where there is such; else examples of its domains and labels."""
     natural = config.data.partition == "natural"
     train, test = setting.train, setting.test
     kind = "client" if natural else "label" if is_labelled(train) else "domain"
+    order = np.concatenate(parts)
     return held_out(
         test,
         test["domain"],
         test[kind],
-        [(train["domain"][part], train[kind][part]) for part in parts],
+        Owned(np.array([len(part) for part in parts]), train["domain"][order], train[kind][order]),
+        seed=jax.random.key(config.seed),
+        judged_clients=config.judged_clients,
         kinds_are_own=natural,
+        personal_models=personal_models,
     )
+
+
+def _placed_test(test: HeldOut, mesh: Mesh | None) -> HeldOut:
+    """What the device needs of it; who counts how much stays on the host."""
+    examples, cells, domains = everywhere((test.examples, test.cells, test.domains), mesh)
+    panel = test.panel._replace(
+        examples=everywhere(test.panel.examples, mesh), shares=everywhere(test.panel.shares, mesh)
+    )
+    return test._replace(examples=examples, cells=cells, domains=domains, panel=panel)

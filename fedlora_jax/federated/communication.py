@@ -1,10 +1,10 @@
 """What crosses between clients and server, counted in bytes of the arrays as they are stored."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedlora_jax import lora, lowrank
 from fedlora_jax.federated.outline import outline
@@ -81,12 +81,15 @@ def count(
     )
 
 
-def absences(cohorts: Sequence[Sequence[int]]) -> list[int]:
-    """For each client of the last cohort, the rounds since it took part before; from the start on
-    if it never did."""
-    now = len(cohorts) - 1
-    seen = {client: index for index, cohort in enumerate(cohorts[:-1]) for client in cohort}
-    return [now - seen.get(client, -1) - 1 for client in cohorts[-1]]
+def absences(last: np.ndarray, cohort: np.ndarray, round_index: int) -> np.ndarray:
+    """For each client of a round, the rounds since it took part before; from the start on if never.
+
+    Args:
+      last: The last round before this one that each client took part in, or -1, `[N]`.
+      cohort: The clients of the round, `[K]`.
+      round_index: The round.
+    """
+    return round_index - last[cohort] - 1
 
 
 def _adapted_kernels(server: Server) -> PyTree:

@@ -1,16 +1,39 @@
-"""Held-out examples: each metric per domain, and for each client on data like its own."""
+"""Held-out examples: each metric per domain, and for each client on data like its own.
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+Examples fall into cells, a kind within a domain. How much an example counts for a client is the
+same for all of a cell, so that a client's score is a combination of the few cells that it has data
+of, and nothing is as large as clients times examples.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import sparse
 
+from fedlora_jax.federated import cohort
 from fedlora_jax.federated.metrics import Score
-from fedlora_jax.federated.round import Federation
 from fedlora_jax.federated.task import Batch, Task, Weighted, outputs
-from fedlora_jax.methods import Method, Trainable
+from fedlora_jax.methods import Method, Server, Trainable
+
+PyTree: TypeAlias = Any
+
+
+class Panel(NamedTuple):
+    """The clients whose personal models are judged, and of all methods each one's score is told.
+
+    Attributes:
+      clients: Who they are, ascending, `[P]`.
+      examples: Indices of the examples that a client's personal model is judged by, int32
+        `[P, T]`, padded with -1.
+      shares: How much each of these counts for the client, float32 `[P, T]`; 0 for padding.
+    """
+
+    clients: np.ndarray
+    examples: jax.Array
+    shares: jax.Array
 
 
 class HeldOut(NamedTuple):
@@ -18,18 +41,33 @@ class HeldOut(NamedTuple):
 
     Attributes:
       examples: A dict of arrays `[M, ...]`.
-      domains: The domain of each example, int32 `[M]`.
-      shares: How much each example counts for each client, float32 `[N, M]`: examples are weighted
-        so that their kinds are distributed as in the client's own data. Rows sum to 1, or to 0
-        where nothing like the client's data is held out.
-      own: Indices of the examples that a client's personal model is judged by, int32 `[N, T]`,
-        padded with -1.
+      cells: The cell of each example, int32 `[M]` in `0 .. C - 1`.
+      domains: The domain of each cell, int32 `[C]`.
+      panel: The clients that are judged one by one.
+      shares: How much an example of a cell counts for each client, float64 `[N, C]`, on the host:
+        examples are weighted so that their kinds are distributed as in the client's own data. Over
+        examples a row sums to 1; it is empty where nothing like the client's data is held out.
     """
 
     examples: dict[str, jax.Array]
+    cells: jax.Array
     domains: jax.Array
-    shares: jax.Array
-    own: jax.Array
+    panel: Panel
+    shares: sparse.csr_array
+
+
+class Owned(NamedTuple):
+    """Of which domain and kind the clients' training examples are, client after client.
+
+    Attributes:
+      counts: How many each client has, `[N]`.
+      domains: The domain of each, `[P]`.
+      kinds: The kind of each, `[P]`.
+    """
+
+    counts: np.ndarray
+    domains: np.ndarray
+    kinds: np.ndarray
 
 
 class Evaluation(NamedTuple):
@@ -37,25 +75,33 @@ class Evaluation(NamedTuple):
 
     Attributes:
       domains: Per domain, `[D]`: of the global model on all examples; for a method without one, of
-        the clients' on the examples that are their own, mean over clients. NaN without any.
-      clients: For each client on examples distributed as its own, `[N]`: of its personal model if
-        the method keeps one, else of the global model. NaN without any.
+        the panel's on the examples that are their own, mean over clients. NaN without any.
+      clients: For each client of the panel on examples distributed as its own, `[P]`: of its
+        personal model if the method keeps one, else of the global model. NaN without any.
+      everyone: The same of as many clients as are judged: of all, `[N]`, where the global model is,
+        by a metric of examples; else of the panel, `[P]`.
+      panel: Who the panel is, `[P]`; None if it is everybody.
     """
 
-    domains: dict[str, Any]
-    clients: dict[str, Any]
+    domains: dict[str, np.ndarray]
+    clients: dict[str, np.ndarray]
+    everyone: dict[str, np.ndarray]
+    panel: np.ndarray | None
 
 
-Evaluate = Callable[[Federation, HeldOut], Evaluation]
+Evaluate: TypeAlias = Callable[[Server, PyTree, HeldOut], Evaluation]
 
 
 def held_out(
     examples: dict[str, np.ndarray],
     domains: np.ndarray,
     kinds: np.ndarray,
-    clients: Sequence[tuple[np.ndarray, np.ndarray]],
+    owned: Owned,
     *,
+    seed: jax.Array,
+    judged_clients: int,
     kinds_are_own: bool = False,
+    personal_models: bool = True,
 ) -> HeldOut:
     """Puts held-out examples on the device.
 
@@ -63,39 +109,86 @@ def held_out(
       examples: A dict of arrays `[M, ...]`.
       domains: The domain of each example, `[M]`.
       kinds: The kind of each example within its domain, such as its label, `[M]`, not negative.
-      clients: For each client, the domains and the kinds of its training examples.
+      owned: The same of the clients' training examples.
+      seed: The seed's key. Which clients are the panel depends on it and on the data alone, so that
+        methods are judged by the same ones.
+      judged_clients: The largest panel. Of more clients it is a sample of those like whose data
+        something is held out.
       kinds_are_own: Whether a client's personal model is judged by the examples of its kinds alone,
         as where the kind is whose text it is, instead of by all of its domains.
+      personal_models: Whether there are any; if not, the panel has no examples of its own.
     """
-    shares = np.stack([_shares(domains, kinds, *mine) for mine in clients])
-    own = [
-        np.flatnonzero(share > 0 if kinds_are_own else np.isin(domains, np.unique(mine)))
-        for share, (mine, _) in zip(shares, clients, strict=True)
-    ]
-    longest = max(1, *map(len, own))
-    padded = np.stack([np.pad(x, (0, longest - len(x)), constant_values=-1) for x in own])
+    many = 1 + max(int(np.max(kinds)), int(np.max(owned.kinds)))
+    there, cells, sizes = np.unique(
+        _pairs(domains, kinds, many), return_inverse=True, return_counts=True
+    )
+    shares = _shares(there, sizes, _pairs(owned.domains, owned.kinds, many), owned.counts)
+    who = cohort.panel(seed, np.diff(shares.indptr) > 0, judged_clients)
+    ends = np.cumsum(owned.counts)
+    own, weights = [], []
+    for client in who if personal_models else []:
+        mine = np.unique(owned.domains[ends[client] - owned.counts[client] : ends[client]])
+        counted = _row(shares, client)[cells]
+        own.append(np.flatnonzero(counted > 0 if kinds_are_own else np.isin(domains, mine)))
+        weights.append(counted[own[-1]])
+    shape = (len(who), max([1, *map(len, own)]))
+    padded, padded_weights = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+    for place, (each, counted) in enumerate(zip(own, weights, strict=True)):
+        padded[place, : len(each)] = each
+        padded_weights[place, : len(each)] = counted
     return HeldOut(
         {name: jnp.asarray(values) for name, values in examples.items()},
-        jnp.asarray(domains, jnp.int32),
-        jnp.asarray(shares, jnp.float32),
-        jnp.asarray(padded, jnp.int32),
+        jnp.asarray(cells, jnp.int32),
+        jnp.asarray(there // many, jnp.int32),
+        Panel(who, jnp.asarray(padded), jnp.asarray(padded_weights)),
+        shares,
     )
 
 
+def _pairs(domains: np.ndarray, kinds: np.ndarray, many: int) -> np.ndarray:
+    """A number for each pair of a domain and one of so many kinds."""
+    return np.asarray(domains, np.int64) * many + kinds
+
+
 def _shares(
-    domains: np.ndarray, kinds: np.ndarray, own_domains: np.ndarray, own_kinds: np.ndarray
-) -> np.ndarray:
-    """Weights of held-out examples under which they are distributed as a client's, `[M]`.
+    there: np.ndarray, sizes: np.ndarray, own: np.ndarray, counts: np.ndarray
+) -> sparse.csr_array:
+    """Weights of examples by cell under which they are distributed as each client's, `[N, C]`.
 
     A kind of example that is not held out cannot be judged and is left out.
+
+    Args:
+      there: The pairs that are held out, ascending, `[C]`.
+      sizes: How many examples are of each, `[C]`.
+      own: The pairs of the clients' examples, client after client.
+      counts: How many each client has, `[N]`.
     """
-    many = 1 + max(kinds.max(), own_kinds.max())
-    pairs, own_pairs = domains * many + kinds, own_domains * many + own_kinds
-    total = 1 + max(pairs.max(), own_pairs.max())
-    wanted = np.bincount(own_pairs, minlength=total)
-    there = np.bincount(pairs, minlength=total)
-    weights = wanted[pairs] / there[pairs]
-    return weights / max(weights.sum(), 1e-12)
+    cells = np.minimum(np.searchsorted(there, own), len(there) - 1)
+    known = there[cells] == own
+    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[known]
+    places = (owners, cells[known].astype(np.int32))
+    shares = sparse.csr_array((np.ones(len(owners)), places), shape=(len(counts), len(there)))
+    total = np.bincount(owners, minlength=len(counts))
+    shares.data /= np.repeat(total, np.diff(shares.indptr)) * sizes[shares.indices]
+    return shares
+
+
+def _row(shares: sparse.csr_array, client: int) -> np.ndarray:
+    """What an example of each cell counts for one client, `[C]`."""
+    mine = slice(shares.indptr[client], shares.indptr[client + 1])
+    row = np.zeros(shares.shape[1])
+    row[shares.indices[mine]] = shares.data[mine]
+    return row
+
+
+def panel_states(method: Method, clients: PyTree, test: HeldOut) -> PyTree:
+    """What an evaluation needs of the clients' states `[N, ...]`: the panel's, `[P, ...]`.
+
+    For a method without personal models that is nothing.
+    """
+    if method.personal is None:
+        return ()
+    return jax.tree.map(lambda x: x[test.panel.clients], clients)
 
 
 class _Found(NamedTuple):
@@ -105,12 +198,30 @@ class _Found(NamedTuple):
     predictions: jax.Array | None
 
 
+class _OfServer(NamedTuple):
+    """What the global model does: sums over the examples of each cell, `[C]`, by metric."""
+
+    totals: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+    predictions: jax.Array | None
+
+
+class _OfPanel(NamedTuple):
+    """What personal models do: means over clients by domain, `[D]`, and of each client, `[P]`."""
+
+    domains: dict[str, jax.Array]
+    clients: dict[str, jax.Array]
+    predictions: jax.Array | None
+
+
 def make_evaluate(
     task: Task, method: Method, num_domains: int, *, batch_size: int = 256, clients_at_once: int = 8
 ) -> Evaluate:
-    """Builds the evaluation `(federation, test) -> Evaluation`.
+    """Builds the evaluation `(server, the panel's states, test) -> Evaluation`.
 
-    Models run, and means are taken, in one jitted program. Metrics of sets are scored on the host.
+    The states are those of `panel_states`. Models run, and sums are taken, in one jitted program; a
+    product of sparse matrices on the host makes means of clients of them. Metrics of sets are
+    scored on the host, one client after the other, and so for the panel alone.
 
     Args:
       task: What is learned, and its metrics.
@@ -126,9 +237,7 @@ def make_evaluate(
     if of_sets and task.predict is None:
         raise ValueError(f"{of_sets[0].name} needs predictions, and the task has none")
 
-    def run(federation: Federation, trainable: Trainable, examples: Batch) -> _Found:
-        server = federation.server
-
+    def run(server: Server, trainable: Trainable, examples: Batch) -> _Found:
         def of_batch(batch: Batch) -> _Found:
             given = outputs(task, server.backbone, trainable, batch, scale=server.scale)
             values = {m.name: m.measure(given, batch) for m in task.metrics if m.measure}
@@ -136,108 +245,115 @@ def make_evaluate(
 
         return _in_batches(of_batch, examples, batch_size)
 
-    def of_server(federation: Federation, test: HeldOut) -> tuple[Evaluation, jax.Array | None]:
-        found = run(federation, federation.server.trainable, test.examples)
-        means = Evaluation(
-            {
-                name: _mean_by_domain(*each, test.domains, num_domains)
-                for name, each in found.values.items()
-            },
-            {
-                name: _ratio(test.shares @ (value * weight), test.shares @ weight)
-                for name, (value, weight) in found.values.items()
-            },
-        )
-        return means, found.predictions
+    def of_server(server: Server, test: HeldOut) -> _OfServer:
+        found = run(server, server.trainable, test.examples)
+        totals, weights = {}, {}
+        for name, (value, weight) in found.values.items():
+            totals[name] = jax.ops.segment_sum(value * weight, test.cells, len(test.domains))
+            weights[name] = jax.ops.segment_sum(weight, test.cells, len(test.domains))
+        return _OfServer(totals, weights, found.predictions)
 
-    def of_clients(federation: Federation, test: HeldOut) -> tuple[Evaluation, jax.Array | None]:
+    def of_panel(server: Server, clients: PyTree, test: HeldOut) -> _OfPanel:
         personal = method.personal
         assert personal is not None
 
-        def of_client(inputs: tuple[Any, jax.Array, jax.Array]) -> tuple[Evaluation, Any]:
+        def of_client(inputs: tuple[PyTree, jax.Array, jax.Array]) -> _OfPanel:
             client, own, shares = inputs
             examples = {name: values[own] for name, values in test.examples.items()}
-            found = run(federation, personal(federation.server, client), examples)
-            there = own >= 0
-            domains, clients = {}, {}
+            found = run(server, personal(server, client), examples)
+            of_domain = test.domains[test.cells[own]]
+            domains, means = {}, {}
             for name, (value, weight) in found.values.items():
-                counted = jnp.where(there, weight, 0.0)
-                mine = shares[own] * counted
-                domains[name] = _mean_by_domain(value, counted, test.domains[own], num_domains)
-                clients[name] = _ratio(jnp.sum(mine * value), jnp.sum(mine))
-            return Evaluation(domains, clients), found.predictions
+                counted = jnp.where(own >= 0, weight, 0.0)
+                domains[name] = _mean_by_domain(value, counted, of_domain, num_domains)
+                mine = shares * counted
+                means[name] = _ratio(jnp.sum(mine * value), jnp.sum(mine))
+            return _OfPanel(domains, means, found.predictions)
 
-        members = (federation.clients, test.own, test.shares)
-        each, predictions = jax.lax.map(of_client, members, batch_size=clients_at_once)
+        members = (clients, test.panel.examples, test.panel.shares)
+        each = jax.lax.map(of_client, members, batch_size=clients_at_once)
         means = {name: jnp.nanmean(values, axis=0) for name, values in each.domains.items()}
-        return Evaluation(means, each.clients), predictions
+        return each._replace(domains=means)
 
     @jax.jit
-    def compute(federation: Federation, test: HeldOut) -> tuple[Any, Any]:
+    def compute(
+        server: Server, clients: PyTree, test: HeldOut
+    ) -> tuple[_OfServer | None, _OfPanel | None]:
         of_all = method.shared or method.personal is None
         return (
-            of_server(federation, test) if of_all else None,
-            None if method.personal is None else of_clients(federation, test),
+            of_server(server, test) if of_all else None,
+            None if method.personal is None else of_panel(server, clients, test),
         )
 
-    def evaluate(federation: Federation, test: HeldOut) -> Evaluation:
-        found = jax.tree.map(np.asarray, compute(federation, test))
-        parts = [part for part in found if part is not None]
-        result = Evaluation(dict(parts[0][0].domains), dict(parts[-1][0].clients))
-        if not of_sets:
-            return result
-        sets = _Sets(jax.tree.map(np.asarray, test._replace(examples={})), num_domains)
-        labels = np.asarray(test.examples["label"])
-        predictions = tuple(None if part is None else part[1] for part in found)
+    def evaluate(server: Server, clients: PyTree, test: HeldOut) -> Evaluation:
+        on_device = test._replace(shares=None)
+        all_of_it, each = jax.tree.map(np.asarray, compute(server, clients, on_device))
+        who = test.panel.clients
+        result = Evaluation({}, {}, {}, None if len(who) == test.shares.shape[0] else who)
+        if all_of_it is not None:
+            domains = np.asarray(test.domains)
+            for name, total in all_of_it.totals.items():
+                sums = (total.astype(np.float64), all_of_it.weights[name].astype(np.float64))
+                by_domain = (np.bincount(domains, x, minlength=num_domains) for x in sums)
+                result.domains[name] = _mean(*by_domain)
+                result.everyone[name] = _mean(*(test.shares @ x for x in sums))
+                result.clients[name] = result.everyone[name][who]
+        if each is not None:
+            result.clients.update(each.clients)
+            result.everyone.update(each.clients)
+            result.domains.update(each.domains if all_of_it is None else {})
+        predictions = tuple(
+            None if part is None else part.predictions for part in (all_of_it, each)
+        )
         for metric in of_sets:
             assert metric.score is not None
-            judged = sets.judge(metric.score, labels, *predictions)
+            judged = _judge_sets(metric.score, test, num_domains, *predictions)
             result.domains[metric.name], result.clients[metric.name] = judged
+            result.everyone[metric.name] = result.clients[metric.name]
         return result
 
     return evaluate
 
 
-class _Sets(NamedTuple):
-    """Scores of sets of predictions, on the host."""
+def _judge_sets(
+    score: Score,
+    test: HeldOut,
+    num_domains: int,
+    of_server: np.ndarray | None,
+    of_panel: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`[D]` and `[P]`, as `Evaluation` has them, from predictions `[M]` and `[P, T]`."""
+    labels, cells = np.asarray(test.examples["label"]), np.asarray(test.cells)
+    domains, own = np.asarray(test.domains)[cells], np.asarray(test.panel.examples)
 
-    test: HeldOut
-    num_domains: int
+    def over(index: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> float:
+        kept = counts > 0
+        if not kept.any():
+            return float("nan")
+        return score(labels[index[kept]], predictions[kept], counts[kept])
 
-    def judge(
-        self,
-        score: Score,
-        labels: np.ndarray,
-        of_server: np.ndarray | None,
-        of_clients: np.ndarray | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """`[D]` and `[N]`, as `Evaluation` has them, from predictions `[M]` and `[N, T]`."""
-        test = self.test
+    def by_domain(index: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+        here = [(index >= 0) * (domains[index] == d) * 1.0 for d in range(num_domains)]
+        return np.array([over(index, predictions, counts) for counts in here])
 
-        def over(index: np.ndarray, predictions: np.ndarray, counts: np.ndarray) -> float:
-            kept = counts > 0
-            if not kept.any():
-                return float("nan")
-            return score(labels[index[kept]], predictions[kept], counts[kept])
+    everything = np.arange(len(labels))
+    if of_panel is None:
+        assert of_server is not None
+        rows = (_row(test.shares, client)[cells] for client in test.panel.clients)
+        clients = [over(everything, of_server, shares) for shares in rows]
+    else:
+        shares = np.asarray(test.panel.shares)
+        clients = [over(*each) for each in zip(own, of_panel, shares, strict=True)]
+    if of_server is not None:
+        return by_domain(everything, of_server), np.array(clients)
+    assert of_panel is not None
+    each = np.array([by_domain(*pair) for pair in zip(own, of_panel, strict=True)])
+    return mean_of_known(each, axis=0), np.array(clients)
 
-        def by_domain(index: np.ndarray, predictions: np.ndarray) -> np.ndarray:
-            here = [
-                (index >= 0) * (test.domains[index] == d) * 1.0 for d in range(self.num_domains)
-            ]
-            return np.array([over(index, predictions, counts) for counts in here])
 
-        everything = np.arange(len(labels))
-        if of_clients is None:
-            assert of_server is not None
-            clients = [over(everything, of_server, shares) for shares in test.shares]
-        else:
-            rows = list(zip(test.own, of_clients, test.shares, strict=True))
-            clients = [over(own, mine, shares[own] * (own >= 0)) for own, mine, shares in rows]
-        if of_server is not None:
-            return by_domain(everything, of_server), np.array(clients)
-        assert of_clients is not None
-        each = np.array([by_domain(*pair) for pair in zip(test.own, of_clients, strict=True)])
-        return mean_of_known(each, axis=0), np.array(clients)
+def _mean(total: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The mean, on the host; NaN without any weight."""
+    return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight > 0)
 
 
 def mean_of_known(values: np.ndarray, axis: int | None = None) -> Any:

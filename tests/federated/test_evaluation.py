@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.federated import evaluation, metrics
-from fedlora_jax.federated.task import metrics_of, outputs
+from fedlora_jax.federated.task import Weighted, metrics_of, outputs
 from tests.world import method_of
 
 DOMAINS = np.repeat([0, 1, 2], 8)
@@ -26,13 +26,36 @@ CLIENTS = [
 ]
 
 
+def hold_out(examples, domains, kinds, clients, judged_clients=128, **options):
+    """Held-out examples, from the domains and kinds of each client's own."""
+    counts = np.array([len(mine) for mine, _ in clients])
+    owned = evaluation.Owned(counts, *map(np.concatenate, zip(*clients, strict=True)))
+    known = {"seed": jax.random.key(0), "judged_clients": judged_clients, **options}
+    return evaluation.held_out(examples, domains, kinds, owned, **known)
+
+
+def evaluate(task, method, federation, held_out, **options):
+    states = evaluation.panel_states(method, federation.clients, held_out)
+    judge = evaluation.make_evaluate(task, method, 3, **options)
+    return judge(federation.server, states, held_out)
+
+
+def dense(held_out):
+    """How much each example counts for each client, `[N, M]`."""
+    return held_out.shares.toarray()[:, held_out.cells]
+
+
 @pytest.fixture(scope="module")
-def held_out():
-    examples = {
+def examples():
+    return {
         "x": np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32),
         "label": LABELS.astype(np.int32),
     }
-    return evaluation.held_out(examples, DOMAINS, LABELS, CLIENTS)
+
+
+@pytest.fixture(scope="module")
+def held_out(examples):
+    return hold_out(examples, DOMAINS, LABELS, CLIENTS)
 
 
 def hits(world, federation, trainable, held_out):
@@ -48,7 +71,7 @@ def by_hand(hits, domains, labels):
 
 
 def test_shares_are_the_distribution_of_the_clients_data(held_out):
-    shares = np.asarray(held_out.shares)
+    shares = dense(held_out)
     np.testing.assert_allclose(shares.sum(1), 1, rtol=1e-6)
     np.testing.assert_allclose(shares[3], 1 / 24, rtol=1e-5)
     first = (DOMAINS == 0) & (LABELS == 0)
@@ -58,7 +81,7 @@ def test_shares_are_the_distribution_of_the_clients_data(held_out):
 
 def test_global_model(world, held_out):
     federation = world.federation(method_of("fedit"))
-    found = evaluation.make_evaluate(world.task, method_of("fedit"), 3)(federation, held_out)
+    found = evaluate(world.task, method_of("fedit"), federation, held_out)
     right = hits(world, federation, federation.server.trainable, held_out)
     np.testing.assert_allclose(
         found.domains["accuracy"], [right[DOMAINS == d].mean() for d in range(3)]
@@ -76,7 +99,7 @@ def test_personal_models(world, held_out):
         federation.clients.head,
     )
     federation = federation._replace(clients=federation.clients._replace(head=heads))
-    found = evaluation.make_evaluate(world.task, method_of("local"), 3)(federation, held_out)
+    found = evaluate(world.task, method_of("local"), federation, held_out)
     right = [
         hits(world, federation, jax.tree.map(lambda x, k=k: x[k], federation.clients), held_out)
         for k in range(7)
@@ -93,8 +116,8 @@ def test_personal_models(world, held_out):
 def test_kinds_that_are_not_held_out_are_left_out():
     examples = {"x": jnp.zeros((4, 6))}
     clients = [(np.array([0, 0, 5]), np.array([0, 1, 9]))]
-    found = evaluation.held_out(examples, np.zeros(4, int), np.array([0, 0, 1, 2]), clients)
-    np.testing.assert_allclose(found.shares[0], [0.25, 0.25, 0.5, 0], rtol=1e-6)
+    found = hold_out(examples, np.zeros(4, int), np.array([0, 0, 1, 2]), clients)
+    np.testing.assert_allclose(dense(found)[0], [0.25, 0.25, 0.5, 0], rtol=1e-6)
 
 
 def test_metrics_of_sets_are_those_of_scikit_learn(world, held_out):
@@ -103,9 +126,7 @@ def test_metrics_of_sets_are_those_of_scikit_learn(world, held_out):
     task = world.task._replace(metrics=metrics_of("classification", names))
     for name in ("fedit", "local"):
         federation = world.federation(method_of(name))
-        found = evaluation.make_evaluate(task, method_of(name), 3, batch_size=5)(
-            federation, held_out
-        )
+        found = evaluate(task, method_of(name), federation, held_out, batch_size=5)
         trainable = federation.server.trainable
         server = federation.server
         logits = np.asarray(
@@ -119,7 +140,7 @@ def test_metrics_of_sets_are_those_of_scikit_learn(world, held_out):
             assert found.domains["f1"][domain] == pytest.approx(f1)
             assert found.domains["matthews"][domain] == pytest.approx(matthews)
         for client in range(7):
-            weights = np.asarray(held_out.shares[client], np.float64)
+            weights = dense(held_out)[client]
             kept = weights > 0
             f1 = f1_score(LABELS[kept], guess[kept], average="macro", sample_weight=weights[kept])
             assert found.clients["f1"][client] == pytest.approx(f1, rel=1e-6)
@@ -178,22 +199,130 @@ def test_metrics_that_do_not_fit_are_refused(world):
 
 
 def test_numbers_in_words():
+    clients = {"perplexity": np.array([np.nan, 2.0])}
     found = evaluation.Evaluation(
-        {"perplexity": np.array([1.0, np.nan, 3.0])}, {"perplexity": np.array([np.nan, 2.0])}
+        {"perplexity": np.array([1.0, np.nan, 3.0])},
+        clients,
+        {"perplexity": np.array([2.0, np.nan, 1.0, 3.0])},
+        np.array([1, 3]),
     )
     row = in_words([metrics.get("perplexity")], found, ["a", "b", "c"])
     assert json.loads(json.dumps(row)) == {
+        "panel": [1, 3],
         "perplexity": pytest.approx(np.exp(2.0)),  # Of the mean, 2 nats.
         "domain_perplexity": {"a": pytest.approx(np.e), "b": None, "c": pytest.approx(np.exp(3.0))},
         "personal_perplexity": pytest.approx(np.exp(2.0)),
+        "quantiles_perplexity": {
+            "10%": pytest.approx(np.exp(1.2)),
+            "50%": pytest.approx(np.exp(2.0)),
+            "90%": pytest.approx(np.exp(2.8)),
+        },
         "client_perplexity": [None, pytest.approx(np.exp(2.0))],
     }
+    everybody = found._replace(everyone=clients, panel=None)
+    assert "panel" not in in_words([metrics.get("perplexity")], everybody, ["a", "b", "c"])
 
 
 def test_own_examples_are_those_of_the_clients_kinds():
     examples = {"x": jnp.zeros((4, 6))}
     clients = [(np.array([0, 0]), np.array([7, 7])), (np.array([0]), np.array([8]))]
     kinds = np.array([7, 8, 8, 9])
-    found = evaluation.held_out(examples, np.zeros(4, int), kinds, clients, kinds_are_own=True)
-    np.testing.assert_array_equal(found.own, [[0, -1], [1, 2]])
-    np.testing.assert_allclose(found.shares, [[1, 0, 0, 0], [0, 0.5, 0.5, 0]])
+    found = hold_out(examples, np.zeros(4, int), kinds, clients, kinds_are_own=True)
+    np.testing.assert_array_equal(found.panel.examples, [[0, -1], [1, 2]])
+    np.testing.assert_array_equal(found.panel.shares, [[1, 0], [0.5, 0.5]])
+    np.testing.assert_allclose(dense(found), [[1, 0, 0, 0], [0, 0.5, 0.5, 0]])
+
+
+def dense_shares(domains, kinds, clients):
+    """For each client a weight for each example, as the definition says it: `[N, M]`."""
+    rows = []
+    for mine in clients:
+        row = np.zeros(len(kinds))
+        for pair in zip(*mine, strict=True):
+            alike = (domains == pair[0]) & (kinds == pair[1])
+            row += alike / max(alike.sum(), 1)
+        rows.append(row / max(row.sum(), 1e-12))
+    return np.array(rows)
+
+
+def test_clients_of_any_data_are_judged_as_by_a_weight_for_each_example(world):
+    """With examples that count differently, as texts of different length do."""
+    rng = np.random.default_rng(3)
+    domains, kinds = rng.integers(0, 3, 90), rng.integers(0, 5, 90)
+    clients = [rng.integers(0, (3, 7), (rng.integers(1, 9), 2)).T for _ in range(60)]
+    value, weight = rng.normal(size=90), rng.integers(0, 40, 90) * 1.0
+    examples = {"x": np.zeros((90, 6)), "value": value, "weight": weight}
+    examples = {name: values.astype(np.float32) for name, values in examples.items()}
+    metric = metrics.get("nll")._replace(
+        measure=lambda _, batch: Weighted(batch["value"], batch["weight"])
+    )
+    task, method = world.task._replace(metrics=(metric,)), method_of("fedit")
+    held_out = hold_out(examples, domains, kinds, clients, judged_clients=7)
+    found = evaluate(task, method, world.federation(method), held_out, batch_size=32)
+
+    shares = dense_shares(domains, kinds, clients)
+    np.testing.assert_allclose(dense(held_out), shares, rtol=1e-12, atol=1e-15)
+    with np.errstate(invalid="ignore"):
+        expected = shares @ (value * weight) / (shares @ weight)
+    assert np.isnan(expected).any() and np.isfinite(expected).sum() > 40
+    np.testing.assert_allclose(found.everyone["nll"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(found.clients["nll"], found.everyone["nll"][found.panel])
+    by_domain = [
+        np.average(value[here], weights=weight[here]) for here in domains == [[0], [1], [2]]
+    ]
+    np.testing.assert_allclose(found.domains["nll"], by_domain, rtol=1e-5, atol=1e-6)
+
+
+def test_of_many_clients_a_panel_is_judged_as_it_would_be_among_all(world, examples):
+    """Of a personal model's metrics all; of the global model's those of sets."""
+    nothing = [(np.array([2]), np.array([9]))]
+    clients = [*CLIENTS[:3], *nothing * 3, CLIENTS[3]]
+    task = world.task._replace(metrics=metrics_of("classification", ("accuracy", "f1")))
+    whole = hold_out(examples, DOMAINS, LABELS, clients)
+    some = hold_out(examples, DOMAINS, LABELS, clients, judged_clients=3)
+    who = some.panel.clients
+    assert len(who) == 3 and set(who) < {0, 1, 2, 6}
+    for name in ("fedit", "local"):
+        method = method_of(name)
+        federation = world.federation(method)
+        everybody = evaluate(task, method, federation, whole)
+        found = evaluate(task, method, federation, some)
+        assert everybody.panel is None and found.panel.tolist() == who.tolist()
+        for metric in ("accuracy", "f1"):
+            np.testing.assert_allclose(found.clients[metric], everybody.clients[metric][who])
+            judged = 7 if (name, metric) == ("fedit", "accuracy") else 3
+            assert len(found.everyone[metric]) == judged
+
+
+def test_a_panel_is_the_seeds_alone(examples):
+    def who(seed, **options):
+        key = jax.random.key(seed)
+        many = CLIENTS * 20
+        held_out = hold_out(examples, DOMAINS, LABELS, many, 30, seed=key, **options)
+        return held_out.panel.clients.tolist()
+
+    first = who(0)
+    assert first == sorted(set(first)) and len(first) == 30
+    assert first == who(0, personal_models=False) != who(1)
+
+
+def test_half_a_million_clients_are_judged():
+    """A weight for each of them and each example would be 20 GB."""
+    clients, size = 500_000, 10_000
+    rng = np.random.default_rng(0)
+    kinds = np.arange(size) // 4
+    mine = rng.integers(0, size // 4, clients)
+    owned = evaluation.Owned(np.ones(clients, int), np.zeros(clients, int), mine)
+    found = evaluation.held_out(
+        {"x": np.zeros(size)},
+        np.zeros(size, int),
+        kinds,
+        owned,
+        seed=jax.random.key(0),
+        judged_clients=10,
+        kinds_are_own=True,
+    )
+    sums = rng.normal(size=size // 4)
+    np.testing.assert_allclose(found.shares @ sums, sums[mine] / 4)
+    expected = 4 * mine[found.panel.clients][:, None] + np.arange(4)
+    np.testing.assert_array_equal(found.panel.examples, expected)

@@ -72,9 +72,9 @@ def test_exact_methods_give_the_mean_of_the_clients_models(world, cohort_of, nam
         assert np.abs(reached[path] - start[path]).max() > 1e-4
 
 
-# With one client: all but those that truncate (fedsmooth_lora), leave the length of the product
-# free (lora_fair), or have no global model (local; of fedsa_lora the server's b is not a model).
-ALONE = sorted(set(ALL) - {"fedsmooth_lora", "lora_fair", "local", "fedsa_lora"})
+# With one client: all but those that truncate (fedsmooth_lora, spectral), leave the length of the
+# product free (lora_fair), or have no global model (local; of fedsa_lora the server's b is none).
+ALONE = sorted(set(ALL) - {"fedsmooth_lora", "spectral", "lora_fair", "local", "fedsa_lora"})
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -425,13 +425,6 @@ def test_bytes_of_unequal_ranks(world, name):
     }[name]
     assert sum(x.up for x in each) == 4 * sum(up)
     assert sum(x.down for x in each) == 4 * sum(down)
-
-
-def test_absences():
-    cohorts = [[0, 1], [1, 2], [1, 3], [0, 2]]
-    assert communication.absences(cohorts) == [2, 1]
-    assert communication.absences(cohorts[:1]) == [0, 0]
-    assert communication.absences(cohorts[:3]) == [0, 2]
 
 
 DENSE = 6 * 10 + 10 * 7

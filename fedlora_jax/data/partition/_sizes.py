@@ -98,10 +98,11 @@ def natural(clients: np.ndarray, min_examples: int = 1) -> Parts:
     """
     clients = np.asarray(clients)
     names, counts = np.unique(clients, return_counts=True)
-    kept = names[counts >= min_examples]
-    if not len(kept):
+    if not (counts >= min_examples).any():
         raise ValueError(f"none of {len(names)} clients has {min_examples} examples")
-    return [np.flatnonzero(clients == client).astype(np.int32) for client in kept]
+    by_client = np.argsort(clients, kind="stable").astype(np.int32)
+    parts = np.split(by_client, np.cumsum(counts)[:-1])
+    return [part for part in parts if len(part) >= min_examples]
 
 
 def _of_sizes(
