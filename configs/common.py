@@ -83,7 +83,8 @@ def add_combinations(config: ml_collections.ConfigDict) -> None:
     config.precision.storage = "float32"  # or "bfloat16": the frozen backbone
 
     config.weights = "examples"  # or "equal"
-    config.clients_per_chunk = 0  # 0: the whole cohort at once; fewer bound the memory
+    # How many clients train at once: "auto", the fastest number that fits the memory; "all"; or "4"
+    config.clients_per_chunk = "auto"
 
     # "equal" to lora.rank, "uniform", "heavy_tail_light", "heavy_tail_strong", or a list "4,2,1"
     config.lora.ranks = "equal"

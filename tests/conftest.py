@@ -14,6 +14,8 @@ os.environ.setdefault(
     "--xla_cpu_parallel_codegen_split_count=1"
     + " --xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jaxlib") < "0.12"),
 )
+# No test writes into the user's cache directory.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Before NumPy is imported: LAPACK's threads spin while they wait for each other, and there are as
 # many workers as cores already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -15,7 +15,7 @@ import numpy as np
 from fedlora_jax import lora
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.data.partition import Parts
-from fedlora_jax.experiment import memory, partitions, records
+from fedlora_jax.experiment import chunking, partitions, records
 from fedlora_jax.experiment.measure import make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
 from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled
@@ -121,7 +121,7 @@ def run(
     program: Program,
     workdir: Path,
     advance: Progress = lambda: None,
-    announce: Callable[[memory.Memory], Any] | None = None,
+    announce: Callable[[str], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains one method under one seed, from the last finished round found in `workdir`.
 
@@ -129,6 +129,7 @@ def run(
 
     * `config.json`: the configuration, with the options of this method alone.
     * `partition.json`: whose the training examples are. One that is there is used.
+    * `clients_per_chunk.json`: how many clients train at once, if that was left open.
     * `metrics.jsonl`: one line a round, see `docs/outputs.md`, and the same as TensorBoard events.
     * `checkpoints/`: the last two states, by Orbax.
     * `adapters.npz`: the final adapters.
@@ -139,14 +140,15 @@ def run(
       program: From `compile_program`, for the method of the configuration.
       workdir: A directory of this run's own.
       advance: Called after each finished round, and once for each round found finished.
-      announce: Called with the memory that a round needs before the first one runs, if any is to
-        be run and the compiler can tell.
+      announce: Called before the first round, if any is to be run, with a line that says how many
+        clients train at once and what memory that needs.
 
     Returns:
       The metrics of all rounds.
 
     Raises:
-      ValueError: If `workdir` holds a run of another configuration, or a partition of other data.
+      ValueError: If `workdir` holds a run of another configuration or a partition of other data, or
+        if a round cannot fit the memory.
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
@@ -168,16 +170,20 @@ def run(
     )
     measure = make_measure(config, program, setting.domains, start.federation, start.test, cohorts)
     rate_of = schedule(config)
-    if announce is not None and first < config.rounds:
-        arguments = (federation, start.data, cohorts[first], seed, jnp.float32(0))
-        needed = memory.estimate(program.round, *arguments)
-        if needed is not None:
-            announce(needed)
+    if first < config.rounds:
+        members = cohorts[first]
+        arguments, trial = (
+            (federation, start.data, some, seed, jnp.float32(rate_of(first)))
+            for some in (members, members[: chunking.MOST])
+        )
+        round_function = chunking.of_run(
+            config, program.make_round, arguments, trial, len(members), workdir, announce
+        )
     writer = records.MetricsWriter(workdir, first)
     try:
         for index in range(first, config.rounds):
             began = time.perf_counter()
-            federation, measured = program.round(
+            federation, measured = round_function(
                 federation, start.data, cohorts[index], seed, jnp.float32(rate_of(index))
             )
             jax.block_until_ready(federation)

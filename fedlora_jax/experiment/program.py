@@ -1,5 +1,7 @@
 """The compiled functions of one method, by configuration, with all that it is combined with."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import ml_collections
@@ -7,6 +9,7 @@ import optax
 
 from fedlora_jax import methods, transforms
 from fedlora_jax.data import partition
+from fedlora_jax.experiment import chunking
 from fedlora_jax.experiment.setting import Setting, dtype_of
 from fedlora_jax.federated import ranks
 from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
@@ -21,11 +24,20 @@ _EQUAL_WEIGHTS = {"examples": False, "equal": True}
 
 
 class Program(NamedTuple):
-    """The compiled functions of one method."""
+    """The compiled functions of one method.
+
+    Attributes:
+      method: With all that it is combined with.
+      training: How clients train.
+      make_round: The round that trains so many clients at once; the same function for the same
+        number. None stands for the whole cohort.
+      evaluate: Judges the models on held-out examples.
+      metrics: By which they are judged.
+    """
 
     method: Method
     training: LocalTraining
-    round: RoundFunction
+    make_round: Callable[[int | None], RoundFunction]
     evaluate: Evaluate
     metrics: tuple[Metric, ...]
 
@@ -43,12 +55,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         if value < 1:
             raise ValueError(f"config.{name} must be at least 1, got {value}")
     for name, value in {
-        "clients_per_chunk": config.clients_per_chunk,
         "local.epochs": config.local.epochs,
         "privacy.clip": config.privacy.clip,
     }.items():
         if value < 0:
             raise ValueError(f"config.{name} must not be negative, got {value}")
+    chunking.parse(config.clients_per_chunk)
     metrics_of(config.task, config.metrics)
     make_method(config)
     ranks.check(config.lora.ranks)
@@ -75,22 +87,28 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
         optimizer(config.local), batch_size, config.local.steps, config.local.epochs
     )
     equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
-    return Program(
-        method,
-        training,
-        make_round(
+
+    @functools.cache
+    def round_of(clients_per_chunk: int | None) -> RoundFunction:
+        return make_round(
             setting.task,
             method,
             training,
             equal_weights=equal,
-            clients_per_chunk=config.clients_per_chunk or None,
-        ),
+            clients_per_chunk=clients_per_chunk,
+        )
+
+    chunk = chunking.parse(config.clients_per_chunk)
+    return Program(
+        method,
+        training,
+        round_of,
         make_evaluate(
             setting.task,
             method,
             len(setting.domains),
             batch_size=config.evaluation_batch_size,
-            clients_at_once=config.clients_per_chunk or 8,
+            clients_at_once=chunk if isinstance(chunk, int) else 8,
         ),
         setting.task.metrics,
     )

@@ -18,6 +18,7 @@ def get_config(arg=None):
     config.pretraining.options.steps = 20
     config.backbone_dir = {backbones!r}
     config.rounds = 4
+    config.clients_per_chunk = "all"
     config.lora.rank = 2
     config.local.steps = 2
     config.local.batch_size = 8
@@ -34,6 +35,7 @@ class Program:
         self.environment = {
             **os.environ,
             "FEDLORA_DATA_DIR": str(directory / "data"),
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
