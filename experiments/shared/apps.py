@@ -60,8 +60,8 @@ def keep_compiled(wanted: str | None) -> None:
         now["jax_compilation_cache_dir"] or not now["jax_enable_compilation_cache"]
     ):
         return
+    jax.config.update("jax_compilation_cache_dir", None)
     if wanted == "off":
-        jax.config.update("jax_compilation_cache_dir", None)
         return
     directory = Path(wanted) if wanted else _cache_home() / "fedlora_jax" / "compiled" / _machine()
     try:

@@ -32,11 +32,12 @@ class Program:
     def __init__(self, directory: Path):
         self.config = directory / "tiny.py"
         self.config.write_text(CONFIG.format(backbones=str(directory / "backbones")))
+        self.compiled = directory / "compiled"
         self.environment = {
             **os.environ,
             "FEDLORA_DATA_DIR": str(directory / "data"),
             "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
 
