@@ -86,11 +86,13 @@ def add_combinations(config: ml_collections.ConfigDict) -> None:
     config.precision.storage = "float32"  # or "bfloat16": the frozen backbone
 
     config.weights = "examples"  # or "equal"
+    # How many clients train at once, on each device: "auto", the fastest number that fits the
+    # memory; "all"; or "4"
+    config.clients_per_chunk = "auto"
+
     config.mesh = ml_collections.ConfigDict()
     config.mesh.clients = 1  # devices that a cohort is spread over
     config.mesh.model = 1  # devices that one backbone is spread over
-
-    config.clients_per_chunk = 0  # 0: the whole cohort at once; fewer bound the memory
 
     # "equal" to lora.rank, "uniform", "heavy_tail_light", "heavy_tail_strong", or a list "4,2,1"
     config.lora.ranks = "equal"

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
 from experiments.shared import report
 from experiments.shared.apps import (
-    announce_memory,
     method_names,
     progress_bar,
     read_learning_rates,
@@ -88,7 +88,7 @@ def compare(
                     program,
                     workdir / name / f"seed_{seed}",
                     bar.update,
-                    announce_memory(name) if seed == 0 else None,
+                    tqdm.write if seed == 0 else None,
                 )
                 runs[name].append(rounds)
                 if bar.disable:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
+from tqdm import tqdm
 
 from experiments.shared import report
-from experiments.shared.apps import announce_memory, progress_bar, run
+from experiments.shared.apps import progress_bar, run
 from fedlora_jax import experiment
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -28,8 +29,7 @@ def main() -> None:
     setting = experiment.prepare(config)
     with progress_bar(config.rounds, config.method) as bar:
         program = experiment.compile_program(config, setting)
-        announce = announce_memory(config.method)
-        rounds = experiment.run(config, setting, program, workdir, bar.update, announce)
+        rounds = experiment.run(config, setting, program, workdir, bar.update, tqdm.write)
     rates = {config.method: config.local.learning_rate}
     report.finish(config, setting, workdir, {config.method: [rounds]}, rates, first=workdir)
 

@@ -16,6 +16,8 @@ os.environ.setdefault(
 )
 # Devices for the tests of a mesh.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
+# No test writes into the user's cache directory.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 # Before NumPy is imported: LAPACK's threads spin while they wait for each other, and there are as
 # many workers as cores already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

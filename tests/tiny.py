@@ -10,6 +10,7 @@ def tiny_digits(directory):
     config.pretraining.options.steps = 20
     config.backbone_dir = str(directory / "backbones")
     config.clients_per_round = 4
+    config.clients_per_chunk = "all"
     config.lora.targets = ("attention/query",)
     config.local.update(steps=2, batch_size=8)
     return config

@@ -114,5 +114,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if small:
         config.local.update(steps=1, epochs=0, batch_size=4)
     else:
-        config.clients_per_chunk = 1
+        config.clients_per_chunk = "1"
     return config

@@ -107,5 +107,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         clip_norm=10.0,
         schedule="constant",
     )
-    config.clients_per_chunk = 0 if small else 2
+    config.clients_per_chunk = "all" if small else "2"
     return config

@@ -1,21 +1,33 @@
 """What the command-line programs share."""
 
 import difflib
+import hashlib
 import json
+import os
+import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from tqdm import tqdm
 
 from fedlora_jax import methods
-from fedlora_jax.experiment.memory import Memory
+
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Directory in which compiled programs are kept for the next start; `off` for none. By default "
+    "that of JAX_COMPILATION_CACHE_DIR, else one in the user's cache directory.",
+)
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs an absl app: no positional arguments, and libraries say only what is wrong.
+
+    Compiled programs are kept, see `keep_compiled`.
 
     What the user has to mend ends the program with its message alone; `--verbosity=0` adds
     where it comes from.
@@ -26,6 +38,7 @@ def run(main: Callable[[], None]) -> None:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+        keep_compiled(_COMPILATION_CACHE.value)
         try:
             main()
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -33,6 +46,49 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"error: {error}")
 
     app.run(quietly)
+
+
+def keep_compiled(wanted: str | None) -> None:
+    """Has JAX keep compiled programs on disk; to be called before anything is compiled.
+
+    Args:
+      wanted: A directory; `off` for none; None for what JAX's own settings say, or else
+        `fedlora_jax/compiled` in the user's cache directory.
+    """
+    now = jax.config.values
+    if wanted is None and (
+        now["jax_compilation_cache_dir"] or not now["jax_enable_compilation_cache"]
+    ):
+        return
+    jax.config.update("jax_compilation_cache_dir", None)
+    if wanted == "off":
+        return
+    directory = Path(wanted) if wanted else _cache_home() / "fedlora_jax" / "compiled" / _machine()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(f"{directory} is not writable")
+    except OSError as error:
+        logging.warning("Compiled programs are not kept: %s", error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory.absolute()))
+    # Small programs too: a start compiles dozens of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _machine() -> str:
+    """A name that differs between processors, whose programs may not run on each other."""
+    described = platform.machine() + platform.processor()
+    try:
+        with open("/proc/cpuinfo") as file:
+            described += next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:  # No Linux.
+        pass
+    return f"{platform.machine()}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
 
 
 def progress_bar(total: int, description: str = "", unit: str = "round") -> tqdm:
@@ -44,20 +100,6 @@ def progress_bar(total: int, description: str = "", unit: str = "round") -> tqdm
         disable=not sys.stderr.isatty(),
         dynamic_ncols=True,
     )
-
-
-def announce_memory(name: str) -> Callable[[Memory], None]:
-    """Builds what says how much memory a method's rounds need, and what to do if it is too much."""
-
-    def announce(needed: Memory) -> None:
-        tqdm.write(f"{name}: a round needs {needed}")
-        if not needed.fits:
-            tqdm.write(
-                "That is more than the device has: train fewer clients at once, for example "
-                "--config.clients_per_chunk=4"
-            )
-
-    return announce
 
 
 def command() -> str:

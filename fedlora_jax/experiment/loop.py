@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fedlora_jax.experiment import memory, partitions, records
+from fedlora_jax.experiment import chunking, partitions, records
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
@@ -30,7 +30,7 @@ def run(
     program: Program,
     workdir: Path,
     advance: Progress = lambda: None,
-    announce: Callable[[memory.Memory], Any] | None = None,
+    announce: Callable[[str], Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains one method under one seed, from the last finished round found in `workdir`.
 
@@ -38,6 +38,7 @@ def run(
 
     * `config.json`: the configuration, with the options of this method alone.
     * `partition.json`: whose the training examples are. One that is there is used.
+    * `clients_per_chunk.json`: how many clients train at once, if that was left open.
     * `metrics.jsonl`: one line a round, see `docs/outputs.md`, and the same as TensorBoard events.
     * `checkpoints/`: the last two states of the server, by Orbax.
     * `clients/`: the states of clients that keep one, see `client_store`.
@@ -49,14 +50,15 @@ def run(
       program: From `compile_program`, for the method of the configuration.
       workdir: A directory of this run's own.
       advance: Called after each finished round, and once for each round found finished.
-      announce: Called with the memory that a round needs before the first one runs, if any is to
-        be run and the compiler can tell.
+      announce: Called before the first round, if any is to be run, with a line that says how many
+        clients train at once and what memory that needs.
 
     Returns:
       The metrics of all rounds.
 
     Raises:
-      ValueError: If `workdir` holds a run of another configuration, or a partition of other data.
+      ValueError: If `workdir` holds a run of another configuration or a partition of other data, or
+        if a round cannot fit the memory.
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
@@ -85,12 +87,14 @@ def run(
         shared = everywhere((seed, jnp.float32(rate_of(index))), mesh)
         return states, start.ranks, start.data, rows(members, mesh), *shared
 
-    if announce is not None and first < config.rounds:
-        needed = memory.estimate(
-            program.cohort_round, server, *inputs(first, np.asarray(draw(first)))
+    if first < config.rounds:
+        chosen, devices = np.asarray(draw(first)), 1 if mesh is None else mesh.shape["clients"]
+        some = chosen[: chunking.MOST * devices]
+        arguments, trial = ((server, *inputs(first, who)) for who in (chosen, some))
+        each = -(-len(chosen) // devices)
+        round_function = chunking.of_run(
+            config, program.make_round, arguments, trial, each, workdir, announce
         )
-        if needed is not None:
-            announce(needed)
     writer = records.MetricsWriter(workdir, first)
     try:
         for index in range(first, config.rounds):
@@ -98,7 +102,7 @@ def run(
             who = Participation(chosen, communication.absences(last, chosen, index))
             last[chosen] = index
             began = time.perf_counter()
-            server, states, measured = program.cohort_round(server, *inputs(index, chosen))
+            server, states, measured = round_function(server, *inputs(index, chosen))
             states, measured = jax.device_get((states, measured))
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)

@@ -1,6 +1,8 @@
 """The compiled functions of one method, by configuration, with all that it is combined with."""
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import ml_collections
 import optax
@@ -8,17 +10,13 @@ from jax.sharding import Mesh
 
 from fedlora_jax import methods, transforms
 from fedlora_jax.data import partition
+from fedlora_jax.experiment import chunking
 from fedlora_jax.experiment.setting import Setting, dtype_of
 from fedlora_jax.federated import placement, ranks
 from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.metrics import Metric
-from fedlora_jax.federated.round import (
-    CohortRoundFunction,
-    RoundFunction,
-    make_cohort_round,
-    make_round,
-)
+from fedlora_jax.federated.round import CohortRoundFunction, make_cohort_round
 from fedlora_jax.federated.task import metrics_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
@@ -32,17 +30,16 @@ class Program(NamedTuple):
     Attributes:
       method: With all that it is combined with.
       training: How clients train.
-      round: A round of a whole federation.
-      cohort_round: The same on the states of a cohort alone, on the mesh if there is one.
-      evaluate: What is held out, judged.
-      metrics: How.
+      make_round: The round on the states of a cohort that trains so many clients at once on each
+        device; the same function for the same number. None stands for the whole cohort.
+      evaluate: Judges the models on held-out examples.
+      metrics: By which they are judged.
       mesh: The devices that a cohort is spread over; None for one.
     """
 
     method: Method
     training: LocalTraining
-    round: RoundFunction
-    cohort_round: CohortRoundFunction
+    make_round: Callable[[int | None], CohortRoundFunction]
     evaluate: Evaluate
     metrics: tuple[Metric, ...]
     mesh: Mesh | None
@@ -62,12 +59,12 @@ def check(config: ml_collections.ConfigDict) -> None:
         if value < 1:
             raise ValueError(f"config.{name} must be at least 1, got {value}")
     for name, value in {
-        "clients_per_chunk": config.clients_per_chunk,
         "local.epochs": config.local.epochs,
         "privacy.clip": config.privacy.clip,
     }.items():
         if value < 0:
             raise ValueError(f"config.{name} must not be negative, got {value}")
+    chunking.parse(config.clients_per_chunk)
     metrics_of(config.task, config.metrics)
     make_method(config)
     ranks.check(config.lora.ranks)
@@ -94,20 +91,30 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
         optimizer(config.local), batch_size, config.local.steps, config.local.epochs
     )
     equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
-    mesh = mesh_of(config)
-    task, chunk = setting.task, config.clients_per_chunk or None
-    together: dict[str, Any] = {"equal_weights": equal, "clients_per_chunk": chunk}
+    mesh, task = mesh_of(config), setting.task
+
+    @functools.cache
+    def round_of(clients_per_chunk: int | None) -> CohortRoundFunction:
+        return make_cohort_round(
+            task,
+            method,
+            training,
+            equal_weights=equal,
+            clients_per_chunk=clients_per_chunk,
+            mesh=mesh,
+        )
+
+    chunk = chunking.parse(config.clients_per_chunk)
     return Program(
         method,
         training,
-        make_round(task, method, training, **together),
-        make_cohort_round(task, method, training, **together, mesh=mesh),
+        round_of,
         make_evaluate(
             task,
             method,
             len(setting.domains),
             batch_size=config.evaluation_batch_size,
-            clients_at_once=config.clients_per_chunk or 8,
+            clients_at_once=chunk if isinstance(chunk, int) else 8,
         ),
         task.metrics,
         mesh,

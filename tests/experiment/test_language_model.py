@@ -88,7 +88,7 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(base, unbroken, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"clients_per_chunk": 3},
+        {"clients_per_chunk": "3"},
         {"evaluation_batch_size": 3},
         {"data.length": 31},  # Padding moves nothing.
         {"model.options": {"remat": True}},

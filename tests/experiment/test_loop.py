@@ -1,6 +1,7 @@
 """From a configuration to a finished run, in process, on the demo's data with a tiny ViT."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedlora_jax import experiment, transforms
-from fedlora_jax.experiment import loop, partitions, program
+from fedlora_jax.experiment import chunking, loop, partitions, program
 from fedlora_jax.federated import ranks
 from tests.tiny import tiny_digits
 
@@ -93,7 +94,24 @@ def test_memory_is_announced_before_the_first_round_alone(base, make, tmp_path):
     heard = []
     run(base, make(rounds=1), tmp_path, announce=heard.append)
     run(base, make(rounds=1), tmp_path, announce=heard.append)
-    assert len(heard) == 1 and heard[0].working > 0 and heard[0].fits
+    assert len(heard) == 1
+    assert re.fullmatch("fedit: 4 clients at once; a round needs .* to train, of .* free", heard[0])
+
+
+def test_a_run_is_the_same_whether_its_number_of_clients_at_once_was_found_or_given(
+    base, make, tmp_path, caplog
+):
+    config = make(rounds=4, clients_per_chunk="auto")
+    program = experiment.compile_program(config, base[1])
+    with jax.log_compiles():
+        rows = experiment.run(config, base[1], program, tmp_path / "found")
+    record = json.loads((tmp_path / "found" / chunking.RECORD).read_text())
+    compiled = [r.getMessage() for r in caplog.records if "Finished XLA" in r.getMessage()]
+    assert len([text for text in compiled if "round_function" in text]) == len(record["seconds"])
+    config.clients_per_chunk = str(record["clients_per_chunk"])
+    given = experiment.run(config, base[1], program, tmp_path / "given")
+    assert without_seconds(given) == without_seconds(rows)
+    assert not (tmp_path / "given" / chunking.RECORD).exists()
 
 
 def test_metrics_of_unequal_ranks_and_missed_rounds(base, make, tmp_path):
@@ -158,7 +176,7 @@ def test_with_many_clients_a_panel_is_listed_and_all_are_summed_up(base, make, t
         ({"lora.ranks": "heavytail_light"}, "'heavy_tail_light'"),
         ({"lora.ranks": "heavy_tail_light,3"}, "unknown distribution of ranks"),
         ({"local.steps": 0}, "local.steps or config.local.epochs must be at least 1"),
-        ({"clients_per_chunk": -1}, "clients_per_chunk must not be negative"),
+        ({"clients_per_chunk": "-1"}, "clients_per_chunk must be auto, all or a number"),
         ({"local.scaffold": True, "privacy.clip": 1.0}, "unprotected"),
         ({"precision.compute": "bfloat61"}, "'bfloat16'"),
         ({"model.options": {"dtype": "bfloat16"}}, "config.precision.compute"),
@@ -186,7 +204,7 @@ def test_everything_at_once(base, make, tmp_path):
         "local.proximal": 0.01,
         "local.scaffold": True,
         "server.optimizer": "fedavgm",
-        "clients_per_chunk": 3,
+        "clients_per_chunk": "3",
     }
     whole = run(base, make(rounds=3, **values), tmp_path / "whole")
     run(base, make(rounds=2, **values), tmp_path / "parts")

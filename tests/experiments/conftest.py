@@ -18,6 +18,7 @@ def get_config(arg=None):
     config.pretraining.options.steps = 20
     config.backbone_dir = {backbones!r}
     config.rounds = 4
+    config.clients_per_chunk = "all"
     config.lora.rank = 2
     config.local.steps = 2
     config.local.batch_size = 8
@@ -31,10 +32,12 @@ class Program:
     def __init__(self, directory: Path):
         self.config = directory / "tiny.py"
         self.config.write_text(CONFIG.format(backbones=str(directory / "backbones")))
+        self.compiled = directory / "compiled"
         self.environment = {
             **os.environ,
             "FEDLORA_DATA_DIR": str(directory / "data"),
-            "JAX_COMPILATION_CACHE_DIR": str(directory / "compiled"),
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
+            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
 

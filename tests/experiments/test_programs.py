@@ -21,6 +21,11 @@ def metrics(workdir):
     return found
 
 
+def compiled(program):
+    """The rounds that are kept on disk."""
+    return {path.name for path in program.compiled.glob("jit_round_function-*")}
+
+
 @pytest.fixture(scope="session")
 def unbroken(program, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("unbroken")
@@ -72,7 +77,8 @@ def test_no_progress_bar_in_a_log_file(unbroken):
 
 
 def test_killed_comparison_ends_with_the_same_numbers(program, unbroken, tmp_path):
-    """Killed twice, in two methods, at whatever moment comes."""
+    """Killed twice, in two methods, at whatever moment comes; no round is compiled again."""
+    before = compiled(program)
     arguments = (f"--config={program.config}", f"--workdir={tmp_path}", METHODS, "--seeds=2")
     for run, rounds in (("fedit/seed_0", 2), ("local/seed_1", 1)):
         process = program.start("compare", *arguments)
@@ -87,6 +93,7 @@ def test_killed_comparison_ends_with_the_same_numbers(program, unbroken, tmp_pat
     code, out, err = program.run("compare", *arguments)
     assert code == 0, err
     assert metrics(tmp_path) == metrics(unbroken[0])
+    assert before and compiled(program) == before
 
 
 def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken, tmp_path):

@@ -102,7 +102,7 @@ def test_memory_that_does_not_fit_is_seen():
     assert memory.Memory(1, 2, None).fits and memory.Memory(1, 2, 3).fits
     assert not memory.Memory(2, 2, 3).fits
     assert str(memory.Memory(10**6, 2 * 10**9, 8 * 10**9)) == (
-        "1 MB of state and data, 2.0 GB to train, of 8.0 GB on the device"
+        "1 MB of state and data, 2.0 GB to train, of 8.0 GB that are free"
     )
 
 
