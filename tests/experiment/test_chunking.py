@@ -90,7 +90,7 @@ def config(changes):
 
 def of_run(fake, workdir, announce=None, **changes):
     server = SimpleNamespace(backbone={"kernel": jax.numpy.zeros(3)})
-    arguments = (SimpleNamespace(server=server), SimpleNamespace(examples={}))
+    arguments = (server, (), (), SimpleNamespace(examples={}))
     workdir.mkdir(exist_ok=True)
     made = config(changes)
     return chunking.of_run(
