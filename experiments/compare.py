@@ -26,6 +26,7 @@ from experiments.shared.apps import (
 )
 from experiments.shared.plots import Rounds, Runs
 from fedlora_jax import experiment
+from fedlora_jax.experiment import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/digits.py or configs/digits.py:runlocal."
@@ -72,7 +73,8 @@ def compare(
         mine.method = name
         mine.local.learning_rate = learning_rates[name]
         experiment.check(mine)
-    setting = experiment.prepare(config)
+    with hosts.first_before_others("prepared"):
+        setting = experiment.prepare(config)
     metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
     runs: dict[str, list[Rounds]] = {}
     with progress_bar(len(configs) * num_seeds * config.rounds) as bar:
@@ -88,15 +90,16 @@ def compare(
                     program,
                     workdir / name / f"seed_{seed}",
                     bar.update,
-                    tqdm.write if seed == 0 else None,
+                    tqdm.write if seed == 0 and hosts.is_first() else None,
                 )
                 runs[name].append(rounds)
-                if bar.disable:
+                if bar.disable and hosts.is_first():
                     print(
                         f"{name}, seed {seed}: {metric.show(rounds[-1][metric.name])}", flush=True
                     )
     first = workdir / next(iter(runs)) / "seed_0"
-    report.finish(config, setting, workdir, runs, learning_rates, untouched, first=first)
+    if hosts.is_first():
+        report.finish(config, setting, workdir, runs, learning_rates, untouched, first=first)
     return runs
 
 

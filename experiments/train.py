@@ -15,6 +15,7 @@ from tqdm import tqdm
 from experiments.shared import report
 from experiments.shared.apps import progress_bar, run
 from fedlora_jax import experiment
+from fedlora_jax.experiment import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/digits.py:method=lora_fair."
@@ -26,12 +27,15 @@ def main() -> None:
     """Runs the configuration."""
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     experiment.check(config)
-    setting = experiment.prepare(config)
+    with hosts.first_before_others("prepared"):
+        setting = experiment.prepare(config)
     with progress_bar(config.rounds, config.method) as bar:
         program = experiment.compile_program(config, setting)
-        rounds = experiment.run(config, setting, program, workdir, bar.update, tqdm.write)
+        say = tqdm.write if hosts.is_first() else None
+        rounds = experiment.run(config, setting, program, workdir, bar.update, say)
     rates = {config.method: config.local.learning_rate}
-    report.finish(config, setting, workdir, {config.method: [rounds]}, rates, first=workdir)
+    if hosts.is_first():
+        report.finish(config, setting, workdir, {config.method: [rounds]}, rates, first=workdir)
 
 
 if __name__ == "__main__":

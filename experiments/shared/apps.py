@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from fedlora_jax import methods
+from fedlora_jax.experiment import hosts
 
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -22,6 +23,16 @@ _COMPILATION_CACHE = flags.DEFINE_string(
     "Directory in which compiled programs are kept for the next start; `off` for none. By default "
     "that of JAX_COMPILATION_CACHE_DIR, else one in the user's cache directory.",
 )
+
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "address:port of the first of several hosts that run this command, or `auto` on a cluster that "
+    "JAX knows; config.mesh then says how all their devices share the work.",
+)
+_NUM_HOSTS = flags.DEFINE_integer("num_hosts", 1, "How many hosts run this command.", lower_bound=1)
+_HOST = flags.DEFINE_integer("host", 0, "Which of them this is, from 0.", lower_bound=0)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -39,6 +50,8 @@ def run(main: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         keep_compiled(_COMPILATION_CACHE.value)
+        if _COORDINATOR.value is not None:
+            hosts.join(_COORDINATOR.value, _NUM_HOSTS.value, _HOST.value)
         try:
             main()
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -97,7 +110,7 @@ def progress_bar(total: int, description: str = "", unit: str = "round") -> tqdm
         total=total,
         desc=description,
         unit=unit,
-        disable=not sys.stderr.isatty(),
+        disable=not (sys.stderr.isatty() and hosts.is_first()),
         dynamic_ncols=True,
     )
 

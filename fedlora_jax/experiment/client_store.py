@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from fedlora_jax.experiment import hosts
+
 PyTree: TypeAlias = Any
 
 DIRECTORY = "clients"
@@ -63,7 +65,7 @@ class ClientStore:
         return jax.tree.unflatten(structure, stacked)
 
     def write(self, round_index: int, identities: np.ndarray, states: PyTree) -> None:
-        """Keeps the states after a round, `[K, ...]`.
+        """Keeps the states after a round, `[K, ...]`; of several hosts the first one writes.
 
         Args:
           round_index: The round.
@@ -72,6 +74,18 @@ class ClientStore:
         """
         if not self._fields:
             return
+        if hosts.is_first():
+            self._save(round_index, identities, states)
+        self._enter(round_index, identities)
+
+    def forget(self, rounds: int) -> None:
+        """Removes what no checkpoint after so many rounds, or more, needs."""
+        for index in [i for i, newer in self._dead.items() if newer < rounds]:
+            if hosts.is_first():
+                self._path(index).unlink(missing_ok=True)
+            del self._dead[index]
+
+    def _save(self, round_index: int, identities: np.ndarray, states: PyTree) -> None:
         records = np.empty(len(identities), self._record)
         records[_IDENTITY] = identities
         for field, values in zip(self._fields, jax.tree.leaves(states), strict=True):
@@ -82,18 +96,6 @@ class ClientStore:
         with open(temporary, "wb") as file:
             np.save(file, records)
         os.replace(temporary, path)
-        self._enter(round_index, identities)
-
-    def enter(self, round_index: int, identities: np.ndarray) -> None:
-        """Learns of a round whose file another process has written."""
-        if self._fields:
-            self._enter(round_index, identities)
-
-    def forget(self, rounds: int) -> None:
-        """Removes what no checkpoint after so many rounds, or more, needs."""
-        for index in [i for i, newer in self._dead.items() if newer < rounds]:
-            self._path(index).unlink(missing_ok=True)
-            del self._dead[index]
 
     def _enter(self, index: int, identities: np.ndarray) -> None:
         before = self._round[identities]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fedlora_jax.experiment import chunking, partitions, records
+from fedlora_jax.experiment import chunking, hosts, partitions, records
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
@@ -66,8 +66,9 @@ def run(
     found = partitions.of_run(config, setting.train, workdir)
     start = first_state(config, setting, program.method, found.parts, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
-    _claim(config, workdir)
-    partitions.write(found, workdir)
+    with hosts.first_before_others("claimed"):
+        _claim(config, workdir)
+        partitions.write(found, workdir)
     checkpoints = records.Checkpoints(workdir)
     server, first = checkpoints.restore(start.server)
     store = ClientStore(workdir, start.client, len(start.ranks), first)
@@ -95,7 +96,7 @@ def run(
         round_function = chunking.of_run(
             config, program.make_round, arguments, trial, each, workdir, announce
         )
-    writer = records.MetricsWriter(workdir, first)
+    writer = records.MetricsWriter(workdir, first) if hosts.is_first() else None
     try:
         for index in range(first, config.rounds):
             chosen = np.asarray(draw(index))
@@ -103,19 +104,25 @@ def run(
             last[chosen] = index
             began = time.perf_counter()
             server, states, measured = round_function(server, *inputs(index, chosen))
-            states, measured = jax.device_get((states, measured))
+            states, measured = hosts.gathered(states), jax.device_get(measured)
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
-            store.write(index, chosen, _first(states, start.cohort_size))
+            with hosts.first_before_others("states written"):
+                store.write(index, chosen, _first(states, start.cohort_size))
             judged = store.read(start.test.panel.clients) if program.method.personal else ()
-            writer.write({**measure(index, who, server, judged, measured), "seconds": seconds})
+            row = {**measure(index, who, server, judged, measured), "seconds": seconds}
+            if writer is not None:
+                writer.write(row)
             checkpoints.save(index + 1, server)
             store.forget(checkpoints.oldest())
             advance()
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
         checkpoints.close()
-    records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
+    with hosts.first_before_others("finished"):
+        if hosts.is_first():
+            records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
     return records.read_metrics(workdir)
 
 

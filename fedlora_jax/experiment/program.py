@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import ml_collections
 import optax
 from jax.sharding import Mesh
@@ -129,7 +130,7 @@ def mesh_of(config: ml_collections.ConfigDict) -> Mesh | None:
     """
     wanted = config.get("mesh", {})
     clients, model = wanted.get("clients", 1), wanted.get("model", 1)
-    if clients == model == 1:
+    if clients == model == 1 and jax.process_count() == 1:
         return None
     return placement.make_mesh(clients, model)
 

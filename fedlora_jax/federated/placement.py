@@ -85,12 +85,14 @@ def put(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    if sharding.is_fully_addressable or isinstance(x, np.ndarray):
+    if sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if not isinstance(x, np.ndarray) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _put(np.asarray(jax.random.key_data(x)), sharding)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    return jax.device_put(np.asarray(x), sharding)
+    # Each host gives its devices what is theirs; device_put would compare all of it between hosts.
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def padded(cohort: np.ndarray, mesh: Mesh | None) -> np.ndarray:

@@ -1,0 +1,57 @@
+"""Several hosts that run the same program on one mesh: who writes, and what all wait for.
+
+All of them see one file system. With one host every function here does nothing.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+PyTree: TypeAlias = Any
+
+
+def join(coordinator: str, count: int, index: int) -> None:
+    """Waits for all hosts to start; to be called before anything else of JAX.
+
+    Args:
+      coordinator: `address:port` of the first host, or `auto`: the cluster's own settings, of TPU
+        pods, Slurm, Open MPI and others that JAX knows, say all three.
+      count: How many hosts there are.
+      index: Which of them this is, from 0.
+    """
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(coordinator, count, index)
+
+
+def is_first() -> bool:
+    """Whether this is the host that writes."""
+    return jax.process_index() == 0
+
+
+def wait(what: str) -> None:
+    """Returns when every host has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def first_before_others(what: str) -> Iterator[None]:
+    """Lets the first host do it alone, and the others when it is done."""
+    if not is_first():
+        wait(what)
+    yield
+    if is_first():
+        wait(what)
+
+
+def gathered(tree: PyTree) -> PyTree:
+    """Whole arrays in the memory of each host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
