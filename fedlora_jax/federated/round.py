@@ -159,6 +159,9 @@ class CohortRoundFunction(Protocol):
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """The program for arguments of these shapes, not yet compiled."""
 
+    def num_programs(self) -> int:
+        """How many programs have been compiled."""
+
 
 class CohortResult(NamedTuple):
     """What the clients of a cohort did in a round; everything stacked along `[K]`.
@@ -507,7 +510,7 @@ def make_cohort_round(
         seed: jax.Array,
         learning_rate: ArrayLike,
     ) -> tuple[Server, PyTree, RoundMetrics]:
-        server, states, metrics, _ = run_cohort(
+        after, states, metrics, _ = run_cohort(
             task,
             method,
             training,
@@ -522,16 +525,62 @@ def make_cohort_round(
             clients_per_chunk=clients_per_chunk,
             mesh=mesh,
         )
+        changed = jax.tree.map(lambda new, old: None if new is old else new, after, server)
         if mesh is None:
-            return server, states, metrics
+            return changed, states, metrics
         held = jax.lax.with_sharding_constraint
+        shardings = placement.server(mesh, server)
         return (
-            held(server, placement.server(mesh, server)),
+            jax.tree.map(
+                lambda x, where: None if x is None else held(x, where),
+                changed,
+                shardings,
+                is_leaf=_is_none,
+            ),
             held(states, placement.rows(mesh)),
             held(metrics, placement.everywhere(mesh)),
         )
 
-    return round_function
+    return _CohortRound(round_function)
+
+
+class _CohortRound:
+    """A jitted round that returns None for arrays that no round changes, such as a frozen kernel.
+
+    A result is a new array, and most of a backbone would be copied in every round.
+    """
+
+    def __init__(self, changes: Any):
+        self._changes = changes
+
+    def __call__(
+        self,
+        server: Server,
+        states: PyTree,
+        ranks: jax.Array,
+        data: ClientData,
+        cohort: jax.Array,
+        seed: jax.Array,
+        learning_rate: ArrayLike,
+    ) -> tuple[Server, PyTree, RoundMetrics]:
+        inputs = (states, ranks, data, cohort, seed, learning_rate)
+        changed, states, metrics = self._changes(server, *inputs)
+        after = jax.tree.map(
+            lambda new, old: old if new is None else new, changed, server, is_leaf=_is_none
+        )
+        return after, states, metrics
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, not yet compiled."""
+        return self._changes.lower(*args)
+
+    def num_programs(self) -> int:
+        """How many programs have been compiled."""
+        return self._changes._cache_size()
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def _compiler_options() -> dict[str, str] | None:

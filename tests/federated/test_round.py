@@ -9,7 +9,7 @@ import pytest
 
 from fedlora_jax import lora, methods
 from fedlora_jax.experiment import memory
-from fedlora_jax.federated.round import make_round, run_round
+from fedlora_jax.federated.round import make_cohort_round, make_round, run_round
 from fedlora_jax.methods import Trainable
 from tests.world import COHORT, learning_rate, method_of, positions, train_by_hand
 
@@ -218,3 +218,16 @@ def test_padding_never_moves_anything(world):
 def test_trainable_is_adapters_and_head(world):
     assert isinstance(world.server.trainable, Trainable)
     assert set(world.server.trainable.head) == {"head"}
+
+
+def test_what_no_round_changes_is_not_copied(world):
+    """Of a backbone that nothing is merged into there is one, before and after."""
+    for name, merges in (("fedit", False), ("fedex_lora", True)):
+        method = method_of(name)
+        function = make_cohort_round(world.task, method, world.training)
+        state = world.federation(method)
+        arguments = (state.ranks, world.data, COHORT, world.seed, learning_rate(state))
+        server, *_ = function(state.server, (), *arguments)
+        same = jax.tree.map(lambda x, y: x is y, server.backbone, state.server.backbone)
+        assert same["first"]["bias"] and same["first"]["kernel"] != merges
+        assert_close(server, world.run(name, [COHORT])[1].server)
