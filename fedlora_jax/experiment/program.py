@@ -116,6 +116,7 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
             len(setting.domains),
             batch_size=config.evaluation_batch_size,
             clients_at_once=chunk if isinstance(chunk, int) else 8,
+            mesh=mesh,
         ),
         task.metrics,
         mesh,

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy import sparse
 
-from fedlora_jax.federated import cohort
+from fedlora_jax.federated import cohort, placement
 from fedlora_jax.federated.metrics import Score
 from fedlora_jax.federated.task import Batch, Task, Weighted, outputs
 from fedlora_jax.methods import Method, Server, Trainable
@@ -215,7 +216,13 @@ class _OfPanel(NamedTuple):
 
 
 def make_evaluate(
-    task: Task, method: Method, num_domains: int, *, batch_size: int = 256, clients_at_once: int = 8
+    task: Task,
+    method: Method,
+    num_domains: int,
+    *,
+    batch_size: int = 256,
+    clients_at_once: int = 8,
+    mesh: Mesh | None = None,
 ) -> Evaluate:
     """Builds the evaluation `(server, the panel's states, test) -> Evaluation`.
 
@@ -229,6 +236,7 @@ def make_evaluate(
       num_domains: D.
       batch_size: Examples at once.
       clients_at_once: Personal models at once.
+      mesh: Devices that share each batch, along `placement.CLIENTS`; None for one.
 
     Raises:
       ValueError: If a metric is of sets and the task predicts nothing.
@@ -243,7 +251,7 @@ def make_evaluate(
             values = {m.name: m.measure(given, batch) for m in task.metrics if m.measure}
             return _Found(values, task.predict(given) if of_sets and task.predict else None)
 
-        return _in_batches(of_batch, examples, batch_size)
+        return _in_batches(of_batch, examples, batch_size, mesh)
 
     def of_server(server: Server, test: HeldOut) -> _OfServer:
         found = run(server, server.trainable, test.examples)
@@ -363,15 +371,23 @@ def mean_of_known(values: np.ndarray, axis: int | None = None) -> Any:
         return np.where(known, values, 0).sum(axis) / known.sum(axis)
 
 
-def _in_batches(function: Callable[[Batch], Any], examples: Batch, batch_size: int) -> Any:
+def _in_batches(
+    function: Callable[[Batch], Any], examples: Batch, batch_size: int, mesh: Mesh | None
+) -> Any:
     """What a function of batches gives on M examples; its results stacked along `[M]`."""
     count = len(next(iter(examples.values())))
-    size = min(batch_size, count)
+    devices = 1 if mesh is None else mesh.shape[placement.CLIENTS]
+    size = -(-min(batch_size, count) // devices) * devices
     batches = -(-count // size)
     index = jnp.minimum(jnp.arange(batches * size), count - 1).reshape(batches, size)
-    found = jax.lax.map(
-        lambda rows: function({name: values[rows] for name, values in examples.items()}), index
-    )
+
+    def of_rows(rows: jax.Array) -> Any:
+        batch = {name: values[rows] for name, values in examples.items()}
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, placement.rows(mesh))
+        return function(batch)
+
+    found = jax.lax.map(of_rows, index)
     return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:count], found)
 
 

@@ -11,7 +11,7 @@ from scipy import special, stats
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from fedlora_jax.experiment.measure import in_words
-from fedlora_jax.federated import evaluation, metrics
+from fedlora_jax.federated import evaluation, metrics, placement
 from fedlora_jax.federated.task import Weighted, metrics_of, outputs
 from tests.world import method_of
 
@@ -326,3 +326,14 @@ def test_half_a_million_clients_are_judged():
     np.testing.assert_allclose(found.shares @ sums, sums[mine] / 4)
     expected = 4 * mine[found.panel.clients][:, None] + np.arange(4)
     np.testing.assert_array_equal(found.panel.examples, expected)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.parametrize("name", ["fedit", "local"])
+def test_four_devices_judge_as_one(world, held_out, name):
+    """Batches of 5 become such of 8, two a device."""
+    federation, method = world.federation(method_of(name)), method_of(name)
+    one = evaluate(world.task, method, federation, held_out, batch_size=5)
+    mesh = placement.make_mesh(4)
+    four = evaluate(world.task, method, federation, held_out, batch_size=5, mesh=mesh)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), one, four)
