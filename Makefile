@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test parity lint format clean
+.PHONY: help demo test devices parity lint format clean
 
 help:
 	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
 	@echo "make test    set up, then lint, check types and run all tests"
+	@echo "make devices set up, then check that several devices and hosts find what one finds"
 	@echo "make parity  set up, then check backbones and adapters against torch, transformers and peft,"
 	@echo "             and prepare small public data sets"
 	@echo "make format  format the code"
@@ -19,7 +20,10 @@ demo: $(VENV)/.core
 	$(BIN)/python -m experiments.compare --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/devices
+
+devices: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/devices
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
