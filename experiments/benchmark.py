@@ -1,10 +1,12 @@
-"""Speed and memory of aggregation, beside dense code in PyTorch; of programs.
+"""Speed and memory of aggregation, of programs and of rounds, beside code in PyTorch.
 
     python -m experiments.benchmark aggregation
     python -m experiments.benchmark aggregation --only=fedit,flexlora --noreference
     python -m experiments.benchmark growth
     python -m experiments.benchmark programs --clients=4 --rank=8
     python -m experiments.benchmark memory --rank=8
+    python -m experiments.benchmark round
+    python -m experiments.benchmark round --only=digits,per_client --chunks=all,1,6 --noreference
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -18,7 +20,9 @@ four, one client at a time), each in a process of its own, and runs none: lines 
 seconds to trace and to compile, the most memory that took, and what the compiler plans for the
 round. `memory` compiles rounds of `fedit` on the same model, with 1 and 4 clients side by side and
 texts of 128 and 512 tokens, and says what memory the compiler plans: with the logits of the batch
-kept, with those of 128 tokens at a time, and with blocks computed again besides.
+kept, with those of 128 tokens at a time, and with blocks computed again besides. `round` times
+rounds of `fedit` beside a loop over clients in PyTorch and PEFT, on four models; each size of
+`--chunks` is tried. `per_client` is the cost of a client by the size of the cohort.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -35,6 +39,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +53,7 @@ import numpy as np
 from absl import app, flags
 from tabulate import tabulate
 
-from experiments.benchmarks import programs
+from experiments.benchmarks import programs, rounds
 from fedlora_jax import Factors, aggregation, methods
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
@@ -58,8 +63,9 @@ _BLOCKS = flags.DEFINE_integer("blocks", 30, "Blocks of `programs`.", lower_boun
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the adapters.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls after the first one.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
-_REFERENCE = flags.DEFINE_bool("reference", True, "Also run the dense code (extra `parity`).")
+_REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
+_CHUNKS = flags.DEFINE_list("chunks", ["all", "1", "2"], "Of `round`: clients side by side.")
 _OUTPUT = flags.DEFINE_string("output", "experiments/benchmarks", "Directory for the results.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the program itself: what to measure here.")
 
@@ -339,7 +345,7 @@ def worker(task: str) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """What a figure depends on."""
     versions: dict[str, str | None] = {}
-    for package in ("jax", "jaxlib", "numpy", "torch"):
+    for package in ("jax", "jaxlib", "numpy", "torch", "transformers", "peft"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -559,6 +565,31 @@ def memory_report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def round_table() -> None:
+    """Times rounds of both sides, prints the tables and writes them."""
+    rows = rows_of([*rounds.CASES, "per_client"])
+    missing = [name for name in ("torch", "transformers", "peft") if not find_spec(name)]
+    if _REFERENCE.value and missing:
+        raise app.UsageError(
+            f"{', '.join(missing)} not installed: pip install 'fedlora-jax[parity]', or leave "
+            "PyTorch out with --noreference"
+        )
+    try:
+        chunks = rounds.sizes(_CHUNKS.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
+    # Processes share a GPU, where there is one.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    results: dict[str, Any] = {"environment": environment(), "cases": {}, "per_client": {}}
+    for row in rows:
+        print(f"{row} ...", file=sys.stderr, flush=True)
+        if row == "per_client":
+            results[row] = rounds.measure_cohorts(_REPEATS.value)
+        else:
+            results["cases"][row] = rounds.measure(row, chunks, _REPEATS.value, _REFERENCE.value)
+    write("round", results, rounds.report(results))
+
+
 def growth_plot() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
     import matplotlib
@@ -599,6 +630,9 @@ def main(argv: list[str]) -> None:
     """Runs what the command line asks for."""
     if _WORKER.value:
         kind, _, name = _WORKER.value.partition(":")
+        if kind == "round":
+            rounds.serve(**json.loads(name))
+            return
         tasks: dict[str, Callable[[], dict[str, Any]]] = {
             "row": lambda: measure(name),
             "kinds": lambda: measure_kinds(name),
@@ -616,6 +650,7 @@ def main(argv: list[str]) -> None:
         "growth": growth_plot,
         "memory": memory_table,
         "programs": programs_table,
+        "round": round_table,
     }
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"name one of: {', '.join(commands)}")

@@ -1,10 +1,14 @@
 """The benchmark runs, on kernels of no size, and its dense reference is right."""
 
+import sys
+
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 
 from experiments import benchmark
+from experiments.benchmarks import rounds
+from fedlora_jax.models import ViT
 from tests.aggregation import oracles
 
 
@@ -44,6 +48,67 @@ def test_the_program_of_a_round(monkeypatch):
         {"environment": benchmark.environment(), "methods": {"fedit": line}}
     )
     assert "| fedit" in page and str(line["lines"]) in page
+
+
+@pytest.fixture
+def tiny_round():
+    """Our side of a round of no size."""
+    model = ViT(num_classes=3, patch_size=4, width=8, depth=1, num_heads=2)
+    tiny = {"model": model, "shape": (8, 8, 1), "clients": 3, "batch_size": 2, "steps": 2}
+    case = rounds.CASES["digits"]._replace(**tiny, rank=2)
+    side, compute = rounds.ours(case, case.clients, ["all", "2"])
+    return case, side, compute
+
+
+def test_a_round_beside_another(tiny_round):
+    case, side, compute = tiny_round
+    whole, chunked = compute("all"), compute("2")
+    assert np.isfinite(whole[1].loss) and not whole[1].excluded
+    np.testing.assert_allclose(whole[1].client_loss, chunked[1].client_loss, rtol=1e-5)
+    compute("server")
+
+    torch = rounds.Side(dict(parameters=side.facts["parameters"]), lambda what: 100.0)
+    sides = {"ours": (side, ["all", "2", "server"]), "torch": (torch, ["round"])}
+    measured = rounds.compare(sides, 2)
+    assert all(len(times) == 2 for times in measured["ours"]["seconds"].values())
+    line = rounds.summary(measured)
+    assert line["fastest_s"] <= line["all_s"] and line["server_share"] > 0
+    assert line["ratio_fastest"] == 100 / line["fastest_s"] >= line["ratio_all"] > 1
+
+    measured = {"case": case._asdict(), **measured, "summary": line}
+    page = rounds.report(
+        {
+            "environment": benchmark.environment(),
+            "cases": {"digits": measured},
+            "per_client": {"3": rounds.compare({"ours": (side, ["all"])}, 1)},
+        }
+    )
+    assert f"{side.facts['parameters']:,}" in page and f"{line['ratio_all']:.2f}" in page
+    assert "ms a client" in page
+
+    other = rounds.Side({"parameters": 1}, lambda what: 1.0)
+    with pytest.raises(ValueError, match=r"different numbers of parameters: .*'torch': 1"):
+        rounds.compare({"ours": (side, ["all"]), "torch": (other, ["round"])}, 1)
+
+
+def test_a_side_in_a_process_of_its_own():
+    program = """
+import sys
+print('{"parameters": 2}', flush=True)
+for line in sys.stdin:
+    print({"all": 0.5}[line.strip()], flush=True)
+"""
+    with rounds.opened([sys.executable, "-c", program]) as side:
+        assert side.facts == {"parameters": 2} and side.seconds("all") == 0.5
+        with pytest.raises(RuntimeError, match="KeyError: 'some'"):
+            side.seconds("some")
+
+
+def test_sizes_of_chunks():
+    assert rounds.sizes(["4", "all", "4", "1"]) == ["all", "4", "1"]
+    for wrong in ("0", "-1", "two"):
+        with pytest.raises(ValueError, match=f"--chunks={wrong}: expected"):
+            rounds.sizes([wrong])
 
 
 def test_every_row_names_a_function_and_dense_code():

@@ -7,6 +7,7 @@ from flax import traverse_util
 from scipy import special
 
 from fedlora_jax import models
+from fedlora_jax.models import vit
 
 
 def _vit(**overrides):
@@ -158,3 +159,22 @@ def test_registry():
     assert "vit_digits" in models.names()
     with pytest.raises(ValueError, match="Did you mean 'vit_b16'"):
         models.get("vit-b16")
+
+
+@pytest.mark.parametrize("dtype, size", [("float32", 1), ("float32", 8), ("bfloat16", 1)])
+def test_attention_and_gelu_are_those_of_jax(dtype, size):
+    """Also of scores whose exponentials overflow; with gradients."""
+    rng = np.random.default_rng(0)
+    q, k, v, g = (jnp.asarray(rng.normal(size=(2, 9, 3, 8)) * size, dtype) for _ in range(4))
+    pairs = {
+        "attention": (vit.attention, jax.nn.dot_product_attention, (q, k, v)),
+        "gelu": (vit.gelu, lambda x: jax.nn.gelu(x, approximate=False), (q,)),
+    }
+    tolerance = 1e-4 if dtype == "float32" else 0.05
+    for name, (ours, theirs, inputs) in pairs.items():
+        value, pull = jax.vjp(ours, *inputs)
+        wanted, wanted_pull = jax.vjp(theirs, *inputs)
+        for mine, other in zip((value, *pull(g)), (wanted, *wanted_pull(g)), strict=True):
+            assert mine.dtype == other.dtype == dtype
+            distance = np.abs(np.asarray(mine - other, np.float32)).max()
+            assert distance <= tolerance * np.abs(np.asarray(other, np.float32)).max(), name

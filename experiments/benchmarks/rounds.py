@@ -1,0 +1,498 @@
+"""A round of ours beside one in PyTorch and PEFT: the same work, in processes that alternate.
+
+Each side is a process of its own, because two libraries with threads of their own hinder each
+other in one. A process prepares itself, says what it has prepared, and then times one round
+whenever it is asked to; so the two take turns without compiling or loading anything again.
+"""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tabulate import tabulate
+
+from fedlora_jax import aggregation, lora, methods, models
+from fedlora_jax.data.clients import client_data
+from fedlora_jax.federated.local import LocalTraining
+from fedlora_jax.federated.round import create, make_round, train_cohort
+from fedlora_jax.federated.task import Task, causal_language_model, classification
+from fedlora_jax.methods import Server, Trainable
+from fedlora_jax.models import Llama, ViT
+
+# Of both sides, in all cases.
+SCALE, LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 2.0, 1e-3, 1e-5, 10.0
+# What a chunk is called that holds the whole cohort.
+ALL = "all"
+
+
+class Case(NamedTuple):
+    """A federation of which both sides compute a round.
+
+    Attributes:
+      title: What a table calls it.
+      model: The backbone, a `ViT` or a `Llama`, with random weights.
+      shape: Of an image, `[H, W, C]`, or of the tokens that the model reads, `[T]`.
+      targets: The adapted layers, as patterns for `lora.init`.
+      torch_targets: The same by their names in transformers 5.
+      clients: K, all of which take part.
+      batch_size: Examples a step.
+      steps: Local steps; a client has one full batch of examples for each.
+      rank: r.
+    """
+
+    title: str
+    model: nn.Module
+    shape: tuple[int, ...]
+    targets: tuple[str, ...]
+    torch_targets: tuple[str, ...]
+    clients: int
+    batch_size: int
+    steps: int
+    rank: int
+
+    @property
+    def head(self) -> str | None:
+        """The layer that is trained as a whole: a classifier's last."""
+        return "^head$" if isinstance(self.model, ViT) else None
+
+    @property
+    def examples_per_client(self) -> int:
+        """One epoch of full batches."""
+        return self.batch_size * self.steps
+
+
+_QKV = (("attention/(query|key|value)$",), ("q_proj", "k_proj", "v_proj"))
+_LLAMA = (
+    ("(attention|mlp)/",),
+    ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
+CASES = {
+    "digits": Case(
+        "the demo's ViT, 16 px",
+        models.get("vit_digits"),
+        (16, 16, 1),
+        ("attention/(query|value)$", "mlp/fc"),
+        ("q_proj", "v_proj", "fc1", "fc2"),
+        clients=18,
+        batch_size=16,
+        steps=8,
+        rank=4,
+    ),
+    "vit_s16": Case(
+        "ViT-S/16, 224 px",
+        models.get("vit_s16", num_classes=100),
+        (224, 224, 3),
+        *_QKV,
+        clients=5,
+        batch_size=8,
+        steps=2,
+        rank=8,
+    ),
+    "llama_6": Case(
+        "Llama, 6 layers of width 384, 128 tokens",
+        Llama(vocab_size=8192, width=384, depth=6, num_heads=6, num_kv_heads=6, mlp_dim=1024),
+        (128,),
+        *_LLAMA,
+        clients=5,
+        batch_size=8,
+        steps=2,
+        rank=8,
+    ),
+    "smollm2_135m": Case(
+        "SmolLM2-135M, 128 tokens",
+        models.get("smollm2_135m"),
+        (128,),
+        *_LLAMA,
+        clients=4,
+        batch_size=4,
+        steps=2,
+        rank=8,
+    ),
+}
+# For the cost of a client: numbers of clients, and sizes of chunks.
+COHORTS = {16: (ALL, "4"), 256: (ALL, "16", "64")}
+
+
+class Side(NamedTuple):
+    """One side of the comparison, ready to be timed.
+
+    Attributes:
+      facts: `parameters`, how many a client trains; ours also `compile_s`, by size of chunk.
+      seconds: From what is to be computed once to the seconds it took: PyTorch's side knows
+        `round`, ours the sizes of chunks and `server`, the server's step alone.
+    """
+
+    facts: dict[str, Any]
+    seconds: Callable[[str], float]
+
+
+def examples(case: Case, clients: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random examples of all clients, client after client.
+
+    Returns:
+      `image` float32 `[M, H, W, C]` and `label` int32 `[M]`; or `tokens` int32 `[M, T + 1]`, the
+      last of which is only predicted.
+    """
+    rng = np.random.default_rng(seed)
+    count = clients * case.examples_per_client
+    if isinstance(case.model, ViT):
+        images = rng.standard_normal((count, *case.shape), dtype=np.float32)
+        labels = rng.integers(case.model.num_classes, size=count, dtype=np.int32)
+        return {"image": images, "label": labels}
+    assert isinstance(case.model, Llama)
+    size = (count, case.shape[0] + 1)
+    return {"tokens": rng.integers(case.model.vocab_size, size=size, dtype=np.int32)}
+
+
+def parts(case: Case, clients: int) -> list[np.ndarray]:
+    """Which examples each client has."""
+    return np.split(np.arange(clients * case.examples_per_client), clients)
+
+
+def task(case: Case) -> Task:
+    """What is learned: classes, or each next token."""
+    if isinstance(case.model, ViT):
+        return classification(case.model, lambda batch: (batch["image"],))
+    return causal_language_model(case.model)
+
+
+def training(case: Case) -> LocalTraining:
+    """AdamW behind a clipping of the norm, as `torch.optim.AdamW` computes it."""
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM), optax.adamw(1.0, weight_decay=WEIGHT_DECAY)
+    )
+    return LocalTraining(optimizer, case.batch_size, case.steps)
+
+
+def server(case: Case, params: lora.Params, adapters: lora.Adapters) -> Server:
+    """The server before the first round."""
+    backbone, head = lora.split_head(params, case.head)
+    return Server(backbone, Trainable(adapters, head), jnp.float32(SCALE), (), jnp.int32(0))
+
+
+def ours(
+    case: Case, clients: int, chunks: Sequence[str], initial: Server | None = None
+) -> tuple[Side, Callable[[str], Any]]:
+    """Our side: a round of `fedit`, compiled for each size of a chunk.
+
+    Args:
+      case: What is computed.
+      clients: K.
+      chunks: Numbers of clients trained side by side, as text, or `all`.
+      initial: The server's state; by default with random weights and fresh adapters.
+
+    Returns:
+      The side, and the function behind it: from a size of a chunk, or `server`, to what a round, or
+      the server's step, returns.
+    """
+    method, key = methods.get("fedit")(), jax.random.key(0)
+    arrays = examples(case, clients)
+    if "tokens" in arrays:
+        arrays["answer"] = np.broadcast_to(
+            np.arange(case.shape[0] + 1) > 0, arrays["tokens"].shape
+        ).copy()
+    data = client_data(arrays, parts(case, clients))
+
+    @jax.jit
+    def fresh(key: jax.Array) -> Server:
+        kind = jnp.float32 if isinstance(case.model, ViT) else jnp.int32
+        params = case.model.init(key, jnp.zeros((1, *case.shape), kind))["params"]
+        adapters = lora.init(key, params, targets=case.targets, rank=case.rank)
+        return server(case, params, adapters)
+
+    federation = create(key, method, fresh(key) if initial is None else initial, clients)
+    cohort = jnp.arange(clients, dtype=jnp.int32)
+    inputs = (federation, data, cohort, key, jnp.float32(LEARNING_RATE))
+    programs, compile_s = {}, {}
+    for chunk in chunks:
+        start = time.perf_counter()
+        size = None if chunk == ALL else int(chunk)
+        function = make_round(task(case), method, training(case), clients_per_chunk=size)
+        programs[chunk] = function.lower(*inputs).compile()
+        compile_s[chunk] = time.perf_counter() - start
+
+    def cohort_trained(*inputs: Any) -> Any:
+        return train_cohort(task(case), method, training(case), *inputs).uploads
+
+    uploads = jax.tree.map(
+        lambda x: jax.random.normal(key, x.shape, x.dtype), jax.eval_shape(cohort_trained, *inputs)
+    )
+    shares = aggregation.shares(data.counts)
+    aggregate = jax.jit(method.aggregate)
+
+    def compute(what: str) -> Any:
+        if what == "server":
+            return jax.block_until_ready(aggregate(federation.server, uploads, shares))
+        return jax.block_until_ready(programs[what](*inputs))
+
+    parameters = lora.count_parameters(federation.server.trainable)
+    return timed({"parameters": parameters, "compile_s": compile_s}, compute), compute
+
+
+def timed(facts: dict[str, Any], compute: Callable[[str], Any]) -> Side:
+    """A side whose calls of `compute`, which waits for its results, are timed."""
+
+    def seconds(what: str) -> float:
+        start = time.perf_counter()
+        compute(what)
+        return time.perf_counter() - start
+
+    return Side(facts, seconds)
+
+
+def serve(side: str, case: str, clients: int, chunks: Sequence[str]) -> None:
+    """Makes a side in this process and times what it reads from its input, line by line."""
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        if side == "torch":
+            from experiments.benchmarks import peft_rounds
+
+            made = peft_rounds.side(CASES[case], clients)[0]
+        else:
+            made = ours(CASES[case], clients, chunks)[0]
+        print(json.dumps(made.facts), file=answers, flush=True)
+        for line in sys.stdin:
+            print(json.dumps(made.seconds(line.strip())), file=answers, flush=True)
+
+
+@contextlib.contextmanager
+def opened(command: Sequence[str]) -> Iterator[Side]:
+    """A side in a process of its own, which runs `serve` and ends with the context.
+
+    Raises:
+      RuntimeError: If the process ends without an answer; it holds what that wrote.
+    """
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        requests, answers = process.stdin, process.stdout
+
+        def answer() -> Any:
+            line = answers.readline()
+            if not line:
+                process.wait()
+                log.seek(0)
+                raise RuntimeError(f"{' '.join(command)} failed:\n{log.read().strip()}")
+            return json.loads(line)
+
+        def seconds(what: str) -> float:
+            with contextlib.suppress(BrokenPipeError):  # the answer will be missing, and say why
+                requests.write(f"{what}\n")
+                requests.flush()
+            return answer()
+
+        try:
+            yield Side(answer(), seconds)
+        finally:
+            process.kill()
+
+
+def sizes(chunks: Sequence[str]) -> list[str]:
+    """Sizes of chunks without repetition, `all` first.
+
+    Raises:
+      ValueError: If one is neither a positive number nor `all`.
+    """
+    wrong = [chunk for chunk in chunks if chunk != ALL and not (chunk.isdecimal() and int(chunk))]
+    if wrong:
+        raise ValueError(f"--chunks={wrong[0]}: expected numbers of clients, or {ALL}")
+    return list(dict.fromkeys([ALL, *chunks]))
+
+
+def measure(name: str, chunks: Sequence[str], repeats: int, reference: bool) -> dict[str, Any]:
+    """Times one of `CASES`.
+
+    Args:
+      name: Which.
+      chunks: From `sizes`; those that would hold the whole cohort are left out.
+      repeats: Rounds of each size, and of PyTorch.
+      reference: Whether to time PyTorch too.
+
+    Returns:
+      What `compare` does, with the case and its `summary`.
+    """
+    case = CASES[name]
+    chunks = [chunk for chunk in chunks if chunk == ALL or int(chunk) < case.clients]
+    with contextlib.ExitStack() as stack:
+
+        def process(side: str) -> Side:
+            return stack.enter_context(opened(_command(side, name, case.clients, chunks)))
+
+        sides = {"ours": (process("ours"), [*chunks, "server"])}
+        if reference:
+            sides["torch"] = (process("torch"), ["round"])
+        measured = compare(sides, repeats)
+    described = case._asdict() | {"model": " ".join(repr(case.model).split())}
+    return {"case": described, **measured, "summary": summary(measured)}
+
+
+def measure_cohorts(repeats: int) -> dict[str, Any]:
+    """Times our rounds of the demo's ViT by the size of the cohort, as `compare` returns them."""
+    result = {}
+    for clients, chunks in COHORTS.items():
+        with opened(_command("ours", "digits", clients, chunks)) as side:
+            result[str(clients)] = compare({"ours": (side, chunks)}, repeats)
+    return result
+
+
+def _command(side: str, case: str, clients: int, chunks: Sequence[str]) -> list[str]:
+    """Runs `serve` in another process."""
+    asked = {"side": side, "case": case, "clients": clients, "chunks": chunks}
+    return [sys.executable, "-m", "experiments.benchmark", f"--worker=round:{json.dumps(asked)}"]
+
+
+def compare(sides: Mapping[str, tuple[Side, Sequence[str]]], repeats: int) -> dict[str, Any]:
+    """Times sides in turns, each with all that is wanted of it, after one turn of warming up.
+
+    Args:
+      sides: By name, each with what is to be timed.
+      repeats: Turns.
+
+    Returns:
+      For each side its facts and, under `seconds`, the times of all turns by what was timed.
+
+    Raises:
+      ValueError: If the sides do not train the same number of parameters.
+    """
+    parameters = {name: side.facts["parameters"] for name, (side, _) in sides.items()}
+    if len(set(parameters.values())) > 1:
+        raise ValueError(f"the sides train different numbers of parameters: {parameters}")
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {what: [] for what in wanted} for name, (_, wanted) in sides.items()
+    }
+    for turn in range(1 + repeats):
+        for name, (side, wanted) in sides.items():
+            for what in wanted:
+                spent = side.seconds(what)
+                if turn:
+                    seconds[name][what].append(spent)
+    return {name: {**side.facts, "seconds": seconds[name]} for name, (side, _) in sides.items()}
+
+
+def medians(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The median seconds of a side by what was timed."""
+    return {what: statistics.median(times) for what, times in measured["seconds"].items()}
+
+
+def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row of the table says of a case, from what `compare` returns."""
+    ours_s = medians(measured["ours"])
+    server_s = ours_s.pop("server")
+    fastest = min(ours_s, key=lambda chunk: ours_s[chunk])
+    compile_s = measured["ours"]["compile_s"]
+    line = {
+        "all_s": ours_s[ALL],
+        "fastest": fastest,
+        "fastest_s": ours_s[fastest],
+        "compile_all_s": compile_s[ALL],
+        "compile_fastest_s": compile_s[fastest],
+        "server_s": server_s,
+        "server_share": server_s / ours_s[fastest],
+    }
+    if "torch" in measured:
+        torch_s = medians(measured["torch"])["round"]
+        line |= {
+            "torch_s": torch_s,
+            "ratio_all": torch_s / ours_s[ALL],
+            "ratio_fastest": torch_s / ours_s[fastest],
+        }
+    return line
+
+
+def report(results: Mapping[str, Any]) -> str:
+    """The tables, as Markdown."""
+    facts = results["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    lines = [
+        "# A round, beside PyTorch and PEFT",
+        "",
+        f"{facts['date']}, {facts['device']}, {facts['cores']} cores, {versions}, load average "
+        f"{facts['load_average_at_start']} when it began.",
+    ]
+    if results["cases"]:
+        lines += ["", _table_of_cases(results), "", _NOTES]
+    if results["per_client"]:
+        lines += ["", _table_of_clients(results)]
+    return "\n".join(lines)
+
+
+_NOTES = (
+    "Seconds are medians of a round; the sides took turns, each in a process of its own. `chunk`: "
+    "how many clients the fastest round of ours trains side by side. `times faster`: PyTorch's "
+    "round over ours, all clients at once and in the fastest chunks. `compile`: tracing and "
+    "compiling of the same two, once for all rounds. `server`: the server's step alone, of the "
+    "fastest round. Both sides compute in float32, with AdamW and gradients clipped by their norm; "
+    "every client has one full batch for each step. PyTorch's side loads the adapter's state into "
+    "one model, trains, and copies it out, client after client, then averages."
+)
+
+
+def _table_of_cases(results: Mapping[str, Any]) -> str:
+    table = []
+    for name, measured in results["cases"].items():
+        line, case = measured["summary"], measured["case"]
+        compared = "torch_s" in line
+        table.append(
+            [
+                f"`{name}`: {case['title']}",
+                case["clients"],
+                f"{case['steps']} x {case['batch_size']}",
+                f"{measured['ours']['parameters']:,}",
+                f"{line['all_s']:.3g}",
+                f"{line['fastest_s']:.3g}",
+                line["fastest"],
+                f"{line['torch_s']:.3g}" if compared else "",
+                f"{line['ratio_all']:.2f}" if compared else "",
+                f"{line['ratio_fastest']:.2f}" if compared else "",
+                f"{line['compile_all_s']:.0f}, {line['compile_fastest_s']:.0f}",
+                f"{100 * line['server_share']:.2g}%",
+            ]
+        )
+    headers = [
+        "case",
+        "K",
+        "steps",
+        "trained",
+        "ours, all, s",
+        "fastest, s",
+        "chunk",
+        "PyTorch, s",
+        "times faster, all",
+        "times faster, fastest",
+        "compile, s",
+        "server",
+    ]
+    return tabulate(
+        table, headers, tablefmt="github", colalign=("left", *["right"] * 11), disable_numparse=True
+    )
+
+
+def _table_of_clients(results: Mapping[str, Any]) -> str:
+    table = [
+        [clients, chunk, f"{1e3 * seconds / int(clients):.3g}"]
+        for clients, measured in results["per_client"].items()
+        for chunk, seconds in medians(measured["ours"]).items()
+    ]
+    page = tabulate(
+        table,
+        ["K", "chunk", "ms a client"],
+        tablefmt="github",
+        colalign=["right"] * 3,
+        disable_numparse=True,
+    )
+    return f"## The cost of a client\n\n`digits`, ours, by the size of the cohort.\n\n{page}"
