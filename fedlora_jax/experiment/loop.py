@@ -19,6 +19,7 @@ from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
 from fedlora_jax.experiment.setting import Setting
 from fedlora_jax.experiment.state import everywhere, first_state, rows
+from fedlora_jax.experiment.streaming import Stream
 from fedlora_jax.federated import cohort, communication, placement
 
 Progress = Callable[[], Any]
@@ -79,22 +80,25 @@ def run(
     last = cohort.last_rounds(seed, first, **sizes)
     measure = make_measure(config, program, setting.domains, start)
     rate_of = schedule(config)
+    stream = Stream(setting.stored, start, program, seed)
 
     def inputs(index: int, chosen: np.ndarray) -> tuple[Any, ...]:
         """What a round of these clients gets besides the server's state."""
         members = placement.padded(chosen, mesh)
         states = rows(store.read(members), mesh)
         shared = everywhere((seed, jnp.float32(rate_of(index))), mesh)
-        return states, start.ranks, start.data, rows(members, mesh), *shared
+        data = stream.data(index, members)
+        return states, start.ranks, data, rows(members, mesh), *shared
 
     if first < config.rounds:
         chosen, devices = np.asarray(draw(first)), 1 if mesh is None else mesh.shape["clients"]
         some = chosen[: chunking.MOST * devices]
-        arguments, trial = ((server, *inputs(first, who)) for who in (chosen, some))
+        trial, arguments = ((server, *inputs(first, who)) for who in (some, chosen))
         each = -(-len(chosen) // devices)
         round_function = chunking.of_run(
             config, program.make_round, arguments, trial, each, workdir, announce
         )
+        del arguments, trial  # They hold the examples of a round.
     writer = records.MetricsWriter(workdir, first)
     try:
         for index in range(first, config.rounds):
@@ -102,17 +106,22 @@ def run(
             who = Participation(chosen, communication.absences(last, chosen, index))
             last[chosen] = index
             began = time.perf_counter()
-            server, states, measured = round_function(server, *inputs(index, chosen))
+            given = inputs(index, chosen)
+            if index + 1 < config.rounds:
+                stream.begin(index + 1, placement.padded(np.asarray(draw(index + 1)), mesh))
+            server, states, measured = round_function(server, *given)
             states, measured = jax.device_get((states, measured))
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
             store.write(index, chosen, _first(states, start.cohort_size))
             judged = store.read(start.test.panel.clients) if program.method.personal else ()
-            writer.write({**measure(index, who, server, judged, measured), "seconds": seconds})
+            found = measure(index, who, server, judged, measured)
+            writer.write({**found, **stream.waited(), "seconds": seconds})
             checkpoints.save(index + 1, server)
             store.forget(checkpoints.oldest())
             advance()
     finally:
+        stream.close()
         writer.close()
         checkpoints.close()
     records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
@@ -154,6 +163,8 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
         changed = records.differences(json.loads(text), theirs, "config")
         if _same_rounds(config) and config.rounds >= theirs["rounds"]:
             changed = [line for line in changed if not line.startswith(_LENGTHS)]
+        # The same run, wherever its data wait.
+        changed = [line for line in changed if not line.startswith("config.data.streaming ")]
         if changed:
             raise ValueError(
                 f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
