@@ -25,6 +25,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.name = "digits_domains"
     config.data.statistics = "half"  # pixels in -1 .. 1; or "imagenet", "clip", for three channels
     config.data.on_bad_record = "stop"  # or "skip"
+    config.data.streaming = False  # True: images are read round by round, and may exceed the memory
     config.data.splits = {"train": "federated", "validation": "validation", "test": "test"}
     config.data.partition = "domain_dirichlet"
     config.data.partition_options = {"clients_per_domain": 5, "alpha": 0.5}

@@ -1,4 +1,4 @@
-"""Speed and memory of aggregation, of programs and of rounds, beside code in PyTorch.
+"""Speed and memory: of aggregation, programs and rounds, beside code in PyTorch; of streamed data.
 
     python -m experiments.benchmark aggregation
     python -m experiments.benchmark aggregation --only=fedit,flexlora --noreference
@@ -7,6 +7,7 @@
     python -m experiments.benchmark memory --rank=8
     python -m experiments.benchmark round
     python -m experiments.benchmark round --only=digits,per_client --chunks=all,1,6 --noreference
+    python -m experiments.benchmark streaming --clients=5000 --folder=/tmp/jpegs
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -22,7 +23,10 @@ round. `memory` compiles rounds of `fedit` on the same model, with 1 and 4 clien
 texts of 128 and 512 tokens, and says what memory the compiler plans: with the logits of the batch
 kept, with those of 128 tokens at a time, and with blocks computed again besides. `round` times
 rounds of `fedit` beside a loop over clients in PyTorch and PEFT, on four models; each size of
-`--chunks` is tried. `per_client` is the cost of a client by the size of the cohort.
+`--chunks` is tried. `per_client` is the cost of a client by the size of the cohort. `streaming`
+writes 224 x 224 JPEG files, 25 for each client, and trains a small ViT on them in a process that
+may hold less memory than they take: how many images the cores decode in a second, and the share of
+a round that the device waits for them.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -35,6 +39,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -53,7 +58,7 @@ import numpy as np
 from absl import app, flags
 from tabulate import tabulate
 
-from experiments.benchmarks import programs, rounds
+from experiments.benchmarks import programs, rounds, streaming
 from fedlora_jax import Factors, aggregation, methods
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
@@ -62,6 +67,11 @@ _LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers.", lower_bound=
 _BLOCKS = flags.DEFINE_integer("blocks", 30, "Blocks of `programs`.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the adapters.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls after the first one.", lower_bound=1)
+_COHORT = flags.DEFINE_integer("cohort", 64, "Clients a round of `streaming`.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images", 25, "Images of a client of `streaming`.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of `streaming`.", lower_bound=2)
+_MEMORY = flags.DEFINE_float("memory_gb", 2.0, "What `streaming` may hold; 0 for no bound.")
+_FOLDER = flags.DEFINE_string("folder", "", "Where `streaming` writes its images, to be kept.")
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
@@ -334,7 +344,8 @@ def measure_memory(row: str) -> dict[str, Any]:
 def worker(task: str) -> dict[str, Any]:
     """Runs a measurement in a process of its own, which flags are passed on to."""
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
-    for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS):
+    of_streaming = (_COHORT, _IMAGES, _ROUNDS, _MEMORY, _FOLDER)
+    for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS, *of_streaming):
         command.append(f"--{flag.name}={flag.value}")
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -590,6 +601,59 @@ def round_table() -> None:
     write("round", results, rounds.report(results))
 
 
+def measure_streaming() -> dict[str, Any]:
+    """Trains on the images of the folder, in a process that does nothing else."""
+    with tempfile.TemporaryDirectory() as workdir:
+        return streaming.measure(
+            Path(_FOLDER.value) / "images", Path(workdir) / "run", streaming_size()
+        )
+
+
+def streaming_size() -> streaming.Size:
+    """The federation that the command line asks for."""
+    memory = int(_MEMORY.value * 1e9)
+    return streaming.Size(_CLIENTS.value, _COHORT.value, _IMAGES.value, _ROUNDS.value, memory)
+
+
+def streaming_table() -> None:
+    """Writes the images, trains on them in a process of its own, and says how that went."""
+    if not _FOLDER.value:
+        raise app.UsageError("name a directory for the images: --folder=DIR")
+    folder, size = Path(_FOLDER.value) / "images", streaming_size()
+    print(f"writing images to {folder} ...", file=sys.stderr, flush=True)
+    streaming.write(folder, size.clients * size.images)
+    found = worker("streaming")
+    write("streaming", {"environment": environment(), **found}, streaming_report(found))
+
+
+def streaming_report(found: dict[str, Any]) -> str:
+    """The results as a Markdown page."""
+    per_round = [
+        [index, f"{seconds:.2f}", f"{waiting:.3f}", f"{100 * waiting / seconds:.1f}%"]
+        for index, (seconds, waiting) in enumerate(
+            zip(found["seconds"], found["seconds_waiting"], strict=True)
+        )
+    ]
+    headers = ["round", "seconds", "waiting for data", "share"]
+    bound = f"{found['memory'] / 1e9:.1f} GB" if found["memory"] else "anything"
+    files, decoded, held = (
+        f"{found[name] / 1e9:.2f} GB"
+        for name in ("files_bytes", "decoded_bytes", "most_held_bytes")
+    )
+    return f"""# Images that do not fit the memory
+
+{found["clients"]} clients with {found["images"]} JPEG files each of 224 x 224 pixels,
+{found["cohort"]} clients and {found["images_a_round"]} images a round.
+{found["images_in_all"]} files of {files}, decoded {decoded}; the process might hold {bound}
+(`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]}.
+
+Decoded alone: {found["decoded_a_second"]:.0f} images a second. After the first round, for which
+nothing can be read ahead, the device waited {100 * found["share_waiting"]:.1f}% of the time.
+
+{tabulate(per_round, headers=headers, tablefmt="github")}
+"""
+
+
 def growth_plot() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
     import matplotlib
@@ -642,6 +706,7 @@ def main(argv: list[str]) -> None:
                 name, blocks=_BLOCKS.value, clients=_CLIENTS.value, rank=_RANK.value
             ),
             "memory": lambda: measure_memory(name),
+            "streaming": measure_streaming,
         }
         print(json.dumps(tasks[kind]()))
         return
@@ -651,6 +716,7 @@ def main(argv: list[str]) -> None:
         "memory": memory_table,
         "programs": programs_table,
         "round": round_table,
+        "streaming": streaming_table,
     }
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"name one of: {', '.join(commands)}")

@@ -36,6 +36,8 @@ def main(config: ConfigDict) -> None:
 
 def probe(setting: Setting) -> tuple[float, float]:
     """Test accuracy of a logistic regression on frozen features, and its C."""
+    if setting.stored is not None:
+        raise ValueError("the probe wants all images in memory: set config.data.streaming=False")
     train, test = (features(setting, split) for split in (setting.train, setting.test))
     scaler = StandardScaler().fit(train)
     grid = {"C": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}

@@ -11,11 +11,28 @@ from jax.typing import ArrayLike
 from fedlora_jax.data.shuffling import shuffled
 
 
+class CohortExamples(NamedTuple):
+    """The examples that the clients of a cohort meet in a round, each client's own.
+
+    Attributes:
+      examples: Arrays `[K, V, ...]`.
+      places: Which of the client's examples they are, int32 `[K, V]` in `0 .. n - 1`, ascending,
+        and padded with `NO_PLACE`.
+    """
+
+    examples: dict[str, jax.Array]
+    places: jax.Array
+
+
+# Greater than any place.
+NO_PLACE = np.iinfo(np.int32).max
+
+
 class ClientData(NamedTuple):
     """The data of all N clients, in memory that grows with clients and examples, not with both.
 
     Attributes:
-      examples: Arrays `[M, ...]`, shared by all clients.
+      examples: Arrays `[M, ...]`, shared by all clients; or those of one round's cohort alone.
       positions: int32 `[P]`, where in the examples they are: those of the first client, then those
         of the second, and so on; what is left is padding. P is M, or the next power of two if
         clients share so many examples, so that partitions under different seeds share a compiled
@@ -25,7 +42,7 @@ class ClientData(NamedTuple):
       total: Their sum, float32 `[]`.
     """
 
-    examples: dict[str, jax.Array]
+    examples: dict[str, jax.Array] | CohortExamples
     positions: jax.Array
     offsets: jax.Array
     counts: jax.Array

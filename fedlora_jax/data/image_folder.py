@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from fedlora_jax.data import bad_records
 from fedlora_jax.data.bad_records import BadRecord
 from fedlora_jax.data.held_out import split_of
+from fedlora_jax.data.stored import Stored
 from fedlora_jax.names import lookup
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -51,23 +52,68 @@ def load(
       ValueError: If there is no such split, or nothing in it, or a file is no image or lies
         elsewhere than the others.
     """
-    lookup(dict.fromkeys(["federated", *held_out]), split, "split")
-    labels, domains = class_names(root), class_names(root, "domain")
-    contents = ((file, file.path.read_bytes()) for file in _files(Path(root)))
-    results = (
-        _read(file, content, size)
-        for file, content in contents
-        if split_of(content, held_out) == split
-    )
-    images, numbers, kinds = [], [], []
+    contents = _contents(split, root, held_out)
+    results = (_read(file, content, size) for file, content in contents)
+    files, images = [], []
     for file, image in bad_records.good(results, on_bad_record):
+        files.append(file)
         images.append(image)
-        numbers.append(labels.index(file.label))
-        kinds.append(domains.index(file.domain) if file.domain is not None else 0)
-    if not images:
+    columns = _columns(files, split, root)
+    return {"image": np.stack(images), **columns}
+
+
+def stored(
+    split: str, root: str | os.PathLike[str], *, size: int, held_out: Mapping[str, float]
+) -> Stored:
+    """What `load` gives, with images that are decoded one by one when they are wanted.
+
+    Every file is read once for its hash. One that is no image is found when it is wanted.
+
+    Args:
+      split: As for `load`.
+      root: As for `load`.
+      size: As for `load`.
+      held_out: As for `load`.
+
+    Raises:
+      FileNotFoundError: As `load`.
+      ValueError: If there is no such split, or nothing in it, or a file lies elsewhere than the
+        others.
+    """
+    files = [file for file, _ in _contents(split, root, held_out)]
+
+    def image(index: int) -> np.ndarray:
+        result = _read(files[index], files[index].path.read_bytes(), size)
+        if isinstance(result, BadRecord):
+            raise result
+        return result[1]
+
+    return Stored(_columns(files, split, root), image)
+
+
+def _contents(
+    split: str, root: str | os.PathLike[str], held_out: Mapping[str, float]
+) -> Iterator[tuple[_File, bytes]]:
+    """The files of a split and what is in them."""
+    lookup(dict.fromkeys(["federated", *held_out]), split, "split")
+    for file in _files(Path(root)):
+        content = file.path.read_bytes()
+        if split_of(content, held_out) == split:
+            yield file, content
+
+
+def _columns(
+    files: Sequence[_File], split: str, root: str | os.PathLike[str]
+) -> dict[str, np.ndarray]:
+    """The number of each file's class, and of its domain if there are any."""
+    if not files:
         raise ValueError(f"no image of {root} is in the split {split!r}")
-    arrays = {"image": np.stack(images), "label": np.array(numbers, np.int32)}
-    return {**arrays, "domain": np.array(kinds, np.int32)} if domains else arrays
+    labels = {name: number for number, name in enumerate(class_names(root))}
+    domains = {name: number for number, name in enumerate(class_names(root, "domain"))}
+    columns = {"label": np.array([labels[file.label] for file in files], np.int32)}
+    if domains:
+        columns["domain"] = np.array([domains[file.domain or ""] for file in files], np.int32)
+    return columns
 
 
 def class_names(root: str | os.PathLike[str], feature: str = "label") -> list[str]:

@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 from fedlora_jax.data import bad_records, builders
 from fedlora_jax.data.bad_records import BadRecord
 from fedlora_jax.data.decoding import decode
+from fedlora_jax.data.stored import Stored
 from fedlora_jax.names import lookup
 
 EMBEDDED = ("digits_domains",)
@@ -39,6 +40,7 @@ class _Reading(NamedTuple):
     features: dict[str, Any]
     size: int | None
     classes: int | None
+    images: bool = True
 
 
 def load(
@@ -85,6 +87,85 @@ def load(
         for number, (domain, part) in enumerate(parts.items())
     )
     return _stack(filter(None, bad_records.good(results, on_bad_record)), name)
+
+
+def stored(
+    name: str,
+    split: str,
+    data_dir: Directory = None,
+    *,
+    size: int | None = None,
+    classes: int | None = None,
+) -> Stored:
+    """What `load` gives, with images that are decoded one by one when they are wanted.
+
+    Every record is read once, for what it holds besides its image.
+
+    Args:
+      name: As for `load`.
+      split: As for `load`.
+      data_dir: As for `load`.
+      size: As for `load`.
+      classes: As for `load`.
+
+    Raises:
+      ValueError: As `load`, but of images when they are wanted; or if the data set has none.
+      FileNotFoundError: As `load`.
+    """
+    parts = _builders(name, data_dir)
+    features = dict(next(iter(parts.values())).info.features)
+    _check_wanted(name, features, size, classes)
+    if "image" not in features:
+        raise ValueError(f"data set {name!r} has no images that could be read one by one")
+    reading = _Reading(features, size, classes, images=False)
+    owners: list[tuple[_Images, int]] = []
+
+    def scan() -> Iterator[dict[str, Any]]:
+        for number, (domain, part) in enumerate(parts.items()):
+            encoded = ["image"] if _is_encoded(features["image"]) else []
+            images = _Images(part, split, _source(part, split, encoded), reading)
+            results = _read(part, split, reading, {"domain": number} if domain else {})
+            for index, example in enumerate(bad_records.good(results, "stop")):
+                if example:
+                    owners.append((images, index))
+                    yield example
+
+    columns = _stack(scan(), name)
+    shape = _image(*owners[0]).shape
+
+    def image(index: int) -> np.ndarray:
+        pixels = _image(*owners[index])
+        if pixels.shape != shape:
+            raise ValueError(_unequal(name, "image", pixels.shape, shape))
+        return pixels
+
+    return Stored(columns, image)
+
+
+class _Images(NamedTuple):
+    """The images of a part of a data set."""
+
+    builder: tfds.core.DatasetBuilder
+    split: str
+    source: Sequence[dict[str, Any]]
+    reading: _Reading
+
+
+def _image(images: _Images, index: int) -> np.ndarray:
+    """The image of a record."""
+    try:
+        found, feature = images.source[index]["image"], images.reading.features["image"]
+        if not _is_encoded(feature):
+            return np.asarray(found)
+        return decode(found, channels=feature.shape[-1], size=images.reading.size)
+    except Exception as error:  # also what a C++ library raises on bytes that are not its own
+        place = index
+        for file in images.builder.info.splits[images.split].file_instructions:
+            if place < file.take:
+                where = f"{file.filename}: record {file.skip + place} of split {images.split!r}"
+                raise BadRecord(f"{where}: {error}") from error
+            place -= file.take
+        raise
 
 
 def records(
@@ -288,11 +369,13 @@ def _read(
     def finish(record: tuple[str, dict[str, Any]]) -> dict[str, Any] | BadRecord:
         place, example = record
         pictures = {key: example.pop(key) for key in encoded}
+        if not reading.images:
+            example.pop("image", None)
         try:
             _check_classes(example, reading.features)
             if reading.classes is not None and example["label"] >= reading.classes:
                 return {}
-            if "image" in pictures:
+            if "image" in pictures and reading.images:
                 channels = reading.features["image"].shape[-1]
                 example["image"] = decode(pictures["image"], channels=channels, size=reading.size)
         except ValueError as error:
@@ -326,13 +409,7 @@ def _records(
     Raises:
       ValueError: If there is no such split, or a file is damaged.
     """
-    decoders = {key: tfds.decode.SkipDecoding() for key in undecoded}
-    methods = tfds.decode.DeserializeMethod
-    method = methods.RAW_BYTES if raw else methods.DESERIALIZE_AND_DECODE
-    try:
-        source = builder.as_data_source(split, decoders=decoders, deserialize_method=method)
-    except NotImplementedError as error:  # written by TFDS as TFRecord files
-        raise ValueError(str(error)) from error
+    source = _source(builder, split, undecoded, raw=raw)
     start = 0
     for file in builder.info.splits[split].file_instructions:
         _check_length(builder, Path(file.filename), file.examples_in_shard)
@@ -345,6 +422,19 @@ def _records(
             for i, record in zip(chunk, records, strict=True):
                 yield f"{file.filename}: record {file.skip + i} of split {split!r}", record
         start += file.take
+
+
+def _source(
+    builder: tfds.core.DatasetBuilder, split: str, undecoded: Sequence[str], *, raw: bool = False
+) -> Any:
+    """The records of a split by their number."""
+    decoders = {key: tfds.decode.SkipDecoding() for key in undecoded}
+    methods = tfds.decode.DeserializeMethod
+    method = methods.RAW_BYTES if raw else methods.DESERIALIZE_AND_DECODE
+    try:
+        return builder.as_data_source(split, decoders=decoders, deserialize_method=method)
+    except NotImplementedError as error:  # written by TFDS as TFRecord files
+        raise ValueError(str(error)) from error
 
 
 def _check_length(builder: tfds.core.DatasetBuilder, path: Path, expected: int) -> None:
@@ -383,11 +473,7 @@ def _stack(examples: Iterable[dict[str, Any]], name: str) -> dict[str, np.ndarra
                 continue
             kind = (array.dtype, array.shape)
             if kinds.setdefault(key, kind) != kind:
-                raise ValueError(
-                    f"the examples of data set {name!r} differ in the shape of {key!r}: "
-                    f"{array.shape} and {kinds[key][1]}. Images become equal with "
-                    "config.data.size"
-                )
+                raise ValueError(_unequal(name, key, array.shape, kinds[key][1]))
             buffers.setdefault(key, bytearray()).extend(array.tobytes())
     if not buffers:
         raise ValueError(f"the split of data set {name!r} is empty")
@@ -396,3 +482,10 @@ def _stack(examples: Iterable[dict[str, Any]], name: str) -> dict[str, np.ndarra
         array = np.frombuffer(buffers[key], dtype).reshape(-1, *shape)
         arrays[key] = array.astype(np.int32) if dtype == np.int64 else array
     return arrays
+
+
+def _unequal(name: str, key: str, shape: tuple[int, ...], other: tuple[int, ...]) -> str:
+    return (
+        f"the examples of data set {name!r} differ in the shape of {key!r}: {shape} and {other}. "
+        "Images become equal with config.data.size"
+    )

@@ -261,7 +261,7 @@ def _key(config: ml_collections.ConfigDict, arguments: Sequence[Any], cohort_siz
     server, data = arguments[0], arguments[3]
     shapes = jax.tree.map(
         lambda x: f"{x.dtype}{x.shape}",
-        (server.backbone, {k: x[:1] for k, x in data.examples.items()}),
+        (server.backbone, jax.tree.map(lambda x: x[:1], data.examples)),
     )
     devices = jax.devices()
     depends_on = [

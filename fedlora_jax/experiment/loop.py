@@ -19,6 +19,7 @@ from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
 from fedlora_jax.experiment.setting import Setting
 from fedlora_jax.experiment.state import everywhere, first_state, rows
+from fedlora_jax.experiment.streaming import Stream
 from fedlora_jax.federated import cohort, communication, placement
 
 Progress = Callable[[], Any]
@@ -80,22 +81,25 @@ def run(
     last = cohort.last_rounds(seed, first, **sizes)
     measure = make_measure(config, program, setting.domains, start)
     rate_of = schedule(config)
+    stream = Stream(setting.stored, start, program, seed)
 
     def inputs(index: int, chosen: np.ndarray) -> tuple[Any, ...]:
         """What a round of these clients gets besides the server's state."""
         members = placement.padded(chosen, mesh)
         states = rows(store.read(members), mesh)
         shared = everywhere((seed, jnp.float32(rate_of(index))), mesh)
-        return states, start.ranks, start.data, rows(members, mesh), *shared
+        data = stream.data(index, members)
+        return states, start.ranks, data, rows(members, mesh), *shared
 
     if first < config.rounds:
         chosen, devices = np.asarray(draw(first)), 1 if mesh is None else mesh.shape["clients"]
         some = chosen[: chunking.MOST * devices]
-        arguments, trial = ((server, *inputs(first, who)) for who in (chosen, some))
+        trial, arguments = ((server, *inputs(first, who)) for who in (some, chosen))
         each = -(-len(chosen) // devices)
         round_function = chunking.of_run(
             config, program.make_round, arguments, trial, each, workdir, announce
         )
+        del arguments, trial  # They hold the examples of a round.
     writer = records.MetricsWriter(workdir, first) if hosts.is_first() else None
     try:
         for index in range(first, config.rounds):
@@ -103,20 +107,24 @@ def run(
             who = Participation(chosen, communication.absences(last, chosen, index))
             last[chosen] = index
             began = time.perf_counter()
-            server, states, measured = round_function(server, *inputs(index, chosen))
+            given = inputs(index, chosen)
+            if index + 1 < config.rounds:
+                stream.begin(index + 1, placement.padded(np.asarray(draw(index + 1)), mesh))
+            server, states, measured = round_function(server, *given)
             states, measured = hosts.gathered(states), jax.device_get(measured)
             seconds = time.perf_counter() - began
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
             with hosts.first_before_others("states written"):
                 store.write(index, chosen, _first(states, start.cohort_size))
             judged = store.read(start.test.panel.clients) if program.method.personal else ()
-            row = {**measure(index, who, server, judged, measured), "seconds": seconds}
+            row = {**measure(index, who, server, judged, measured), **stream.waited()}
             if writer is not None:
-                writer.write(row)
+                writer.write({**row, "seconds": seconds})
             checkpoints.save(index + 1, server)
             store.forget(checkpoints.oldest())
             advance()
     finally:
+        stream.close()
         if writer is not None:
             writer.close()
         checkpoints.close()
@@ -161,6 +169,8 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
         changed = records.differences(json.loads(text), theirs, "config")
         if _same_rounds(config) and config.rounds >= theirs["rounds"]:
             changed = [line for line in changed if not line.startswith(_LENGTHS)]
+        # The same run, wherever its data wait.
+        changed = [line for line in changed if not line.startswith("config.data.streaming ")]
         if changed:
             raise ValueError(
                 f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedlora_jax import models
 from fedlora_jax.data import image_folder, images, python_docs, sources
+from fedlora_jax.data.stored import Stored
 from fedlora_jax.experiment import texts
 from fedlora_jax.federated.task import (
     Batch,
@@ -37,9 +38,11 @@ class Setting(NamedTuple):
     Attributes:
       task: The model, what it reads, and the loss.
       params: Pretrained parameters.
-      train: Training examples of all clients, dict of arrays `[M, ...]`.
+      train: Training examples of all clients, dict of arrays `[M, ...]`; without the images where
+        these stay in their files.
       test: Held-out examples.
       domains: The names of the domains; one called `all` for a data set without domains.
+      stored: The training examples if their images stay in their files, else None.
     """
 
     task: Task
@@ -47,6 +50,7 @@ class Setting(NamedTuple):
     train: dict[str, np.ndarray]
     test: dict[str, np.ndarray]
     domains: tuple[str, ...]
+    stored: Stored | None = None
 
 
 def prepare(config: ml_collections.ConfigDict) -> Setting:
@@ -54,20 +58,73 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     model = _model(config)
     if config.data.name in texts.SOURCES:
         texts.check(config, model)
-    train, domains = training_examples(config)
+    stored = _stored(config) if is_streamed(config) else None
+    train, domains = _training_examples(config, stored)
     test, _ = _load(config, config.data.splits.test)
     inputs = _tokens if "tokens" in train else _images(config)
-    params = _backbone(config, model, inputs({key: jnp.asarray(x[:1]) for key, x in train.items()}))
+    first = {key: x[:1] for key, x in train.items()}
+    if stored is not None:
+        first["image"] = stored.image(0)[None]
+    params = _backbone(config, model, inputs(jax.tree.map(jnp.asarray, first)))
     task = _task(config, model.clone(dtype=dtype_of(config.precision.compute)), inputs)
-    return Setting(task, params, train, _examples(test), domains)
+    return Setting(task, params, train, _examples(test), domains, stored)
 
 
 def training_examples(
     config: ml_collections.ConfigDict,
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Reads the training examples of all clients and the names of the domains; needs no model."""
-    train, domains = _load(config, config.data.splits.train)
+    """Reads the training examples of all clients and the names of the domains; needs no model.
+
+    Images are left out if they are streamed.
+    """
+    return _training_examples(config, _stored(config) if is_streamed(config) else None)
+
+
+def is_streamed(config: ml_collections.ConfigDict) -> bool:
+    """Whether training images stay in their files until a round needs them."""
+    return config.data.get("streaming", False)
+
+
+def _training_examples(
+    config: ml_collections.ConfigDict, stored: Stored | None
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    if stored is None:
+        train, domains = _load(config, config.data.splits.train)
+    else:
+        train, domains = stored.columns, _domains(config, stored.columns)
     return _examples(train), domains or ("all",)
+
+
+def _stored(config: ml_collections.ConfigDict) -> Stored:
+    """The training examples, with images that stay in their files.
+
+    Raises:
+      ValueError: If the data set has no image files, or bad ones are to be skipped.
+    """
+    data = config.data
+    if data.name in (*texts.SOURCES, "python_docs"):
+        raise ValueError(
+            f"config.data.streaming is for images; the texts of {data.name!r} are held in memory"
+        )
+    if data.on_bad_record != "stop":
+        raise ValueError(
+            f"config.data.on_bad_record is {data.on_bad_record!r}, but with config.data.streaming "
+            "a file that is no image is found too late to be left out; set it to 'stop'"
+        )
+    split = data.splits.train
+    if data.name == "image_folder":
+        return image_folder.stored(split, data.root, size=data.size, held_out=data.held_out)
+    options = {key: data[key] for key in ("size", "classes") if key in data}
+    return sources.stored(data.name, split, **options)
+
+
+def _domains(config: ml_collections.ConfigDict, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """The names of the domains of images, if there are any."""
+    if "domain" not in arrays:
+        return ()
+    if config.data.name == "image_folder":
+        return tuple(image_folder.class_names(config.data.root, "domain"))
+    return tuple(sources.class_names(config.data.name, "domain"))
 
 
 def full_name(config: ml_collections.ConfigDict) -> str:
@@ -123,10 +180,10 @@ def _load(
             held_out=data.held_out,
             on_bad_record=data.on_bad_record,
         )
-        return arrays, tuple(image_folder.class_names(data.root, "domain"))
+        return arrays, _domains(config, arrays)
     options = {key: data[key] for key in _SOURCE_OPTIONS if key in data}
     arrays = sources.load(data.name, split, **options)
-    return arrays, tuple(sources.class_names(data.name, "domain")) if "domain" in arrays else ()
+    return arrays, _domains(config, arrays)
 
 
 def _backbone(
@@ -152,7 +209,8 @@ def _backbone(
 def _backbone_path(config: ml_collections.ConfigDict) -> Path:
     """A directory whose name changes with all that the backbone is made from."""
     if config.data.name == "image_folder":
-        data: str | dict = {**config.data.to_dict(), "root": image_folder.digest(config.data.root)}
+        data = {**config.data.to_dict(), "root": image_folder.digest(config.data.root)}
+        data.pop("streaming", None)
     else:
         options = {key: config.data.get(key) for key in (*_SOURCE_OPTIONS, "statistics")}
         data = {"name": sources.full_name(config.data.name), **options}

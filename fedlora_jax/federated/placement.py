@@ -95,6 +95,23 @@ def _put(x: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
+def own_rows(mesh: Mesh | None, count: int) -> np.ndarray:
+    """Which of so many rows are on devices of this process, bool `[count]`."""
+    own = np.zeros(count, bool)
+    if mesh is None:
+        return ~own
+    for found in rows(mesh).addressable_devices_indices_map((count,)).values():
+        own[found] = True
+    return own
+
+
+def put_own_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Arrays of which every process has its own rows, where `rows` says."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, rows(mesh), lambda index: x[index]), tree
+    )
+
+
 def padded(cohort: np.ndarray, mesh: Mesh | None) -> np.ndarray:
     """A cohort with -1, nobody, added until every device along `CLIENTS` has as many."""
     missing = 0 if mesh is None else -len(cohort) % mesh.shape[CLIENTS]

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from fedlora_jax import aggregation, lowrank
-from fedlora_jax.data.clients import ClientData, local_batch
-from fedlora_jax.federated import local, placement, precision, randomness
+from fedlora_jax.data.clients import ClientData, CohortExamples, local_batch
+from fedlora_jax.federated import local, placement, precision, randomness, visits
 from fedlora_jax.federated.local import BatchOf, LocalTraining
 from fedlora_jax.federated.task import Task
 from fedlora_jax.lora import Adapters
@@ -209,19 +209,23 @@ def train_cohort(
       clients_per_chunk: Clients trained at once, one chunk after the other, so that memory is that
         of a chunk and not of a cohort; None for all at once.
     """
-    shared = _Shared(federation.server, data.examples, data.positions, seed, learning_rate)
+    shared = _shared(federation.server, data, seed, learning_rate)
     members = _members(_rows(federation.clients, cohort), federation.ranks, data, cohort)
     return _train(task, method, training, shared, members, clients_per_chunk)
 
 
 class _Members(NamedTuple):
-    """What is each client's own, stacked along `[K]`: of its examples how many, and where."""
+    """What is each client's own, stacked along `[K]`: of its examples how many, and where.
+
+    `own` are the examples themselves, or None if they are among those that all share.
+    """
 
     state: PyTree
     identity: jax.Array
     rank: jax.Array
     num_examples: jax.Array
     offset: jax.Array
+    own: CohortExamples | None
 
 
 class _Shared(NamedTuple):
@@ -238,7 +242,13 @@ def _members(states: PyTree, ranks: jax.Array, data: ClientData, cohort: jax.Arr
     """The clients of a cohort; in the place of nobody there is the first, with one example."""
     who = jnp.maximum(cohort, 0)
     counts = jnp.where(cohort < 0, 1, data.counts[who])
-    return _Members(states, cohort, ranks[who], counts, data.offsets[who])
+    own = data.examples if isinstance(data.examples, CohortExamples) else None
+    return _Members(states, cohort, ranks[who], counts, data.offsets[who], own)
+
+
+def _shared(server: Server, data: ClientData, seed: jax.Array, learning_rate: ArrayLike) -> _Shared:
+    examples = {} if isinstance(data.examples, CohortExamples) else data.examples
+    return _Shared(server, examples, data.positions, seed, learning_rate)
 
 
 def _train(
@@ -293,14 +303,20 @@ def _of_client(
 
         def batch_of(step: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
             places, mask = local_batch(member.num_examples, order, step, training.batch_size)
-            chosen = shared.positions[member.offset + places]
-            return {name: values[chosen] for name, values in shared.examples.items()}, mask
+            if member.own is None:
+                examples, chosen = shared.examples, shared.positions[member.offset + places]
+            else:
+                examples, chosen = member.own.examples, jnp.searchsorted(member.own.places, places)
+            return {name: values[chosen] for name, values in examples.items()}, mask
 
         return batch_of
 
     def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
         at = server.trainable._replace(adapters=adapters)
-        own, available = batches_of("calibration"), training.steps_of_epoch(member.num_examples)
+        own, available = (
+            batches_of(visits.CALIBRATION),
+            training.steps_of_epoch(member.num_examples),
+        )
         frozen = (task, server.backbone, server.scale)
         return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
 
@@ -313,7 +329,7 @@ def _of_client(
         server.backbone,
         server.scale,
         start,
-        batches_of("batches"),
+        batches_of(visits.BATCHES),
         learning_rate=jnp.asarray(shared.learning_rate, jnp.float32),
         steps=training.steps_of(member.num_examples),
         longest=longest if training.epochs else training.steps,
@@ -427,7 +443,7 @@ def run_cohort(
       The server's state after the round, those of the clients `[K]`, the metrics, and what the
       clients did.
     """
-    shared = _Shared(server, data.examples, data.positions, seed, learning_rate)
+    shared = _shared(server, data, seed, learning_rate)
     members = _members(states, ranks, data, cohort)
     result = _train(task, method, training, shared, members, clients_per_chunk, mesh)
     present = cohort >= 0

@@ -113,3 +113,20 @@ def test_a_configuration_is_prepared(tmp_path):
     assert setting._backbone_path(config) != first
     pretrained = configuration.get_config(f"root={root},source=somewhere")
     assert pretrained.model.options.num_classes == 2 and "pretraining" not in pretrained
+
+
+@pytest.mark.parametrize("domains", [("",), ("one", "two")])
+def test_images_can_stay_in_their_files(tmp_path, domains):
+    root = write(tmp_path, domains, count=8)
+    loaded = image_folder.load("federated", root, size=6, held_out=HELD_OUT)
+    stored = image_folder.stored("federated", root, size=6, held_out=HELD_OUT)
+    np.testing.assert_array_equal(
+        [stored.image(i) for i in range(len(loaded["label"]))], loaded.pop("image")
+    )
+    assert loaded.keys() == stored.columns.keys()
+    for name, values in loaded.items():
+        np.testing.assert_array_equal(stored.columns[name], values)
+    for path in root.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"\.png is not an image"):
+        stored.image(0)

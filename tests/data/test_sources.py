@@ -181,3 +181,23 @@ def test_losing_the_race_to_prepare_is_no_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builder_type, "download_and_prepare", overtaken)
     assert len(sources.load("digits_domains", "test", tmp_path)["label"]) == 1200
+
+
+@pytest.mark.parametrize("classes", [None, 1])
+def test_images_can_stay_in_their_files(tmp_path, classes):
+    _prepare(ToyImages, tmp_path)
+    options = {"size": 3, "classes": classes}
+    loaded = sources.load("toy_images", "train[1:]", tmp_path, **options)
+    stored = sources.stored("toy_images", "train[1:]", tmp_path, **options)
+    images = np.stack([stored.image(i) for i in range(len(loaded["label"]))])
+    np.testing.assert_array_equal(images, loaded["image"])
+    np.testing.assert_array_equal(stored.columns["label"], loaded["label"])
+    assert set(stored.columns) == {"label"}
+
+
+def test_an_image_in_its_file_that_is_of_another_shape_is_refused(tmp_path):
+    _prepare(RaggedImages, tmp_path)
+    stored = sources.stored("ragged_images", "train", tmp_path)
+    assert stored.image(0).shape == (4, 4, 3)
+    with pytest.raises(ValueError, match=r"\(5, 5, 3\) and \(4, 4, 3\)"):
+        stored.image(1)

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from fedlora_jax import lora, methods, models
-from fedlora_jax.data.clients import client_data
-from fedlora_jax.federated import placement
+from fedlora_jax.data.clients import NO_PLACE, CohortExamples, client_data
+from fedlora_jax.federated import placement, visits
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, make_cohort_round
 from fedlora_jax.federated.task import causal_language_model
@@ -72,6 +72,31 @@ def test_four_devices_find_what_one_finds(world, name):
     kept = jax.tree.map(lambda x: x[members >= 0], jax.device_get(states))
     expected = jax.tree.map(lambda x: x[COHORT], jax.device_get(alone.clients))
     jax.tree.map(close, products(kept), products(expected))
+
+
+def test_clients_with_examples_of_their_own_have_them_on_their_device(world):
+    """What a round of them finds is, to the bit, what it finds with all examples everywhere."""
+    mesh, method = placement.make_mesh(4), method_of("fedit")
+    members = np.array([*COHORT[:3], -1, COHORT[3], -1, -1, -1])
+    state, data = world.federation(method), world.data
+    counts = np.asarray(data.counts)[np.maximum(members, 0)]
+    draw = visits.make_visits(world.training, 0, int(data.counts.max()))
+    places = np.asarray(draw(world.seed, 0, members, counts))
+    offsets = np.asarray(data.offsets)[np.maximum(members, 0)]
+    there = places != NO_PLACE
+    positions = np.asarray(data.positions)[np.where(there, offsets[:, None] + places, 0)]
+    examples = {name: np.asarray(x)[positions] for name, x in data.examples.items()}
+    own = placement.put_own_rows(CohortExamples(examples, places), mesh)
+    assert len(own.places.addressable_shards[0].data) == 2
+    assert placement.own_rows(mesh, len(members)).all()
+    function = make_cohort_round(world.task, method, world.training, mesh=mesh)
+    found = []
+    server, states, ranks, shared, cohort = placed(mesh, state, members, data)
+    for each in (shared, shared._replace(examples=own)):
+        rest = (each, cohort, world.seed, jnp.float32(0.2))
+        changed, _, metrics = function(server, states, ranks, *rest)
+        found.append((model(changed), metrics.loss))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_clients_exchange_nothing_while_they_train(world):

@@ -1,0 +1,133 @@
+"""Rounds on images that are read, decoded and placed while the round before is computed.
+
+JPEG files are written once. A process then trains a federation on them that may hold less memory
+than they take on disk, and much less than they would take decoded: Linux refuses it more
+(`RLIMIT_DATA`, of all its private writable memory, that of XLA and of all threads included).
+"""
+
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from configs import image_folder
+from fedlora_jax import experiment
+from fedlora_jax.experiment import streaming
+
+SIDE, CLASSES = 224, 10
+_QUALITY = 90
+_SAMPLE = 512
+# Shares of the images that are held in memory: to judge by, and to train the backbone on.
+_HELD_OUT = {"validation": 0.0, "test": 0.004, "pretrain": 0.002}
+_LEAST = 64
+
+
+class Size(NamedTuple):
+    """How large the federation is.
+
+    Attributes:
+      clients: N.
+      cohort: K.
+      images: Of each client.
+      rounds: How many, of which the first is left out of the share.
+      memory: Bytes that the process may hold; 0 for no bound.
+    """
+
+    clients: int
+    cohort: int
+    images: int
+    rounds: int
+    memory: int
+
+
+def write(folder: Path, count: int) -> int:
+    """Writes JPEG files `folder/class/number.jpg`, those that are not there; returns their bytes.
+
+    Coarse coloured patterns with fine noise: 22 kB each, as photographs of this size are.
+    """
+    generator = np.random.default_rng(0)
+    total = 0
+    for number in range(count):
+        path = folder / str(number % CLASSES) / f"{number:07d}.jpg"
+        coarse = generator.integers(0, 256, (28, 28, 3), np.uint8)
+        noise = generator.integers(-12, 13, (SIDE, SIDE, 1), np.int16)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            smooth = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+            pixels = np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(path, quality=_QUALITY)
+        total += path.stat().st_size
+    return total
+
+
+def configuration(folder: Path, size: Size, images: int) -> ml_collections.ConfigDict:
+    """A small ViT at 224 pixels; every client has as many images."""
+    config = image_folder.get_config(f"root={folder},size={SIDE},clients={size.clients}")
+    config.rounds, config.clients_per_round = size.rounds, size.cohort
+    config.data.streaming = True
+    config.data.held_out = {
+        name: max(x, _LEAST / images * (x > 0)) for name, x in _HELD_OUT.items()
+    }
+    config.data.partition = "iid"
+    config.data.partition_options = {"num_clients": size.clients}
+    config.model.name = "vit_digits"
+    shape = {"patch_size": 16, "width": 192, "depth": 6, "num_heads": 3}
+    config.model.options = {"num_classes": CLASSES, **shape}
+    config.pretraining.options.update(steps=1, batch_size=8)
+    config.backbone_dir = str(folder.parent / "backbones")
+    config.local.update(steps=1, batch_size=8)
+    config.local.schedule = "constant"
+    config.clients_per_chunk = "1"
+    config.evaluation_batch_size = 32
+    config.judged_clients = 1
+    return config
+
+
+def measure(folder: Path, workdir: Path, size: Size) -> dict[str, Any]:
+    """Trains in this process, whose memory is bounded from here on.
+
+    Args:
+      folder: With the images.
+      workdir: Of the run, which must be new.
+      size: Of the federation.
+    """
+    paths = list(folder.rglob("*.jpg"))
+    if size.memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (size.memory, size.memory))
+    config = configuration(folder, size, len(paths))
+    setting = experiment.prepare(config)
+    assert setting.stored is not None
+    sample = np.arange(min(_SAMPLE, len(setting.train["label"])))[None]
+    began = time.perf_counter()
+    streaming.load_images(setting.stored.image, sample, np.ones(sample.shape, bool))
+    rate = sample.size / (time.perf_counter() - began)
+    program = experiment.compile_program(config, setting)
+    rows = experiment.run(config, setting, program, workdir)
+    seconds = [row["seconds"] for row in rows]
+    waiting = [row["seconds_waiting"] for row in rows]
+    visited = size.cohort * min(size.images, config.local.steps * config.local.batch_size)
+    return {
+        **size._asdict(),
+        "images_in_all": len(paths),
+        "files_bytes": sum(path.stat().st_size for path in paths),
+        "decoded_bytes": len(paths) * SIDE * SIDE * 3,
+        "most_held_bytes": _most_held(),
+        "images_a_round": visited,
+        "decoded_a_second": rate,
+        "seconds": seconds,
+        "seconds_waiting": waiting,
+        "share_waiting": sum(waiting[1:]) / sum(seconds[1:]),
+        "device_of_training": jax.devices()[0].device_kind,
+    }
+
+
+def _most_held() -> int:
+    """The most memory that this process has held, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
