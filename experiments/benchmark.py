@@ -1,10 +1,13 @@
-"""Speed and memory of aggregation, beside dense code in PyTorch; of programs.
+"""Speed and memory of aggregation, beside dense code in PyTorch; of programs, and at scale.
 
     python -m experiments.benchmark aggregation
     python -m experiments.benchmark aggregation --only=fedit,flexlora --noreference
     python -m experiments.benchmark growth
     python -m experiments.benchmark programs --clients=4 --rank=8
     python -m experiments.benchmark memory --rank=8
+    python -m experiments.benchmark clients
+    python -m experiments.benchmark mesh
+    python -m experiments.benchmark tree --seeds=3
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -18,7 +21,12 @@ four, one client at a time), each in a process of its own, and runs none: lines 
 seconds to trace and to compile, the most memory that took, and what the compiler plans for the
 round. `memory` compiles rounds of `fedit` on the same model, with 1 and 4 clients side by side and
 texts of 128 and 512 tokens, and says what memory the compiler plans: with the logits of the batch
-kept, with those of 128 tokens at a time, and with blocks computed again besides.
+kept, with those of 128 tokens at a time, and with blocks computed again besides. `clients` runs
+whole rounds of the experiment loop against the number of clients and of the cohort's, each point in
+a process of its own. `mesh` compiles a round of every method for four devices, with the local
+training under `shard_map` and left to the compiler, and counts what devices compute and send.
+`tree` trains clients of the digits demo, and aggregates what they send along trees and from
+sketches.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -48,7 +56,7 @@ import numpy as np
 from absl import app, flags
 from tabulate import tabulate
 
-from experiments.benchmarks import programs
+from experiments.benchmarks import clients, mesh, programs, tree
 from fedlora_jax import Factors, aggregation, methods
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
@@ -57,6 +65,7 @@ _LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers.", lower_bound=
 _BLOCKS = flags.DEFINE_integer("blocks", 30, "Blocks of `programs`.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the adapters.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls after the first one.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of `tree`.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the dense code (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
@@ -325,12 +334,18 @@ def measure_memory(row: str) -> dict[str, Any]:
     return {"working_bytes": planned}
 
 
-def worker(task: str) -> dict[str, Any]:
-    """Runs a measurement in a process of its own, which flags are passed on to."""
+def worker(task: str, **environment: str) -> dict[str, Any]:
+    """Runs a measurement in a process of its own, which flags are passed on to.
+
+    Args:
+      task: Kind and name, with a colon between.
+      **environment: Variables of the process, besides those of this one.
+    """
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
     for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS):
         command.append(f"--{flag.name}={flag.value}")
-    done = subprocess.run(command, capture_output=True, text=True)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode:
         raise RuntimeError(f"{task} failed:\n{done.stderr.strip()}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -352,6 +367,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "seed": _SEED.value,
         "clients": _CLIENTS.value,
         "rank": _RANK.value,
@@ -370,14 +386,16 @@ def rows_of(known: Iterable[str]) -> list[str]:
     return rows
 
 
-def write(name: str, results: dict[str, Any], page: str) -> None:
-    """Prints a page, and writes it and the results."""
+def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> None:
+    """Prints a page, and writes it and the results, and a picture if there is one."""
     print(page)
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     stem = f"{name}_{results['environment']['platform']}"
     (output / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
     (output / f"{stem}.md").write_text(page + "\n")
+    if figure is not None:
+        figure.savefig(output / f"{stem}.png", dpi=120)
     print(f"written to {output / stem}.json and .md", file=sys.stderr)
 
 
@@ -559,6 +577,38 @@ def memory_report(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def clients_table() -> None:
+    """Measures rounds against N and K, prints the table and writes it and a picture."""
+    results: dict[str, Any] = {"environment": environment(), "points": []}
+    for name in rows_of(clients.METHODS):
+        for num_clients, cohort_size in clients.points():
+            print(f"{name}, N = {num_clients}, K = {cohort_size} ...", file=sys.stderr, flush=True)
+            point = worker(f"clients:{name},{num_clients},{cohort_size}")
+            results["points"].append(point)
+    write("clients", results, clients.page(results), clients.draw(results))
+
+
+def mesh_table() -> None:
+    """Counts what devices compute and send, prints the table and writes it."""
+    results: dict[str, Any] = {"environment": environment(), "methods": {}}
+    devices = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
+    for name in rows_of(mesh.names()):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results["methods"][name] = worker(f"mesh:{name}", **devices)
+    write("mesh", results, mesh.page(results))
+
+
+def tree_table() -> None:
+    """Aggregates in trees, prints the table and writes it and a picture."""
+    results: dict[str, Any] = {"environment": environment(), "methods": {}}
+    for name in rows_of(tree.METHODS):
+        seeds = results["methods"].setdefault(name, {})
+        for seed in range(_SEEDS.value):
+            print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
+            seeds[str(seed)] = worker(f"tree:{name},{seed}")
+    write("tree", results, tree.page(results), tree.draw(results))
+
+
 def growth_plot() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
     import matplotlib
@@ -608,14 +658,20 @@ def main(argv: list[str]) -> None:
                 name, blocks=_BLOCKS.value, clients=_CLIENTS.value, rank=_RANK.value
             ),
             "memory": lambda: measure_memory(name),
+            "clients": lambda: clients.measure(*clients.point_of(name)),
+            "mesh": lambda: mesh.measure(name),
+            "tree": lambda: tree.measure(*tree.task_of(name)),
         }
         print(json.dumps(tasks[kind]()))
         return
     commands = {
         "aggregation": aggregation_table,
+        "clients": clients_table,
         "growth": growth_plot,
         "memory": memory_table,
+        "mesh": mesh_table,
         "programs": programs_table,
+        "tree": tree_table,
     }
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"name one of: {', '.join(commands)}")
