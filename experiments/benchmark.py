@@ -1,4 +1,4 @@
-"""Speed and memory: of aggregation, programs and rounds, beside code in PyTorch; of streamed data.
+"""Speed and memory: of aggregation, programs and rounds, beside PyTorch; and of running at scale.
 
     python -m experiments.benchmark aggregation
     python -m experiments.benchmark aggregation --only=fedit,flexlora --noreference
@@ -8,6 +8,9 @@
     python -m experiments.benchmark round
     python -m experiments.benchmark round --only=digits,per_client --chunks=all,1,6 --noreference
     python -m experiments.benchmark streaming --clients=5000 --folder=/tmp/jpegs
+    python -m experiments.benchmark clients
+    python -m experiments.benchmark mesh
+    python -m experiments.benchmark tree --seeds=3
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -26,7 +29,11 @@ rounds of `fedit` beside a loop over clients in PyTorch and PEFT, on four models
 `--chunks` is tried. `per_client` is the cost of a client by the size of the cohort. `streaming`
 writes 224 x 224 JPEG files, 25 for each client, and trains a small ViT on them in a process that
 may hold less memory than they take: how many images the cores decode in a second, and the share of
-a round that the device waits for them.
+a round that the device waits for them. `clients` runs whole rounds of the experiment loop against
+the number of clients and of the cohort's, each point in a process of its own. `mesh` compiles a
+round of every method for four devices, with the local training under `shard_map` and left to the
+compiler, and counts what devices compute and send. `tree` trains clients of the digits demo, and
+aggregates what they send along trees and from sketches.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -58,7 +65,7 @@ import numpy as np
 from absl import app, flags
 from tabulate import tabulate
 
-from experiments.benchmarks import programs, rounds, streaming
+from experiments.benchmarks import clients, mesh, programs, rounds, streaming, tree
 from fedlora_jax import Factors, aggregation, methods
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
@@ -72,6 +79,7 @@ _IMAGES = flags.DEFINE_integer("images", 25, "Images of a client of `streaming`.
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of `streaming`.", lower_bound=2)
 _MEMORY = flags.DEFINE_float("memory_gb", 2.0, "What `streaming` may hold; 0 for no bound.")
 _FOLDER = flags.DEFINE_string("folder", "", "Where `streaming` writes its images, to be kept.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of `tree`.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
@@ -341,13 +349,19 @@ def measure_memory(row: str) -> dict[str, Any]:
     return {"working_bytes": planned}
 
 
-def worker(task: str) -> dict[str, Any]:
-    """Runs a measurement in a process of its own, which flags are passed on to."""
+def worker(task: str, **environment: str) -> dict[str, Any]:
+    """Runs a measurement in a process of its own, which flags are passed on to.
+
+    Args:
+      task: Kind and name, with a colon between.
+      **environment: Variables of the process, besides those of this one.
+    """
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
     of_streaming = (_COHORT, _IMAGES, _ROUNDS, _MEMORY, _FOLDER)
     for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS, *of_streaming):
         command.append(f"--{flag.name}={flag.value}")
-    done = subprocess.run(command, capture_output=True, text=True)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     if done.returncode:
         raise RuntimeError(f"{task} failed:\n{done.stderr.strip()}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -369,6 +383,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "python": platform.python_version(),
         "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "seed": _SEED.value,
         "clients": _CLIENTS.value,
         "rank": _RANK.value,
@@ -387,14 +402,16 @@ def rows_of(known: Iterable[str]) -> list[str]:
     return rows
 
 
-def write(name: str, results: dict[str, Any], page: str) -> None:
-    """Prints a page, and writes it and the results."""
+def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> None:
+    """Prints a page, and writes it and the results, and a picture if there is one."""
     print(page)
     output = Path(_OUTPUT.value)
     output.mkdir(parents=True, exist_ok=True)
     stem = f"{name}_{results['environment']['platform']}"
     (output / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
     (output / f"{stem}.md").write_text(page + "\n")
+    if figure is not None:
+        figure.savefig(output / f"{stem}.png", dpi=120)
     print(f"written to {output / stem}.json and .md", file=sys.stderr)
 
 
@@ -654,6 +671,38 @@ nothing can be read ahead, the device waited {100 * found["share_waiting"]:.1f}%
 """
 
 
+def clients_table() -> None:
+    """Measures rounds against N and K, prints the table and writes it and a picture."""
+    results: dict[str, Any] = {"environment": environment(), "points": []}
+    for name in rows_of(clients.METHODS):
+        for num_clients, cohort_size in clients.points():
+            print(f"{name}, N = {num_clients}, K = {cohort_size} ...", file=sys.stderr, flush=True)
+            point = worker(f"clients:{name},{num_clients},{cohort_size}")
+            results["points"].append(point)
+    write("clients", results, clients.page(results), clients.draw(results))
+
+
+def mesh_table() -> None:
+    """Counts what devices compute and send, prints the table and writes it."""
+    results: dict[str, Any] = {"environment": environment(), "methods": {}}
+    devices = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
+    for name in rows_of(mesh.names()):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results["methods"][name] = worker(f"mesh:{name}", **devices)
+    write("mesh", results, mesh.page(results))
+
+
+def tree_table() -> None:
+    """Aggregates in trees, prints the table and writes it and a picture."""
+    results: dict[str, Any] = {"environment": environment(), "methods": {}}
+    for name in rows_of(tree.METHODS):
+        seeds = results["methods"].setdefault(name, {})
+        for seed in range(_SEEDS.value):
+            print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
+            seeds[str(seed)] = worker(f"tree:{name},{seed}")
+    write("tree", results, tree.page(results), tree.draw(results))
+
+
 def growth_plot() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
     import matplotlib
@@ -707,16 +756,22 @@ def main(argv: list[str]) -> None:
             ),
             "memory": lambda: measure_memory(name),
             "streaming": measure_streaming,
+            "clients": lambda: clients.measure(*clients.point_of(name)),
+            "mesh": lambda: mesh.measure(name),
+            "tree": lambda: tree.measure(*tree.task_of(name)),
         }
         print(json.dumps(tasks[kind]()))
         return
     commands = {
         "aggregation": aggregation_table,
+        "clients": clients_table,
         "growth": growth_plot,
         "memory": memory_table,
+        "mesh": mesh_table,
         "programs": programs_table,
         "round": round_table,
         "streaming": streaming_table,
+        "tree": tree_table,
     }
     if len(argv) != 2 or argv[1] not in commands:
         raise app.UsageError(f"name one of: {', '.join(commands)}")

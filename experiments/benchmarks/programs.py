@@ -118,7 +118,7 @@ def measure(method: str, *, blocks: int, clients: int, rank: int) -> dict[str, A
         "lines": lines,
         "trace_s": traced - start,
         "compile_s": done - begun,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
         "held_bytes": planned.argument_size_in_bytes if planned else None,
         "working_bytes": planned.temp_size_in_bytes if planned else None,
     }
@@ -135,7 +135,7 @@ def working_bytes(method: str, **shapes: Any) -> int | None:
     return planned.temp_size_in_bytes if planned else None
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """The most memory that this process has had; Linux counts in KiB, macOS in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

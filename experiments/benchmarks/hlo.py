@@ -1,0 +1,95 @@
+"""What devices send each other in a compiled program, read from its text."""
+
+import re
+from typing import NamedTuple
+
+# Kinds as the text has them. What is started and awaited counts where it is awaited.
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w*computations?)=(\{[^}]*\}|%?[\w.\-]+)")
+_TRIPS = re.compile(r"known_trip_count\":?\{\"n\":\"(\d+)\"")
+
+
+class Sent(NamedTuple):
+    """Collectives of one kind: how many a run of the program executes, and bytes of results."""
+
+    count: int
+    num_bytes: int
+
+
+def collectives(text: str) -> dict[str, Sent]:
+    """The collectives that a device takes part in, by kind, in one run of a compiled program.
+
+    What is in a loop counts as often as the loop turns, where the compiler knows that, else once;
+    of a conditional all branches count. Bytes are those of a collective's result on one device.
+
+    Args:
+      text: Of a compiled program, from `compiled.as_text()`.
+
+    Raises:
+      ValueError: If it has no entry: it is not the text of a compiled program.
+    """
+    bodies, entry = _computations(text)
+    found: dict[str, Sent] = {}
+
+    def walk(name: str, times: int) -> None:
+        for line in bodies[name]:
+            matched = _INSTRUCTION.match(line)
+            if matched is None:
+                continue
+            shape, operation, rest = matched.groups()
+            kind = operation.removesuffix("-done")
+            if kind in KINDS:
+                before = found.get(kind, Sent(0, 0))
+                found[kind] = Sent(
+                    before.count + times, before.num_bytes + times * num_bytes(shape)
+                )
+            trips = _TRIPS.search(rest) if operation == "while" else None
+            for called in _called(rest):
+                if called in bodies:
+                    walk(called, times * int(trips[1]) if trips else times)
+
+    walk(entry, 1)
+    return found
+
+
+def num_bytes(shape: str) -> int:
+    """Bytes of an array or a tuple of arrays, as `f32[4,8]{1,0}` or `(f32[2], s32[])`."""
+    total = 0
+    for name, sizes in _ARRAY.findall(shape):
+        bits = _BITS.get(name, int((re.search(r"\d+", name) or [0])[0]))
+        count = 1
+        for size in filter(None, sizes.split(",")):
+            count *= int(size)
+        total += (count * bits + 7) // 8
+    return total
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by name, and which is the entry."""
+    heads = list(_COMPUTATION.finditer(text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    bodies = {
+        head[2]: text[head.end() : end].splitlines() for head, end in zip(heads, ends, strict=True)
+    }
+    entries = [head[2] for head in heads if head[1]]
+    if len(entries) != 1:
+        raise ValueError("this is not the text of a compiled program: it has no one ENTRY")
+    return bodies, entries[0]
+
+
+def _called(rest: str) -> list[str]:
+    """The computations that an instruction calls."""
+    return [name for group in _CALLED.findall(rest) for name in re.findall(r"[\w.\-]+", group)]

@@ -1,0 +1,123 @@
+"""What a round on four devices computes and sends, by the compiler's account; nothing is run.
+
+The local training is under `shard_map`, as the library has it, or left to the compiler: the same
+function without its mesh, on inputs that are spread alike.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tabulate import tabulate
+
+from experiments.benchmarks import hlo
+from fedlora_jax import lora, methods, models
+from fedlora_jax.data.clients import ClientData, client_data
+from fedlora_jax.federated import placement
+from fedlora_jax.federated.local import LocalTraining
+from fedlora_jax.federated.round import Federation, create, make_cohort_round
+from fedlora_jax.federated.task import Task, causal_language_model
+from fedlora_jax.methods import Method, Server, Trainable
+from fedlora_jax.models import Llama
+
+DEVICES = 4
+SMALL = {"width": 64, "depth": 1, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128}
+# Of the machine code, which is not run; what devices compute and send is settled before it.
+LEAST_EFFORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+VOCABULARY, LENGTH, RANK, COHORT, EXAMPLES, BATCH_SIZE, STEPS = 128, 16, 4, 16, 8, 4, 4
+
+
+def names() -> list[str]:
+    """The methods that have a cohort."""
+    return [name for name in sorted(methods.REGISTRY) if not methods.get(name)().pooled]
+
+
+def measure(name: str) -> dict[str, Any]:
+    """FLOPs a device and collectives of a round of one method, on one device and on four.
+
+    Raises:
+      RuntimeError: If there are not four devices.
+    """
+    if jax.device_count() < DEVICES:
+        raise RuntimeError(f"{DEVICES} devices are needed, there are {jax.device_count()}")
+    method = methods.get(name)()
+    task, federation, data = _small(method)
+    mesh = placement.make_mesh(DEVICES)
+    training = LocalTraining(optax.adamw(1.0), BATCH_SIZE, STEPS)
+    key, rate, cohort = jax.random.key(0), jnp.float32(1e-3), np.arange(COHORT)
+    server, clients, ranks = federation
+    shared = placement.put((ranks, data), placement.everywhere(mesh))
+    rows = placement.put((clients, cohort), placement.rows(mesh))
+    spread = placement.put(server, placement.server(mesh, server)), rows[0], *shared, rows[1]
+    ways = {
+        "one": (None, (server, clients, ranks, data, jnp.asarray(cohort))),
+        "shard_map": (mesh, spread),
+        "compiler": (None, spread),
+    }
+    found = {}
+    for way, (devices, arguments) in ways.items():
+        function = make_cohort_round(task, method, training, mesh=devices)
+        compiled = function.lower(*arguments, key, rate).compile(LEAST_EFFORT)
+        sent = hlo.collectives(compiled.as_text())
+        found[way] = {
+            "flops": compiled.cost_analysis()["flops"],
+            "collectives": {kind: list(each) for kind, each in sorted(sent.items())},
+        }
+    return found
+
+
+def _small(method: Method) -> tuple[Task, Federation, ClientData]:
+    """A Llama of one block with all its linear layers adapted, and sixteen clients."""
+    model = Llama(vocab_size=VOCABULARY, **SMALL)  # type: ignore[arg-type]
+    key = jax.random.key(0)
+    tokens = jax.random.randint(key, (COHORT * EXAMPLES, LENGTH), 0, VOCABULARY)
+    params = model.init(key, tokens[:1])["params"]
+    adapters = lora.init(key, params, targets=models.lora_targets(model), rank=RANK)
+    server = Server(params, Trainable(adapters, {}), jnp.float32(2), (), jnp.int32(0))
+    parts = np.split(np.arange(len(tokens)), COHORT)
+    data = client_data({"tokens": tokens, "answer": tokens > 0}, parts)
+    return causal_language_model(model), create(key, method, server, COHORT), data
+
+
+def page(results: dict[str, Any]) -> str:
+    """The table, as Markdown."""
+    facts = results["environment"]
+
+    def sent(way: dict[str, Any]) -> list[str]:
+        each = way["collectives"].items()
+        kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in each) or "none"
+        return [kinds, f"{sum(size for _, (_, size) in each) / 1e3:,.0f}"]
+
+    table = [
+        [
+            name,
+            f"{ways['one']['flops'] / 1e6:.1f}",
+            f"{ways['shard_map']['flops'] / 1e6:.1f}",
+            f"{ways['compiler']['flops'] / 1e6:.1f}",
+            *sent(ways["shard_map"]),
+            *sent(ways["compiler"]),
+        ]
+        for name, ways in results["methods"].items()
+    ]
+    headers = ["method", "MFLOP, one device", "shard_map", "compiler"]
+    headers += ["collectives, shard_map", "kB", "collectives, compiler", "kB"]
+    align = ("left", "right", "right", "right", "left", "right", "left", "right")
+    lines = [
+        f"# A round on {DEVICES} devices",
+        "",
+        f"A Llama of one block, width {SMALL['width']}, its seven linear layers adapted at r = "
+        f"{RANK}; {COHORT} clients, {STEPS} steps of {BATCH_SIZE} texts of {LENGTH} tokens. "
+        f"{facts['date']}, {facts['device']}, jax {facts['versions']['jax']}. Compiled, not run.",
+        "",
+        tabulate(table, headers, tablefmt="github", colalign=align, disable_numparse=True),
+        "",
+        "`shard_map`: the local training of each device's clients is said to concern no other "
+        "device, as the library does. `compiler`: the same function and the same placing of its "
+        "inputs, without that. MFLOP are those of one device by the compiler's count, which takes "
+        "the body of a loop once. Collectives are those that a device takes part in during one "
+        "round, in loops as often as the loop turns where the compiler knows that; kB are of their "
+        "results on a device.",
+    ]
+    return "\n".join(lines)
