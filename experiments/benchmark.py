@@ -664,8 +664,8 @@ def streaming_report(found: dict[str, Any]) -> str:
 {found["images_in_all"]} files of {files}, decoded {decoded}; the process might hold {bound}
 (`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]}.
 
-Decoded alone: {found["decoded_a_second"]:.0f} images a second. After the first round, for which
-nothing can be read ahead, the device waited {100 * found["share_waiting"]:.1f}% of the time.
+Decoded alone: {found["decoded_a_second"]:.0f} images a second. After the first round, whose
+images are read before it begins, the device waited {100 * found["share_waiting"]:.1f}% of the time.
 
 {tabulate(per_round, headers=headers, tablefmt="github")}
 """

@@ -118,23 +118,26 @@ def stored(
     if "image" not in features:
         raise ValueError(f"data set {name!r} has no images that could be read one by one")
     reading = _Reading(features, size, classes, images=False)
-    owners: list[tuple[_Images, int]] = []
+    images: list[_Images] = []
+    kept: list[tuple[int, int]] = []
 
     def scan() -> Iterator[dict[str, Any]]:
         for number, (domain, part) in enumerate(parts.items()):
             encoded = ["image"] if _is_encoded(features["image"]) else []
-            images = _Images(part, split, _source(part, split, encoded), reading)
+            images.append(_Images(part, split, _source(part, split, encoded), reading))
             results = _read(part, split, reading, {"domain": number} if domain else {})
             for index, example in enumerate(bad_records.good(results, "stop")):
                 if example:
-                    owners.append((images, index))
+                    kept.append((number, index))
                     yield example
 
     columns = _stack(scan(), name)
-    shape = _image(*owners[0]).shape
+    places = np.array(kept)
+    shape = _image(images[places[0, 0]], int(places[0, 1])).shape
 
     def image(index: int) -> np.ndarray:
-        pixels = _image(*owners[index])
+        number, place = places[index].tolist()
+        pixels = _image(images[number], place)
         if pixels.shape != shape:
             raise ValueError(_unequal(name, "image", pixels.shape, shape))
         return pixels

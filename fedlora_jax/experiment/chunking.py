@@ -259,9 +259,10 @@ def _key(config: ml_collections.ConfigDict, arguments: Sequence[Any], cohort_siz
     """What the speed depends on: model and local work, but neither the method nor the seed."""
     local = {k: v for k, v in config.local.to_dict().items() if k != "learning_rate"}
     server, data = arguments[0], arguments[3]
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), data.examples)
     shapes = jax.tree.map(
         lambda x: f"{x.dtype}{x.shape}",
-        (server.backbone, jax.tree.map(lambda x: x[:1], data.examples)),
+        (server.backbone, one),
     )
     devices = jax.devices()
     depends_on = [

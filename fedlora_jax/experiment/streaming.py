@@ -76,19 +76,17 @@ class Stream:
         """
         if self._stored is None:
             return self._data
-        key = (index, len(members))
+        key, began = (index, len(members)), time.perf_counter()
         if self._latest is None or self._latest[0] != key:
             self._latest = None
-            began = time.perf_counter()
             self.begin(index, members)
             self._latest = (key, self._ahead.pop(key).result())
-            self._waited += time.perf_counter() - began
+        self._waited = time.perf_counter() - began
         return self._latest[1]
 
     def waited(self) -> dict[str, float]:
-        """The seconds that rounds have waited for data since this was last asked, if they do."""
-        seconds, self._waited = self._waited, 0.0
-        return {} if self._stored is None else {"seconds_waiting": seconds}
+        """The seconds that the last round has waited for its data, if these are in files."""
+        return {} if self._stored is None else {"seconds_waiting": self._waited}
 
     def close(self) -> None:
         """Ends the reading; of a round that is being read, all is read before."""
