@@ -535,11 +535,11 @@ def programs_report(results: dict[str, Any]) -> str:
 def memory_table() -> None:
     """Plans the memory of rounds, prints the table and writes it."""
     results: dict[str, Any] = {"environment": environment(), "rounds": []}
-    for clients, length in ((1, 128), (4, 128), (1, 512), (4, 512)):
-        line: dict[str, Any] = {"clients": clients, "length": length}
+    for count, length in ((1, 128), (4, 128), (1, 512), (4, 512)):
+        line: dict[str, Any] = {"clients": count, "length": length}
         for name in rows_of(LOSSES):
-            print(f"{clients} clients, {length} tokens, {name} ...", file=sys.stderr, flush=True)
-            line[name] = worker(f"memory:{clients},{length},{name}")["working_bytes"]
+            print(f"{count} clients, {length} tokens, {name} ...", file=sys.stderr, flush=True)
+            line[name] = worker(f"memory:{count},{length},{name}")["working_bytes"]
         results["rounds"].append(line)
     write("memory", results, memory_report(results))
 

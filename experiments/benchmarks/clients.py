@@ -173,7 +173,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Rounds against the number of clients",
         "",
-        f"Whole rounds of `experiment.run`: a Vision Transformer of one block, width 32, r = 4, two "
+        "Whole rounds of `experiment.run`: a Vision Transformer of one block, width 32, r = 4, two "
         f"steps of {EXAMPLES_PER_CLIENT} images a client, {CHUNK} clients at once, each client "
         f"{EXAMPLES_PER_CLIENT} images of its own; {HELD_OUT} held-out images, a panel of 128. "
         f"{facts['date']}, {facts['device']}, {facts['cores']} cores, jax "
