@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from tabulate import tabulate
@@ -21,7 +22,7 @@ from experiments.benchmarks.programs import peak_bytes
 from fedlora_jax import experiment, models
 from fedlora_jax.data import images, sources
 from fedlora_jax.experiment import Setting
-from fedlora_jax.federated.task import classification
+from fedlora_jax.federated.task import Batch, classification
 
 METHODS = ("fedit", "fedsa_lora", "fedsmooth_lora")
 NUM_CLIENTS = (100, 10_000, 100_000, 1_000_000)
@@ -72,10 +73,11 @@ def setting_of(config: ml_collections.ConfigDict, num_clients: int) -> Setting:
     train, test = ({**each, "image": each["image"][:, ::2, ::2]} for each in (train, test))
     model = models.get(config.model.name, **config.model.options)
 
-    def inputs(batch: dict[str, jax.Array]) -> tuple[jax.Array]:
+    def inputs(batch: Batch) -> tuple[jax.Array, ...]:
         return (images.normalize(batch["image"], statistics=config.data.statistics),)
 
-    params = model.init(jax.random.key(0), *inputs({"image": train["image"][:1]}))["params"]
+    first = inputs({"image": jnp.asarray(train["image"][:1])})
+    params = model.init(jax.random.key(0), *first)["params"]
     task = classification(model, inputs, config.metrics)
     return Setting(task, params, {k: v[chosen] for k, v in train.items()}, test, domains)
 
@@ -173,7 +175,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# Rounds against the number of clients",
         "",
-        f"Whole rounds of `experiment.run`: a Vision Transformer of one block, width 32, r = 4, two "
+        "Whole rounds of `experiment.run`: a Vision Transformer of one block, width 32, r = 4, two "
         f"steps of {EXAMPLES_PER_CLIENT} images a client, {CHUNK} clients at once, each client "
         f"{EXAMPLES_PER_CLIENT} images of its own; {HELD_OUT} held-out images, a panel of 128. "
         f"{facts['date']}, {facts['device']}, {facts['cores']} cores, jax "
@@ -199,8 +201,10 @@ def draw(results: dict[str, Any]) -> Any:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(9, 6), sharex="col", sharey="row")
-    columns = (("num_clients", "cohort_size", FIXED_COHORT, "N (K = {})"),)
-    columns += (("cohort_size", "num_clients", FIXED_CLIENTS, "K (N = {:,})"),)
+    columns = (
+        ("num_clients", "cohort_size", FIXED_COHORT, "N (K = {:,})"),
+        ("cohort_size", "num_clients", FIXED_CLIENTS, "K (N = {:,})"),
+    )
     values = (("round_cpu_s", 1, "round, s of processor"), ("peak_bytes", 1e-9, "peak memory, GB"))
     for column, (axis, other, fixed, label) in enumerate(columns):
         for row, (value, unit, title) in enumerate(values):

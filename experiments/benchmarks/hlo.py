@@ -80,13 +80,13 @@ def num_bytes(shape: str) -> int:
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation by name, and which is the entry."""
     heads = list(_COMPUTATION.finditer(text))
+    entries = [head[2] for head in heads if head[1]]
+    if len(entries) != 1:
+        raise ValueError("this is not the text of a compiled program: it has no one ENTRY")
     ends = [head.start() for head in heads[1:]] + [len(text)]
     bodies = {
         head[2]: text[head.end() : end].splitlines() for head, end in zip(heads, ends, strict=True)
     }
-    entries = [head[2] for head in heads if head[1]]
-    if len(entries) != 1:
-        raise ValueError("this is not the text of a compiled program: it has no one ENTRY")
     return bodies, entries[0]
 
 

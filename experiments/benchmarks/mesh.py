@@ -60,9 +60,11 @@ def measure(name: str) -> dict[str, Any]:
     for way, (devices, arguments) in ways.items():
         function = make_cohort_round(task, method, training, mesh=devices)
         compiled = function.lower(*arguments, key, rate).compile(LEAST_EFFORT)
-        sent = hlo.collectives(compiled.as_text())
+        text, cost = compiled.as_text(), compiled.cost_analysis()
+        assert text is not None and cost is not None
+        sent = hlo.collectives(text)
         found[way] = {
-            "flops": compiled.cost_analysis()["flops"],
+            "flops": cost["flops"],
             "collectives": {kind: list(each) for kind, each in sorted(sent.items())},
         }
     return found

@@ -197,7 +197,8 @@ def errors(kernels: Kernels, weights: np.ndarray, seed: int) -> dict[str, Any]:
     others = [np.einsum("k,k...->...", weights, b) for _, b in kernels]
     stacked = {str(i): Factors(*map(jnp.asarray, pair)) for i, pair in enumerate(kernels)}
     ours = aggregation.flexlora(stacked, jnp.asarray(weights)).adapters
-    library = [multiply(tuple(np.asarray(x, np.float64) for x in ours[name])) for name in stacked]
+    assert ours is not None
+    library = [np.asarray(ours[x].a, np.float64) @ np.asarray(ours[x].b) for x in stacked]
     return {
         "ways": found,
         "flat": flat,

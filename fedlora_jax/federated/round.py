@@ -122,9 +122,10 @@ def check_ranks(
     full = max(factors.rank for factors in server.trainable.adapters.values())
     chosen = np.full(num_clients, full) if ranks is None else np.asarray(ranks)
     if chosen.shape != (num_clients,) or chosen.min() < 1 or chosen.max() > full:
+        found = f"from {chosen.min()} to {chosen.max()}" if chosen.size else "none"
         raise ValueError(
             f"expected the ranks of {num_clients} clients, each from 1 to {full} (the rank of the "
-            f"server's adapters), got {chosen.tolist()}"
+            f"server's adapters), got {chosen.size} of them, {found}"
         )
     if chosen.min() < full:
         check_combination(method, "unequal_ranks", "unequal ranks")

@@ -1,0 +1,116 @@
+"""What the benchmarks at scale read and compute; their tables from what workers say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import benchmark
+from experiments.benchmarks import clients, hlo, mesh, tree
+from fedlora_jax.federated import placement
+
+needs_four = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+
+
+def compiled(function, *shapes):
+    """The text of a program for four devices, its inputs spread along their first axis."""
+    rows = NamedSharding(placement.make_mesh(4), PartitionSpec("clients"))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows) for shape in shapes]
+    whole = NamedSharding(rows.mesh, PartitionSpec())
+    return jax.jit(function, out_shardings=whole).lower(*arguments).compile().as_text()
+
+
+@needs_four
+def test_a_sum_is_one_reduction_of_its_result():
+    found = hlo.collectives(compiled(lambda x: x.sum(0), (8, 16)))
+    assert found == {"all-reduce": hlo.Sent(1, 4 * 16)}
+
+
+@needs_four
+def test_an_array_that_all_need_is_gathered():
+    found = hlo.collectives(compiled(lambda x: x, (8, 16)))
+    assert found == {"all-gather": hlo.Sent(1, 4 * 8 * 16)}
+
+
+@needs_four
+def test_what_is_in_a_loop_counts_as_often_as_it_turns():
+    def function(x):
+        return jax.lax.fori_loop(0, 5, lambda _, y: jnp.sin(x * y.sum()).sum(0), jnp.ones(16))
+
+    found = hlo.collectives(compiled(function, (8, 16)))
+    assert found["all-reduce"] == hlo.Sent(5, 5 * 4 * 16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [("f32[4,8]{1,0}", 128), ("(bf16[3], s32[], pred[2])", 12), ("s4[3]", 2), ("token[]", 0)],
+)
+def test_bytes_of_a_shape(shape, size):
+    assert hlo.num_bytes(shape) == size
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no one ENTRY"):
+        hlo.collectives("nothing")
+
+
+@pytest.fixture(scope="module")
+def sent():
+    """Two kernels of clients who share a start; their weights."""
+    generator = np.random.default_rng(0)
+    kernels = []
+    for d_in, d_out in ((12, 20), (16, 12)):
+        a, b = generator.normal(size=(8, d_in, 2)), generator.normal(size=(8, 2, d_out))
+        kernels.append((a + generator.normal(size=(d_in, 2)), b))
+    weights = generator.random(8)
+    return kernels, weights / weights.sum()
+
+
+def test_wide_enough_every_way_is_exact(sent):
+    """Eight clients of rank two need 12 columns at most, where the kernels have no more."""
+    kernels, weights = sent
+    generator = np.random.default_rng(1)
+    for (a, b), ideal in zip(kernels, tree.truth(kernels, weights).ideal, strict=True):
+        for fan_out in (2, 3, 8):
+            np.testing.assert_allclose(tree.by_tree(a, b, weights, fan_out, 6), ideal, atol=1e-12)
+        np.testing.assert_allclose(tree.in_two_passes(a, b, weights, 6, generator), ideal)
+        np.testing.assert_allclose(tree.by_sketches(a, b, weights, 12, generator), ideal, atol=1e-9)
+
+
+def test_errors_fall_with_the_width_and_the_library_finds_the_best(sent):
+    found = tree.errors(*sent, seed=0)
+    assert found["library"] < 1e-5 and 0 < found["flat"] < found["fedit"]
+    for name, widths in found["ways"].items():
+        assert widths[8]["best"] < widths[1]["best"], name
+        # The best there is cannot be beaten.
+        assert all(each["excess"] > -1e-9 for each in widths.values())
+
+
+def test_the_points_of_the_plots():
+    points = clients.points()
+    assert len(set(points)) == len(points)
+    assert all(cohort <= number for number, cohort in points)
+    assert clients.point_of("fedit,100,16") == ("fedit", 100, 16)
+    config = clients.configuration("fedit", 100, 16)
+    assert config.method == "fedit" and config.data.partition_options.to_dict() == {
+        "num_clients": 100
+    }
+
+
+def test_the_pages(sent):
+    environment = benchmark.environment()
+    point = dict.fromkeys(
+        ("round_s", "round_cpu_s", "evaluate_cpu_s", "start_cpu_s", "peak_bytes", "data_bytes"), 1
+    )
+    point |= {"states_bytes": 1, "checkpoint_bytes": 1, "method": "fedit"}
+    points = [{**point, "num_clients": n, "cohort_size": k} for n, k in clients.points()]
+    results = {"environment": environment, "points": points}
+    assert "1,000,000" in clients.page(results) and len(clients.draw(results).axes) == 4
+    ways = {"flops": 2e6, "collectives": {"all-reduce": [3, 5000]}}
+    of_mesh = {"fedit": dict.fromkeys(("one", "shard_map", "compiler"), ways)}
+    page = mesh.page({"environment": environment, "methods": of_mesh})
+    assert "3 all-reduce" in page and "| fedit" in page
+    errors = tree.errors(*sent, seed=0)
+    results = {"environment": environment, "methods": {"flexlora": {"0": {"4": errors}}}}
+    assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
