@@ -23,9 +23,9 @@ _TRIPS = re.compile(r"known_trip_count\":?\{\"n\":\"(\d+)\"")
 
 
 class Sent(NamedTuple):
-    """Collectives of one kind: how many a run of the program executes, and bytes of results."""
+    """Collectives of one kind: how often a run of the program has one, and bytes of results."""
 
-    count: int
+    times: int
     num_bytes: int
 
 
@@ -54,7 +54,7 @@ def collectives(text: str) -> dict[str, Sent]:
             if kind in KINDS:
                 before = found.get(kind, Sent(0, 0))
                 found[kind] = Sent(
-                    before.count + times, before.num_bytes + times * num_bytes(shape)
+                    before.times + times, before.num_bytes + times * num_bytes(shape)
                 )
             trips = _TRIPS.search(rest) if operation == "while" else None
             for called in _called(rest):

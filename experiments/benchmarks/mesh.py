@@ -25,7 +25,10 @@ from fedlora_jax.models import Llama
 DEVICES = 4
 SMALL = {"width": 64, "depth": 1, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128}
 # Of the machine code, which is not run; what devices compute and send is settled before it.
-LEAST_EFFORT = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+LEAST_EFFORT: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 VOCABULARY, LENGTH, RANK, COHORT, EXAMPLES, BATCH_SIZE, STEPS = 128, 16, 4, 16, 8, 4, 4
 
 
