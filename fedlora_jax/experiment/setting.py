@@ -209,7 +209,7 @@ def _backbone(
 def _backbone_path(config: ml_collections.ConfigDict) -> Path:
     """A directory whose name changes with all that the backbone is made from."""
     if config.data.name == "image_folder":
-        data: str | dict = {**config.data.to_dict(), "root": image_folder.digest(config.data.root)}
+        data = {**config.data.to_dict(), "root": image_folder.digest(config.data.root)}
         data.pop("streaming", None)
     else:
         options = {key: config.data.get(key) for key in (*_SOURCE_OPTIONS, "statistics")}

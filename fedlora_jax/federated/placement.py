@@ -98,8 +98,8 @@ def own_rows(mesh: Mesh | None, count: int) -> np.ndarray:
     own = np.zeros(count, bool)
     if mesh is None:
         return ~own
-    for (found,) in rows(mesh).addressable_devices_indices_map((count,)).values():
-        own[found] = True
+    for index in rows(mesh).addressable_devices_indices_map((count,)).values():
+        own[index] = True
     return own
 
 
