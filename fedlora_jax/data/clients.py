@@ -1,7 +1,7 @@
 """Clients' data on the device: the examples once, and whose they are, client after client."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ class CohortExamples(NamedTuple):
         and padded with `NO_PLACE`.
     """
 
-    examples: dict[str, jax.Array]
-    places: jax.Array
+    examples: dict[str, Any]
+    places: jax.Array | np.ndarray
 
 
 # Greater than any place.

@@ -4,6 +4,7 @@ from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from fedlora_jax.data.clients import NO_PLACE, local_batch
 from fedlora_jax.federated import randomness
@@ -21,7 +22,7 @@ class Visits(Protocol):
     """A jitted function, from `make_visits`."""
 
     def __call__(
-        self, seed: jax.Array, round_index: int, cohort: jax.Array, counts: jax.Array
+        self, seed: jax.Array, round_index: int, cohort: ArrayLike, counts: ArrayLike
     ) -> jax.Array:
         """The places of the examples that each client of a cohort meets.
 
