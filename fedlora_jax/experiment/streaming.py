@@ -100,7 +100,7 @@ class Stream:
         examples = {name: values[owned] for name, values in stored.columns.items()}
         here = there & placement.own_rows(self._mesh, len(members))[:, None]
         examples["image"] = load_images(stored.image, owned, here)
-        own = CohortExamples(examples, places)  # type: ignore[arg-type]
+        own = CohortExamples(examples, places)
         placed = rows(own, None) if self._mesh is None else placement.put_own_rows(own, self._mesh)
         return self._data._replace(examples=jax.block_until_ready(placed))
 

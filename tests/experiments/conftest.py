@@ -1,13 +1,10 @@
 """The command-line programs on the demo's data, with a backbone and rounds that take seconds."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.experiments import commands
 
 CONFIG = """
 from configs import digits
@@ -33,30 +30,22 @@ class Program:
         self.config = directory / "tiny.py"
         self.config.write_text(CONFIG.format(backbones=str(directory / "backbones")))
         self.compiled = directory / "compiled"
-        self.environment = {
-            **os.environ,
-            "FEDLORA_DATA_DIR": str(directory / "data"),
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }
-
-    def start(self, name: str, *arguments: str) -> subprocess.Popen[str]:
-        """Starts it."""
-        return subprocess.Popen(
-            [sys.executable, "-m", f"experiments.{name}", *arguments],
-            cwd=ROOT,
-            env=self.environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+        commands.prepare(
+            {
+                "FEDLORA_DATA_DIR": str(directory / "data"),
+                "JAX_ENABLE_COMPILATION_CACHE": "true",
+                "JAX_COMPILATION_CACHE_DIR": str(self.compiled),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+            }
         )
+
+    def start(self, name: str, *arguments: str) -> commands.Command:
+        """Starts it."""
+        return commands.Command(name, arguments)
 
     def run(self, name: str, *arguments: str) -> tuple[int, str, str]:
         """Runs it to its end: exit status, standard output and standard error."""
-        process = self.start(name, *arguments)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+        return self.start(name, *arguments).wait()
 
 
 @pytest.fixture(scope="session")

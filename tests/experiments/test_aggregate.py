@@ -16,11 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
+    """As a user does, so that this one also finds what it needs to start."""
     command = [sys.executable, "-m", "experiments.aggregate", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_command(tmp_path):
+def test_command(program, tmp_path):
     for seed in range(2):
         rng = np.random.default_rng(seed)
         adapters = {
@@ -29,9 +30,9 @@ def test_command(tmp_path):
         }
         peft.save(tmp_path / f"client_{seed}", adapters, scale=seed + 1.0)
     clients = f"--adapters={tmp_path}/client_0,{tmp_path}/client_1"
-    refused = run(clients, f"--out={tmp_path}/out")
-    assert refused.returncode == 1 and "the scale is 1 (alpha 2, r 2)" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    code, _, err = program.run("aggregate", clients, f"--out={tmp_path}/out")
+    assert code == 1 and "the scale is 1 (alpha 2, r 2)" in err
+    assert "Traceback" not in err
 
     done = run(
         clients,

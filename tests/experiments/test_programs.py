@@ -81,15 +81,15 @@ def test_killed_comparison_ends_with_the_same_numbers(program, unbroken, tmp_pat
     before = compiled(program)
     arguments = (f"--config={program.config}", f"--workdir={tmp_path}", METHODS, "--seeds=2")
     for run, rounds in (("fedit/seed_0", 2), ("local/seed_1", 1)):
-        process = program.start("compare", *arguments)
+        command = program.start("compare", *arguments)
         path = tmp_path / run / "metrics.jsonl"
-        while process.poll() is None and not (
+        while command.process.is_alive() and not (
             path.exists() and len(path.read_text().splitlines()) >= rounds
         ):
             time.sleep(0.005)
-        assert process.poll() is None, process.communicate()
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        assert command.process.is_alive(), command.wait()
+        command.process.kill()
+        assert command.wait()[0] == -signal.SIGKILL
     code, out, err = program.run("compare", *arguments)
     assert code == 0, err
     assert metrics(tmp_path) == metrics(unbroken[0])
