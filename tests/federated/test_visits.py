@@ -10,6 +10,7 @@ from fedlora_jax.federated import randomness, visits
 from fedlora_jax.federated.local import LocalTraining
 from tests.world import any_client, method_of
 
+batch = jax.jit(local_batch, static_argnums=3)
 MEMBERS, COUNTS = np.array([4, -1, 0, 7]), np.array([3, 1, 40, 11])
 
 
@@ -31,7 +32,7 @@ def test_they_are_those_of_the_batches(steps, epochs, calibration):
             for stream, number in numbers.items():
                 key = randomness.of_client(seed, stream, 5, client)
                 for step in range(number):
-                    wanted |= set(np.asarray(local_batch(count, key, step, 4)[0]).tolist())
+                    wanted |= set(np.asarray(batch(count, key, step, 4)[0]).tolist())
         assert places.tolist() == sorted(wanted) + [NO_PLACE] * (len(places) - len(wanted))
 
 
