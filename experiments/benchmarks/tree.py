@@ -245,7 +245,7 @@ def _table(found: list[dict[str, Any]]) -> str:
         for width in widths:
             each = [one["ways"][way][width] for one in found]
             sums, sent, excess = ([x[k] for x in each] for k in ("sum", "best", "excess"))
-            spread = f"{np.mean(sent):.1e} ({min(sent):.0e} to {max(sent):.0e})"
+            spread = f"{np.mean(sent):.1e} ({min(sent):.1e} to {max(sent):.1e})"
             rows.append([way, width, f"{np.mean(sums):.1e}", spread, f"{np.mean(excess):.1e}"])
     headers = ["way", "q", "sum", "sent", "farther"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
