@@ -216,12 +216,12 @@ def draw(results: dict[str, Any]) -> Any:
                     if point["method"] == method and point[other] == fixed
                 )
                 panel.plot(*zip(*mine, strict=True), marker="o", label=method)
-            panel.set(xscale="log", ylim=(0, None) if row else None)
-            panel.set_yscale("linear" if row else "log")
+            panel.set(xscale="log", yscale="linear" if row else "log")
             panel.grid(alpha=0.3)
             if not column:
                 panel.set_ylabel(title)
         panels[1][column].set_xlabel(label.format(fixed))
-    panels[0][0].legend()
+    panels[0][0].legend(loc="upper left")
+    panels[1][0].set_ylim(bottom=0)
     figure.tight_layout()
     return figure

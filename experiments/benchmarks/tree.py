@@ -245,7 +245,7 @@ def _table(found: list[dict[str, Any]]) -> str:
         for width in widths:
             each = [one["ways"][way][width] for one in found]
             sums, sent, excess = ([x[k] for x in each] for k in ("sum", "best", "excess"))
-            spread = f"{np.mean(sent):.1e} ({min(sent):.0e} to {max(sent):.0e})"
+            spread = f"{np.mean(sent):.1e} ({min(sent):.1e} to {max(sent):.1e})"
             rows.append([way, width, f"{np.mean(sums):.1e}", spread, f"{np.mean(excess):.1e}"])
     headers = ["way", "q", "sum", "sent", "farther"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
@@ -277,15 +277,16 @@ def draw(results: dict[str, Any]) -> Any:
     for panel, (title, found) in zip(np.atleast_1d(panels), cases, strict=True):
         for way, widths in found[0]["ways"].items():
             at = [int(width) for width in widths]
-            # What is exact is drawn at the precision of float32.
-            each = [[max(one["ways"][way][w]["best"], 1e-8) for w in widths] for one in found]
+            values = np.array([[one["ways"][way][w]["best"] for w in widths] for one in found])
+            # What is exact but for rounding has no place on a logarithmic axis.
+            each = np.where(values > 1e-12, values, np.nan)
             line = panel.loglog(at, np.exp(np.mean(np.log(each), axis=0)), marker="o", label=way)
-            for values in each:
-                panel.plot(at, values, ".", color=line[0].get_color(), alpha=0.3)
+            for of_seed in each:
+                panel.plot(at, of_seed, ".", color=line[0].get_color(), alpha=0.3)
         panel.set(title=title, xlabel="q (a node passes on rank q r)", xticks=at, xticklabels=at)
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     np.atleast_1d(panels)[0].set_ylabel("distance from the best without a tree")
-    np.atleast_1d(panels)[-1].legend()
+    np.atleast_1d(panels)[-1].legend(loc="lower left")
     figure.tight_layout()
     return figure
