@@ -10,7 +10,7 @@
     python -m experiments.benchmark streaming --clients=5000 --folder=/tmp/jpegs
     python -m experiments.benchmark clients
     python -m experiments.benchmark mesh
-    python -m experiments.benchmark tree --seeds=3
+    python -m experiments.benchmark tree --tree_seeds=3
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -79,7 +79,7 @@ _IMAGES = flags.DEFINE_integer("images", 25, "Images of a client of `streaming`.
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of `streaming`.", lower_bound=2)
 _MEMORY = flags.DEFINE_float("memory_gb", 2.0, "What `streaming` may hold; 0 for no bound.")
 _FOLDER = flags.DEFINE_string("folder", "", "Where `streaming` writes its images, to be kept.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of `tree`.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("tree_seeds", 3, "Seeds of `tree`.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
