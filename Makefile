@@ -26,7 +26,7 @@ devices: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/devices
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
