@@ -105,4 +105,4 @@ def compare(
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run(main)
+    run(main, several_hosts=True)

@@ -40,4 +40,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run(main)
+    run(main, several_hosts=True)

@@ -35,13 +35,17 @@ _NUM_HOSTS = flags.DEFINE_integer("num_hosts", 1, "How many hosts run this comma
 _HOST = flags.DEFINE_integer("host", 0, "Which of them this is, from 0.", lower_bound=0)
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
     """Runs an absl app: no positional arguments, and libraries say only what is wrong.
 
     Compiled programs are kept, see `keep_compiled`.
 
     What the user has to mend ends the program with its message alone; `--verbosity=0` adds
     where it comes from.
+
+    Args:
+      main: The program.
+      several_hosts: Whether several hosts may run it together.
     """
 
     def quietly(argv: Sequence[str]) -> None:
@@ -50,9 +54,11 @@ def run(main: Callable[[], None]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         keep_compiled(_COMPILATION_CACHE.value)
-        if _COORDINATOR.value is not None:
-            hosts.join(_COORDINATOR.value, _NUM_HOSTS.value, _HOST.value)
         try:
+            if _COORDINATOR.value is not None:
+                if not several_hosts:
+                    raise ValueError("this program runs on one host: leave out --coordinator")
+                hosts.join(_COORDINATOR.value, _NUM_HOSTS.value, _HOST.value)
             main()
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
             logging.info("Where it comes from:", exc_info=True)

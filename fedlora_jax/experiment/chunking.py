@@ -20,9 +20,9 @@ from jax.experimental import multihost_utils
 
 from fedlora_jax.experiment import memory, records
 from fedlora_jax.experiment.memory import Memory, readable
-from fedlora_jax.federated.round import CohortRoundFunction
+from fedlora_jax.federated.round import CohortRound
 
-Make: TypeAlias = Callable[[int], CohortRoundFunction]
+Make: TypeAlias = Callable[[int], CohortRound]
 Wanted: TypeAlias = int | Literal["auto", "all"]
 
 RECORD = "clients_per_chunk.json"
@@ -147,14 +147,14 @@ def _fitting(
             too_large[size] = needed
 
 
-def _plan(function: CohortRoundFunction, arguments: Sequence[Any]) -> Memory | None:
+def _plan(function: CohortRound, arguments: Sequence[Any]) -> Memory | None:
     needed = memory.estimate(function, *arguments)
     if needed is None or needed.limit is None:
         return needed
     return needed._replace(limit=int(_of_first_process(needed.limit)))
 
 
-def _time(function: CohortRoundFunction, arguments: Sequence[Any]) -> float | None:
+def _time(function: CohortRound, arguments: Sequence[Any]) -> float | None:
     """Seconds of a round, of which the first is longer; None if the device has not the memory."""
     taken: list[float] = []
     try:
@@ -184,7 +184,7 @@ def of_run(
     cohort_size: int,
     workdir: Path,
     announce: Callable[[str], Any] | None = None,
-) -> CohortRoundFunction:
+) -> CohortRound:
     """The round with as many clients at once as `config.clients_per_chunk` says.
 
     With `auto` it is the number that the run in `workdir` began with. Else it is the one found for

@@ -12,6 +12,7 @@ from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
 from fedlora_jax.experiment.setting import Setting, prepare
 from fedlora_jax.experiment.state import State, first_state
+from fedlora_jax.federated.evaluation import panel_states
 from fedlora_jax.names import lookup
 
 # Of all methods the one that does least: a model for all, and nothing else.
@@ -40,7 +41,7 @@ class Finished(NamedTuple):
     def measure(self) -> dict[str, Any]:
         """The metrics on held-out examples, as a line of `metrics.jsonl` has them."""
         server, test = self.state.server, self.state.test
-        states = self.clients.read(test.panel.clients) if self.program.method.personal else ()
+        states = panel_states(self.program.method, self.clients.read, test)
         found = self.program.evaluate(server, states, test)
         return in_words(self.program.metrics, found, self.setting.domains)
 
@@ -50,7 +51,7 @@ def untrained(config: ml_collections.ConfigDict, setting: Setting) -> Finished:
     config = config.copy_and_resolve_references()
     config.method = LEAST
     program = compile_program(config, setting)
-    state = first_state(config, setting, program.method)
+    state = first_state(config, setting, program.method, mesh=program.mesh)
     clients = ClientStore(Path(), state.client, len(state.ranks))
     return Finished(config, setting, program, state, clients, 0)
 
@@ -78,7 +79,7 @@ def restore(workdir: Path, split: str = "test") -> Finished:
     setting = prepare(config)
     program = compile_program(config, setting)
     parts = partitions.of_run(config, setting.train, workdir).parts
-    start = first_state(config, setting, program.method, parts)
+    start = first_state(config, setting, program.method, parts, program.mesh)
     checkpoints = records.Checkpoints(workdir)
     try:
         server, rounds = checkpoints.restore(start.server)

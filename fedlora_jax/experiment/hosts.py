@@ -22,9 +22,14 @@ def join(coordinator: str, count: int, index: int) -> None:
         pods, Slurm, Open MPI and others that JAX knows, say all three.
       count: How many hosts there are.
       index: Which of them this is, from 0.
+
+    Raises:
+      ValueError: If there is no such host.
     """
     if coordinator == "auto":
         jax.distributed.initialize()
+    elif index >= count:
+        raise ValueError(f"--host must be less than --num_hosts={count}, got {index}")
     else:
         jax.distributed.initialize(coordinator, count, index)
 

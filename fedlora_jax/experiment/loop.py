@@ -21,6 +21,7 @@ from fedlora_jax.experiment.setting import Setting
 from fedlora_jax.experiment.state import everywhere, first_state, rows
 from fedlora_jax.experiment.streaming import Stream
 from fedlora_jax.federated import cohort, communication, placement
+from fedlora_jax.federated.evaluation import panel_states
 
 Progress = Callable[[], Any]
 
@@ -92,7 +93,7 @@ def run(
         return states, start.ranks, data, rows(members, mesh), *shared
 
     if first < config.rounds:
-        chosen, devices = np.asarray(draw(first)), 1 if mesh is None else mesh.shape["clients"]
+        chosen, devices = np.asarray(draw(first)), placement.devices(mesh)
         some = chosen[: chunking.MOST * devices]
         trial, arguments = ((server, *inputs(first, who)) for who in (some, chosen))
         each = -(-len(chosen) // devices)
@@ -116,7 +117,7 @@ def run(
             _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
             with hosts.first_before_others("states written"):
                 store.write(index, chosen, _first(states, start.cohort_size))
-            judged = store.read(start.test.panel.clients) if program.method.personal else ()
+            judged = panel_states(program.method, store.read, start.test)
             row = {**measure(index, who, server, judged, measured), **stream.waited()}
             if writer is not None:
                 writer.write({**row, "seconds": seconds})

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import psutil
 
-from fedlora_jax.federated.round import CohortRoundFunction, RoundFunction
+from fedlora_jax.federated.round import CohortRound, RoundFunction
 
 # Evaluation, checkpoints and other programs want some memory too.
 _SHARE = 0.8
@@ -41,7 +41,7 @@ class Memory(NamedTuple):
         return self.limit is None or self.held + self.working <= _SHARE * self.limit
 
 
-def estimate(round_function: RoundFunction | CohortRoundFunction, *arguments: Any) -> Memory | None:
+def estimate(round_function: RoundFunction | CohortRound, *arguments: Any) -> Memory | None:
     """The memory of a round with these arguments, as the compiler plans it.
 
     The round is compiled, not run; its first call with the same shapes then need not compile.

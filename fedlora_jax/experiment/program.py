@@ -17,7 +17,7 @@ from fedlora_jax.federated import placement, ranks
 from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.metrics import Metric
-from fedlora_jax.federated.round import CohortRoundFunction, make_cohort_round
+from fedlora_jax.federated.round import CohortRound, make_cohort_round
 from fedlora_jax.federated.task import metrics_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
@@ -40,7 +40,7 @@ class Program(NamedTuple):
 
     method: Method
     training: LocalTraining
-    make_round: Callable[[int | None], CohortRoundFunction]
+    make_round: Callable[[int | None], CohortRound]
     evaluate: Evaluate
     metrics: tuple[Metric, ...]
     mesh: Mesh | None
@@ -66,6 +66,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         if value < 0:
             raise ValueError(f"config.{name} must not be negative, got {value}")
     chunking.parse(config.clients_per_chunk)
+    mesh_of(config)
     metrics_of(config.task, config.metrics)
     make_method(config)
     ranks.check(config.lora.ranks)
@@ -95,7 +96,7 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     mesh, task = mesh_of(config), setting.task
 
     @functools.cache
-    def round_of(clients_per_chunk: int | None) -> CohortRoundFunction:
+    def round_of(clients_per_chunk: int | None) -> CohortRound:
         return make_cohort_round(
             task,
             method,

@@ -182,14 +182,17 @@ def _row(shares: sparse.csr_array, client: int) -> np.ndarray:
     return row
 
 
-def panel_states(method: Method, clients: PyTree, test: HeldOut) -> PyTree:
-    """What an evaluation needs of the clients' states `[N, ...]`: the panel's, `[P, ...]`.
+def panel_states(method: Method, read: Callable[[np.ndarray], PyTree], test: HeldOut) -> PyTree:
+    """What an evaluation needs of the clients' states: the panel's, `[P, ...]`.
 
     For a method without personal models that is nothing.
+
+    Args:
+      method: How clients and server work together.
+      read: From identities to these clients' states, stacked.
+      test: What is held out.
     """
-    if method.personal is None:
-        return ()
-    return jax.tree.map(lambda x: x[test.panel.clients], clients)
+    return () if method.personal is None else read(test.panel.clients)
 
 
 class _Found(NamedTuple):
@@ -376,7 +379,7 @@ def _in_batches(
 ) -> Any:
     """What a function of batches gives on M examples; its results stacked along `[M]`."""
     count = len(next(iter(examples.values())))
-    devices = 1 if mesh is None else mesh.shape[placement.CLIENTS]
+    devices = placement.devices(mesh)
     size = -(-min(batch_size, count) // devices) * devices
     batches = -(-count // size)
     index = jnp.minimum(jnp.arange(batches * size), count - 1).reshape(batches, size)

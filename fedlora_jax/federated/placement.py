@@ -52,6 +52,11 @@ def make_mesh(clients: int, model: int = 1) -> Mesh:
     return jax.make_mesh((clients, model), axes, axis_types=types, devices=there[:wanted])
 
 
+def devices(mesh: Mesh | None) -> int:
+    """How many devices a cohort is spread over."""
+    return 1 if mesh is None else mesh.shape[CLIENTS]
+
+
 def everywhere(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -114,8 +119,7 @@ def put_own_rows(tree: PyTree, mesh: Mesh) -> PyTree:
 
 def padded(cohort: np.ndarray, mesh: Mesh | None) -> np.ndarray:
     """A cohort with -1, nobody, added until every device along `CLIENTS` has as many."""
-    missing = 0 if mesh is None else -len(cohort) % mesh.shape[CLIENTS]
-    return np.pad(cohort, (0, missing), constant_values=-1)
+    return np.pad(cohort, (0, -len(cohort) % devices(mesh)), constant_values=-1)
 
 
 def _divides(width: int, shape: tuple[int, ...], spec: PartitionSpec) -> bool:

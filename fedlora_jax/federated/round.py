@@ -142,28 +142,6 @@ def first_states(
     return precision.off_the_grid(key, server, dtype), client
 
 
-class CohortRoundFunction(Protocol):
-    """A jitted round on the states of a cohort, from `make_cohort_round`."""
-
-    def __call__(
-        self,
-        server: Server,
-        states: PyTree,
-        ranks: jax.Array,
-        data: ClientData,
-        cohort: jax.Array,
-        seed: jax.Array,
-        learning_rate: ArrayLike,
-    ) -> tuple[Server, PyTree, RoundMetrics]:
-        """See `run_cohort`."""
-
-    def lower(self, *args: Any) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, not yet compiled."""
-
-    def num_programs(self) -> int:
-        """How many programs have been compiled."""
-
-
 class CohortResult(NamedTuple):
     """What the clients of a cohort did in a round; everything stacked along `[K]`.
 
@@ -314,10 +292,8 @@ def _of_client(
 
     def gradient(adapters: Adapters, *, offset: Adapters | None, batches: int) -> Adapters:
         at = server.trainable._replace(adapters=adapters)
-        own, available = (
-            batches_of(visits.CALIBRATION),
-            training.steps_of_epoch(member.num_examples),
-        )
+        own = batches_of(visits.CALIBRATION)
+        available = training.steps_of_epoch(member.num_examples)
         frozen = (task, server.backbone, server.scale)
         return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
 
@@ -502,6 +478,43 @@ def make_round(
     return round_function
 
 
+class CohortRound:
+    """A jitted round on the states of a cohort, from `make_cohort_round`.
+
+    The program returns None for arrays that no round changes, such as a frozen kernel: a result is
+    a new array, and most of a backbone would be copied in every round.
+    """
+
+    def __init__(self, changes: Any):
+        self._changes = changes
+
+    def __call__(
+        self,
+        server: Server,
+        states: PyTree,
+        ranks: jax.Array,
+        data: ClientData,
+        cohort: jax.Array,
+        seed: jax.Array,
+        learning_rate: ArrayLike,
+    ) -> tuple[Server, PyTree, RoundMetrics]:
+        """See `run_cohort`."""
+        inputs = (states, ranks, data, cohort, seed, learning_rate)
+        changed, states, metrics = self._changes(server, *inputs)
+        after = jax.tree.map(
+            lambda new, old: old if new is None else new, changed, server, is_leaf=_is_none
+        )
+        return after, states, metrics
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """The program for arguments of these shapes, not yet compiled."""
+        return self._changes.lower(*args)
+
+    def num_programs(self) -> int:
+        """How many programs have been compiled."""
+        return self._changes._cache_size()
+
+
 def make_cohort_round(
     task: Task,
     method: Method,
@@ -510,7 +523,7 @@ def make_cohort_round(
     equal_weights: bool = False,
     clients_per_chunk: int | None = None,
     mesh: Mesh | None = None,
-) -> CohortRoundFunction:
+) -> CohortRound:
     """Builds the jitted `run_cohort`, without its last result, on one device or on a mesh of them.
 
     The server's state and the metrics come back as `placement.server` puts them, the clients'
@@ -558,42 +571,7 @@ def make_cohort_round(
             held(metrics, placement.everywhere(mesh)),
         )
 
-    return _CohortRound(round_function)
-
-
-class _CohortRound:
-    """A jitted round that returns None for arrays that no round changes, such as a frozen kernel.
-
-    A result is a new array, and most of a backbone would be copied in every round.
-    """
-
-    def __init__(self, changes: Any):
-        self._changes = changes
-
-    def __call__(
-        self,
-        server: Server,
-        states: PyTree,
-        ranks: jax.Array,
-        data: ClientData,
-        cohort: jax.Array,
-        seed: jax.Array,
-        learning_rate: ArrayLike,
-    ) -> tuple[Server, PyTree, RoundMetrics]:
-        inputs = (states, ranks, data, cohort, seed, learning_rate)
-        changed, states, metrics = self._changes(server, *inputs)
-        after = jax.tree.map(
-            lambda new, old: old if new is None else new, changed, server, is_leaf=_is_none
-        )
-        return after, states, metrics
-
-    def lower(self, *args: Any) -> jax.stages.Lowered:
-        """The program for arguments of these shapes, not yet compiled."""
-        return self._changes.lower(*args)
-
-    def num_programs(self) -> int:
-        """How many programs have been compiled."""
-        return self._changes._cache_size()
+    return CohortRound(round_function)
 
 
 def _is_none(x: Any) -> bool:

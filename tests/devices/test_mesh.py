@@ -8,14 +8,16 @@ import numpy as np
 import optax
 import pytest
 
-from fedlora_jax import lora, methods, models
+from fedlora_jax import experiment, lora, methods, models
 from fedlora_jax.data.clients import NO_PLACE, CohortExamples, client_data
+from fedlora_jax.experiment import finished
 from fedlora_jax.federated import placement, visits
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import create, make_cohort_round
 from fedlora_jax.federated.task import causal_language_model
 from fedlora_jax.lowrank import is_factors
 from fedlora_jax.methods import Server, Trainable
+from tests.tiny import tiny_digits
 from tests.world import COHORT, learning_rate, method_of
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -138,6 +140,17 @@ def test_a_backbone_split_over_devices_gives_the_same_round():
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
             *map(model, found),
         )
+
+
+def test_the_untouched_model_is_judged_on_the_mesh_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
+    config = tiny_digits(tmp_path)
+    setting = experiment.prepare(config)
+    found = []
+    for devices in (1, 4):
+        config.mesh.clients = devices
+        found.append(finished.untrained(config, setting).measure()["cross_entropy"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_nobody_changes_nothing(world):

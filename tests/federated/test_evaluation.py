@@ -35,7 +35,10 @@ def hold_out(examples, domains, kinds, clients, judged_clients=128, **options):
 
 
 def evaluate(task, method, federation, held_out, **options):
-    states = evaluation.panel_states(method, federation.clients, held_out)
+    def read(who):
+        return jax.tree.map(lambda x: x[who], federation.clients)
+
+    states = evaluation.panel_states(method, read, held_out)
     judge = evaluation.make_evaluate(task, method, 3, **options)
     return judge(federation.server, states, held_out)
 
