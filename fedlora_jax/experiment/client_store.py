@@ -7,7 +7,6 @@ changed, so a kill leaves either a whole round or none, and what was true after 
 read again. A file of which every record has a newer one is removed once no checkpoint needs it.
 """
 
-import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from fedlora_jax.experiment import hosts
+from fedlora_jax.experiment.records import replacing
 
 PyTree: TypeAlias = Any
 
@@ -86,16 +86,14 @@ class ClientStore:
             del self._dead[index]
 
     def _save(self, round_index: int, identities: np.ndarray, states: PyTree) -> None:
-        records = np.empty(len(identities), self._record)
-        records[_IDENTITY] = identities
+        rows = np.empty(len(identities), self._record)
+        rows[_IDENTITY] = identities
         for field, values in zip(self._fields, jax.tree.leaves(states), strict=True):
-            records[field] = values.view(self._record[field].base)
+            rows[field] = values.view(self._record[field].base)
         path = self._path(round_index)
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(path.name + ".part")
-        with open(temporary, "wb") as file:
-            np.save(file, records)
-        os.replace(temporary, path)
+        with replacing(path) as file:
+            np.save(file, rows)
 
     def _enter(self, index: int, identities: np.ndarray) -> None:
         before = self._round[identities]

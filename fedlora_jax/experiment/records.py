@@ -1,11 +1,12 @@
 """What a run leaves behind: metrics, TensorBoard events, checkpoints and adapters."""
 
+import contextlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +124,8 @@ def save_adapters(path: Path, adapters: Adapters) -> None:
         for layer, factors in adapters.items()
         for side in factors._fields
     }
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.savez(file, **arrays)
-    os.replace(temporary, path)
 
 
 def load_adapters(path: Path) -> Adapters:
@@ -149,8 +148,16 @@ def load_adapters(path: Path) -> Adapters:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that a kill leaves either old or new."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes its place when all is written."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text)
+    with open(temporary, "wb") as file:
+        yield file
     os.replace(temporary, path)
 
 
