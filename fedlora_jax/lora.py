@@ -226,10 +226,8 @@ def apply(
             return outputs
         called.add(path)
         x = inputs[0] if inputs else options["inputs"]
-        shape = _shape_of(context.module, path, x)
-        change = _low_rank(x, found, shape, path)
-        # In float32, and rounded once to the type of the layer.
-        return (outputs + jnp.asarray(scale, jnp.float32) * change).astype(outputs.dtype)
+        change = _low_rank(x, found, scale, _shape_of(context.module, path, x), path)
+        return (outputs + change).astype(outputs.dtype)
 
     variables = params if "params" in params else {"params": params}
     with _intercepting(intercept):
@@ -275,8 +273,14 @@ def _shape_of(module: nn.Module, path: str, x: jax.Array) -> KernelShape:
     )
 
 
-def _low_rank(x: jax.Array, terms: Sequence[Factors], shape: KernelShape, path: str) -> jax.Array:
-    """`x` times the sum of the terms, which is one product of low rank."""
+def _low_rank(
+    x: jax.Array,
+    terms: Sequence[Factors],
+    scale: float | jax.Array,
+    shape: KernelShape,
+    path: str,
+) -> jax.Array:
+    """`x` times the scaled sum of the terms, which is one product of low rank."""
     for term in terms:
         found = (term.a.shape[0], term.b.shape[-1])
         if found != (shape.d_in, shape.d_out):
@@ -285,10 +289,35 @@ def _low_rank(x: jax.Array, terms: Sequence[Factors], shape: KernelShape, path: 
                 f"[{shape.d_in}, {shape.d_out}]"
             )
     factors = lowrank.concatenate(terms)
-    batch = x.shape[: x.ndim - len(shape.inputs)]
-    flat = x.reshape(*batch, shape.d_in)
-    low = flat @ factors.a.astype(x.dtype) @ factors.b.astype(x.dtype)
-    return low.reshape(*batch, *shape.outputs)
+    # Scaled while it is small: not the change, nor in the backward pass what comes back to it.
+    a = jnp.asarray(scale, jnp.float32) * factors.a
+    flat = x.reshape(-1, shape.d_in)
+    low = _matmul(flat @ a.astype(x.dtype), factors.b.astype(x.dtype))
+    return low.reshape(*x.shape[: x.ndim - len(shape.inputs)], *shape.outputs)
+
+
+@jax.custom_vjp
+def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w`, `[n, r] @ [r, d]`, whose gradient for w is `x^T g` as it is written here.
+
+    JAX's own is `(g^T x)^T`, for which XLA first transposes the larger one on a CPU: 19 ms instead
+    of 0.8 for five clients of 1,024 tokens at r = 8 and d = 1,024.
+    """
+    return x @ w
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ w, (x, w)
+
+
+def _matmul_backward(
+    operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, w = operands
+    return gradient @ w.T, x.T @ gradient
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def merge(params: Params, adapters: Adapters, *, scale: float | jax.Array) -> dict[str, Any]:

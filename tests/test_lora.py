@@ -100,6 +100,19 @@ def test_gradients_of_adapters_are_those_of_merged_kernels(setup, frozen):
             np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-3 * float(jnp.abs(want).max()))
 
 
+def test_the_gradient_of_b_turns_no_array_of_all_tokens_round():
+    x, model = jnp.ones((64, 6)), nn.Sequential([nn.Dense(32)])
+    params = model.init(jax.random.key(0), x)
+    adapters = {"layers_0": Factors(jnp.ones((6, 2)), jnp.ones((2, 32)))}
+
+    def loss(adapters):
+        return jnp.sum(lora.apply(model, params, adapters, x, scale=SCALE) ** 2)
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(adapters))
+    assert "f32[2,32] = dot_general" in program
+    assert "f32[32,2] = dot_general" not in program  # of which XLA transposes the larger operand
+
+
 def test_clients_share_one_backbone(setup):
     """No intermediate of a vmapped apply holds a kernel with a client axis."""
     x, params, adapters = setup
