@@ -77,7 +77,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls after the first one.", lowe
 _COHORT = flags.DEFINE_integer("cohort", 64, "Clients a round of `streaming`.", lower_bound=1)
 _IMAGES = flags.DEFINE_integer("images", 25, "Images of a client of `streaming`.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of `streaming`.", lower_bound=2)
-_MEMORY = flags.DEFINE_float("memory_gb", 2.0, "What `streaming` may hold; 0 for no bound.")
+_MEMORY = flags.DEFINE_float("memory_gb", 2.5, "What `streaming` may hold; 0 for no bound.")
 _FOLDER = flags.DEFINE_string("folder", "", "Where `streaming` writes its images, to be kept.")
 _SEEDS = flags.DEFINE_integer("tree_seeds", 3, "Seeds of `tree`.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")

@@ -51,13 +51,13 @@ def write(folder: Path, count: int) -> int:
 
     Coarse coloured patterns with fine noise: 22 kB each, as photographs of this size are.
     """
-    generator = np.random.default_rng(0)
     total = 0
     for number in range(count):
         path = folder / str(number % CLASSES) / f"{number:07d}.jpg"
-        coarse = generator.integers(0, 256, (28, 28, 3), np.uint8)
-        noise = generator.integers(-12, 13, (SIDE, SIDE, 1), np.int16)
         if not path.exists():
+            generator = np.random.default_rng(number)
+            coarse = generator.integers(0, 256, (28, 28, 3), np.uint8)
+            noise = generator.integers(-12, 13, (SIDE, SIDE, 1), np.int16)
             path.parent.mkdir(parents=True, exist_ok=True)
             smooth = Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
             pixels = np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8)
