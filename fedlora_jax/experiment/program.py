@@ -124,6 +124,15 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     )
 
 
+def with_step(program: Program, config: ml_collections.ConfigDict) -> Program:
+    """The program for a configuration with another `server.step`, and else the same.
+
+    What is compiled stays: a step size is in the server's state. It does not do for one that
+    `steps` where the other does not.
+    """
+    return program._replace(method=make_method(config))
+
+
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh | None:
     """The devices of `config.mesh`; None for one alone.
 
