@@ -85,6 +85,8 @@ def add_combinations(config: ml_collections.ConfigDict) -> None:
     config.precision.compute = "float32"  # or "bfloat16": the arithmetic of the model
     config.precision.storage = "float32"  # or "bfloat16": the frozen backbone
 
+    # Describe the clients' updates of each round, which takes their singular values.
+    config.diagnostics = False
     config.weights = "examples"  # or "equal"
     # How many clients train at once, on each device: "auto", the fastest number that fits the
     # memory; "all"; or "4"

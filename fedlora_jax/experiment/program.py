@@ -187,7 +187,9 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
         method = transforms.fedprox(method, mu=config.local.proximal)
     if config.local.scaffold:
         method = transforms.scaffold(method)
-    return method if config.lora.ranks == ranks.EQUAL else transforms.ordered(method)
+    if config.lora.ranks != ranks.EQUAL:
+        method = transforms.ordered(method)
+    return method._replace(diagnosed=config.get("diagnostics", False))
 
 
 def steps(config: ml_collections.ConfigDict) -> bool:

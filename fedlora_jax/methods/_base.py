@@ -137,6 +137,7 @@ class Method(NamedTuple):
       free_basis: Whether nothing but the product of the server's adapters matters from round to
         round, so that `transforms.ordered` may give them another basis.
       whole_adapters: Whether each client is sent the server's adapters whole, whatever its rank.
+      diagnosed: Whether a round describes the clients' updates, by `aggregation.diagnostics`.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
 
@@ -154,6 +155,7 @@ class Method(NamedTuple):
     equal_weights: bool = False
     free_basis: bool = False
     whole_adapters: bool = False
+    diagnosed: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 
 

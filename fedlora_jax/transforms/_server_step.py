@@ -151,7 +151,8 @@ def _at_rest(adapters: Adapters, rank: int | None) -> _Velocities:
 
 def _change(before: Server, after: Server, aggregated: Aggregated | None) -> Adapters:
     """The change of the whole model over a round, D, of the rank of all its terms."""
-    assert aggregated is not None
+    if aggregated is None:
+        raise ValueError("server_step: the method returns no aggregate, by which the server steps")
     residual = aggregated.residual or {}
 
     def of(path: str, old: Factors) -> Factors:

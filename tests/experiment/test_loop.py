@@ -208,6 +208,7 @@ def test_everything_at_once(base, make, tmp_path):
         "local.scaffold": True,
         "server.step": 1.5,
         "server.step_momentum": 0.5,
+        "diagnostics": True,
         "clients_per_chunk": "3",
     }
     whole = run(base, make(rounds=3, **values), tmp_path / "whole")
@@ -215,6 +216,10 @@ def test_everything_at_once(base, make, tmp_path):
     parts = run(base, make(rounds=3, **values), tmp_path / "parts")
     assert without_seconds(parts) == without_seconds(whole)
     assert np.isfinite([row["loss"] for row in whole]).all()
+    for row in whole:
+        # FedIT in its own basis: the means are the means, and no better than the best of rank r.
+        assert 0 < row["dropped_share"] < row["aggregation_error"] < 1
+        assert 0.5 < row["cosine"] < 1 and row["cosine_b"] == pytest.approx(1, abs=1e-5)
 
 
 def test_bfloat16_by_configuration(base, make, tmp_path):
