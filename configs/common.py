@@ -85,6 +85,8 @@ def add_combinations(config: ml_collections.ConfigDict) -> None:
     config.precision.compute = "float32"  # or "bfloat16": the arithmetic of the model
     config.precision.storage = "float32"  # or "bfloat16": the frozen backbone
 
+    # Describe the clients' updates of each round, which takes their singular values.
+    config.diagnostics = False
     config.weights = "examples"  # or "equal"
     # How many clients train at once, on each device: "auto", the fastest number that fits the
     # memory; "all"; or "4"
@@ -106,6 +108,10 @@ def add_combinations(config: ml_collections.ConfigDict) -> None:
     config.server.momentum = 0.9
     config.server.second_moment = 0.99  # of fedadam and fedyogi
     config.server.adaptivity = 1e-3  # tau of the adaptive ones
+    # Of the whole model, in the space of products; 1 and no momentum: the method as it is.
+    config.server.step = 1.0
+    config.server.step_momentum = 0.0
+    config.server.step_rank = 0  # of what carries the momentum; 0: lora.rank
 
     config.privacy = ml_collections.ConfigDict()
     config.privacy.clip = 0.0  # largest norm of a client's change; 0: no privacy

@@ -29,7 +29,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "python_docs"
-    config.data.splits = {"train": "federated", "test": "test"}
+    config.data.splits = {"train": "federated", "validation": "validation", "test": "test"}
     config.data.tokenizer = f"{_MODEL}/tokenizer.json"
     config.data.length = 16 if args["runlocal"] else 32
     config.data.partition = "dirichlet"

@@ -113,6 +113,7 @@ _TITLES = {
     "fedprox": "FedProx",
     "scaffold": "SCAFFOLD",
     "server_optimizer": "server optimiser",
+    "server_step": "server step",
     "privacy": "privacy",
 }
 _COMBINING = """\

@@ -12,6 +12,7 @@ finished round.
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -22,7 +23,9 @@ from experiments.shared.apps import (
     method_names,
     progress_bar,
     read_learning_rates,
+    read_server_steps,
     run,
+    set_step,
 )
 from experiments.shared.plots import Rounds, Runs
 from fedlora_jax import experiment
@@ -39,23 +42,29 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bo
 _LEARNING_RATES = flags.DEFINE_string(
     "learning_rates",
     None,
-    "File of experiments.tune with the learning rate of each method; by default all have that of "
-    "the configuration.",
+    "File of experiments.tune with the learning rate and the server step of each method; by "
+    "default all have those of the configuration.",
 )
 
 
 def main() -> None:
     """Runs all methods under all seeds, then writes the report."""
     config, names = _CONFIG.value, method_names(_METHODS.value)
+    steps: dict[str, float | None] = {}
     if _LEARNING_RATES.value is None:
         rates = dict.fromkeys(names, config.local.learning_rate)
     else:
         rates = read_learning_rates(Path(_LEARNING_RATES.value), names)
-    compare(config, Path(_WORKDIR.value), rates, _SEEDS.value)
+        steps = read_server_steps(Path(_LEARNING_RATES.value))
+    compare(config, Path(_WORKDIR.value), rates, _SEEDS.value, steps)
 
 
 def compare(
-    config: ConfigDict, workdir: Path, learning_rates: Mapping[str, float], num_seeds: int
+    config: ConfigDict,
+    workdir: Path,
+    learning_rates: Mapping[str, float],
+    num_seeds: int,
+    server_steps: Mapping[str, float | None] = MappingProxyType({}),
 ) -> Runs:
     """Runs methods under seeds 0, 1, ... and writes the report into `workdir`.
 
@@ -64,6 +73,7 @@ def compare(
       workdir: Where to write.
       learning_rates: The methods, in the order of the report, and the learning rate of each.
       num_seeds: The number of seeds.
+      server_steps: The server's step size of those methods that do not have the configuration's.
 
     Returns:
       The metrics by method and seed.
@@ -72,6 +82,8 @@ def compare(
     for name, mine in configs.items():
         mine.method = name
         mine.local.learning_rate = learning_rates[name]
+        if name in server_steps:
+            set_step(mine, server_steps[name])
         experiment.check(mine)
     with hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)
@@ -99,7 +111,10 @@ def compare(
                     )
     first = workdir / next(iter(runs)) / "seed_0"
     if hosts.is_first():
-        report.finish(config, setting, workdir, runs, learning_rates, untouched, first=first)
+        steps = {name: report.step_of(mine) for name, mine in configs.items()}
+        report.finish(
+            config, setting, workdir, runs, learning_rates, untouched, first=first, steps=steps
+        )
     return runs
 
 

@@ -1,21 +1,26 @@
-"""Chooses the learning rate of each method on the validation split, from one grid for all.
+"""Chooses each method's learning rate and server step on the validation split, from one grid.
 
     python -m experiments.tune --config=configs/digits.py --workdir=runs/tuned \\
-        --learning_rates=0.002,0.006,0.02,0.06 --seeds=2
+        --learning_rates=0.002,0.006,0.02,0.06 --server_steps=1,2,3 --seeds=2
     python -m experiments.compare --config=configs/digits.py --workdir=runs/all --methods=all \\
         --seeds=5 --learning_rates=runs/tuned/learning_rates.json
 
-Runs every method at every rate under every seed, as `experiments.train` does but judged on the
-validation split, and takes the rate with the best headline metric after the last round, mean over
-seeds. A rate at which all clients of a round diverge is out for that method. Leaves
-`learning_rates.json`, and `report.md` with a plot, in the work directory. Run again after a kill,
-it goes on from the last finished round.
+Runs every method at every point of the grid under every seed, as `experiments.train` does but
+judged on the validation split, by successive halving: all points for a few rounds, the best third
+of them (`--halving=3`) for three times as many, and so on to all rounds, each from where it was.
+`--halving=1` runs the whole grid for all rounds. Of the points that got so far the one with the
+best headline metric, mean over seeds, is chosen. A point at which all clients of a round diverge is
+out, and the next best takes its place. A method that has no server's step is tuned without.
+
+Leaves `learning_rates.json`, and `report.md` with a plot, in the work directory; both say what was
+spent. Run again after a kill, it goes on from the last finished round.
 """
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from absl import flags
@@ -23,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.shared import plots, report
-from experiments.shared.apps import command, method_names, progress_bar, run
+from experiments.shared.apps import command, has_step, method_names, progress_bar, run, set_step
 from fedlora_jax import experiment
 from fedlora_jax.experiment import records
 from fedlora_jax.experiment.finished import judged_on
@@ -33,73 +38,163 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file with a validation split, e.g. configs/digits.py."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.", required=True)
-_METHODS = flags.DEFINE_list("methods", ["all"], "Methods to choose a learning rate for, or all.")
+_METHODS = flags.DEFINE_list("methods", ["all"], "Methods to tune, or all.")
 _LEARNING_RATES = flags.DEFINE_list(
     "learning_rates", ["0.002", "0.006", "0.02", "0.06"], "The grid, the same for all methods."
 )
+_SERVER_STEPS = flags.DEFINE_list(
+    "server_steps",
+    None,
+    "The other side of the grid: values of config.server.step, or of config.server.learning_rate "
+    "with a config.server.optimizer; by default that of the configuration alone.",
+)
+_HALVING = flags.DEFINE_integer(
+    "halving", 3, "One point in so many goes on, for so many times the rounds.", lower_bound=1
+)
 _SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds: 0, 1, ...", lower_bound=1)
 
-# By learning rate: the headline metric under each seed, or None if training diverged.
-Values: TypeAlias = dict[float, list[float] | None]
+
+class Point(NamedTuple):
+    """A point of the grid; `step` is None of a method that has no server's step."""
+
+    rate: float
+    step: float | None = None
+
+    @property
+    def directory(self) -> str:
+        """Where its runs are, within the directory of its method."""
+        return f"rate_{self.rate}" + ("" if self.step is None else f"_step_{self.step}")
+
+
+class Rung(NamedTuple):
+    """How many points, the best so far, are run until how many rounds are finished."""
+
+    rounds: int
+    points: int
+
+
+class Spent(NamedTuple):
+    """What the search for a method has taken; seconds without evaluation and compilation."""
+
+    points: int
+    rounds: int
+    seconds: float
+
+
+# By finished rounds: the headline metric under each seed, or None if training had diverged.
+Values: TypeAlias = dict[int, list[float] | None]
+# Of one method, in the order of the grid.
+Found: TypeAlias = dict[Point, Values]
 
 _LEGEND = """\
-{metric} on the validation split after the last round, {better} is better, the plain mean over
-domains, as mean ± sample standard deviation over {seeds} seed{s}; `*` marks the best mean, which is
-chosen.
-"edge": there is no better rate within the grid, but there may be one beyond it."""
+{metric} on the validation split, {better} is better, the plain mean over domains, as mean ± sample
+standard deviation over {seeds} seed{s}: after the last round, or after so many rounds as stand in
+brackets, where the search left off. `*` marks the best mean after the last round, which is chosen.
+"edge": there is no better value within the grid, but there may be one beyond it."""
 
 
 def main() -> None:
-    """Runs the grid, then writes what is chosen."""
-    rates = parse_learning_rates(_LEARNING_RATES.value)
-    tune(_CONFIG.value, Path(_WORKDIR.value), method_names(_METHODS.value), rates, _SEEDS.value)
+    """Runs the search, then writes what is chosen."""
+    rates = parse_positive("learning_rates", _LEARNING_RATES.value)
+    if _SERVER_STEPS.value is None:
+        steps = [report.step_of(_CONFIG.value)]
+    else:
+        steps = parse_positive("server_steps", _SERVER_STEPS.value)
+    names = method_names(_METHODS.value)
+    workdir = Path(_WORKDIR.value)
+    tune(_CONFIG.value, workdir, names, rates, steps, _SEEDS.value, _HALVING.value)
 
 
-def parse_learning_rates(texts: Sequence[str]) -> list[float]:
-    """The rates of a grid in ascending order, each once."""
+def parse_positive(flag: str, texts: Sequence[str]) -> list[float]:
+    """The numbers of one side of a grid in ascending order, each once."""
     try:
-        rates = sorted({float(text) for text in texts})
+        values = sorted({float(text) for text in texts})
     except ValueError:
-        rates = []
-    if not rates or not all(0 < rate < float("inf") for rate in rates):
-        raise ValueError(f"--learning_rates={','.join(texts)}: expected positive numbers")
-    return rates
+        values = []
+    if not values or not all(0 < value < float("inf") for value in values):
+        raise ValueError(f"--{flag}={','.join(texts)}: expected positive numbers")
+    return values
+
+
+def plan(points: int, rounds: int, halving: int) -> list[Rung]:
+    """The rungs of successive halving, from all points for the fewest rounds to all rounds.
+
+    Each has `halving` times the rounds of the one before, and one in `halving` of its points,
+    rounded up; as many as there are rounds and points for.
+    """
+    levels = 0
+    while halving > 1 and halving ** (levels + 1) <= rounds and halving**levels < points:
+        levels += 1
+    return [
+        Rung(-(-rounds // halving ** (levels - level)), -(-points // halving**level))
+        for level in range(levels + 1)
+    ]
+
+
+def search(
+    points: Sequence[Point],
+    rungs: Sequence[Rung],
+    run_to: Callable[[Point, int], list[float] | None],
+    metric: Metric,
+) -> Found:
+    """Successive halving.
+
+    Args:
+      points: The grid; of equal points the first is taken.
+      rungs: From `plan`.
+      run_to: From a point and a number of rounds to the values after these, None if it diverged.
+      metric: What the values are of.
+    """
+    found: Found = {point: {} for point in points}
+    order = list(points)
+    for rung in rungs:
+        means: dict[Point, float] = {}
+        for point in order:
+            if len(means) == rung.points:
+                break
+            values = found[point][rung.rounds] = run_to(point, rung.rounds)
+            if values is not None:
+                means[point] = float(np.mean(values))
+        order = sorted(means, key=means.__getitem__, reverse=metric.higher_is_better)
+    return found
 
 
 def tune(
-    config: ConfigDict, workdir: Path, names: Sequence[str], rates: Sequence[float], num_seeds: int
-) -> dict[str, float]:
-    """Chooses one of the learning rates for each method, and writes the report into `workdir`.
+    config: ConfigDict,
+    workdir: Path,
+    names: Sequence[str],
+    rates: Sequence[float],
+    steps: Sequence[float],
+    num_seeds: int,
+    halving: int,
+) -> dict[str, Point]:
+    """Chooses a point of the grid for each method, and writes the report into `workdir`.
 
     Raises:
       ValueError: If the configuration has no validation split.
-      FloatingPointError: If every rate diverged for a method, after all has been written.
+      FloatingPointError: If every point diverged for a method, after all has been written.
     """
     config = judged_on_validation(config)
-    configs = {name: config.copy_and_resolve_references() for name in names}
-    for name, mine in configs.items():
-        mine.method = name
-        experiment.check(mine)
+    grids = {name: _grid(config, name, rates, steps) for name in names}
     setting = experiment.prepare(config)
-    found: dict[str, Values] = {}
-    with progress_bar(len(names) * len(rates) * num_seeds * config.rounds) as bar:
-        for name, mine in configs.items():
-            program = experiment.compile_program(mine, setting)
-            found[name] = {}
-            for rate in rates:
-                mine.local.learning_rate = rate
-                directory, before = workdir / name / f"rate_{rate}", bar.n
-                found[name][rate] = _values(mine, setting, program, directory, num_seeds, bar)
-                bar.update(num_seeds * config.rounds - (bar.n - before))  # of a rate given up
-    metric = setting.task.metrics[0]
-    chosen = choose(found, metric)
-    path = write(workdir, found, chosen, metric)
-    print(f"\n{render(found, chosen, metric)}\n\nReport with plot: {path}")
+    metric, found, spent = setting.task.metrics[0], {}, {}
+    total = sum(_rounds(plan(len(grid), config.rounds, halving)) for grid in grids.values())
+    with progress_bar(num_seeds * total) as bar:
+        for name, grid in grids.items():
+            rungs = plan(len(grid), config.rounds, halving)
+            runs = _Runs(grid, setting, workdir / name, num_seeds, bar)
+            before = bar.n
+            found[name] = search(list(grid), rungs, runs.to, metric)
+            bar.update(num_seeds * _rounds(rungs) - (bar.n - before))  # Of points given up.
+            spent[name] = runs.spent()
+    chosen = choose(found, metric, config.rounds)
+    path = write(workdir, found, chosen, spent, metric, config.rounds)
+    print(f"\n{render(found, chosen, metric)}\n\n{told(spent)}\n\nReport with plot: {path}")
     failed = [name for name in names if name not in chosen]
     if failed:
         raise FloatingPointError(
-            f"training diverged at every learning rate for {', '.join(failed)}, which "
-            f"{workdir / 'learning_rates.json'} therefore lacks; try smaller ones"
+            f"training diverged at every point of the grid for {', '.join(failed)}, which "
+            f"{workdir / 'learning_rates.json'} therefore lacks; try smaller learning rates"
         )
     return chosen
 
@@ -115,100 +210,208 @@ def judged_on_validation(config: ConfigDict) -> ConfigDict:
     return judged_on(config, "validation")
 
 
-def _values(
-    config: ConfigDict,
-    setting: experiment.Setting,
-    program: experiment.Program,
-    workdir: Path,
-    num_seeds: int,
-    bar: tqdm,
-) -> list[float] | None:
-    """The final value under each seed; None as soon as training diverges under one."""
-    metric, values = setting.task.metrics[0], []
-    for seed in range(num_seeds):
-        config.seed = seed
-        title = f"{config.method}, learning rate {config.local.learning_rate:g}, seed {seed}"
-        bar.set_description(title)
-        final = _value(config, setting, program, workdir / f"seed_{seed}", bar.update)
-        if bar.disable:
-            print(f"{title}: {'diverged' if final is None else metric.show(final)}", flush=True)
-        if final is None:
+def _grid(
+    config: ConfigDict, name: str, rates: Sequence[float], steps: Sequence[float]
+) -> dict[Point, ConfigDict]:
+    """The points for a method, each with its configuration, which is checked."""
+    base = config.copy_and_resolve_references()
+    base.method = name
+    mine: Sequence[float | None] = steps if has_step(base) else [None]
+    grid = {}
+    for point in (Point(rate, step) for rate in rates for step in mine):
+        grid[point] = base.copy_and_resolve_references()
+        grid[point].local.learning_rate = point.rate
+        set_step(grid[point], point.step)
+        experiment.check(grid[point])
+    return grid
+
+
+def _rounds(rungs: Sequence[Rung]) -> int:
+    """Under one seed, if no point diverges."""
+    fresh = [rung.rounds - before for rung, before in zip(rungs, [0, *(r.rounds for r in rungs)])]
+    return sum(rung.points * rounds for rung, rounds in zip(rungs, fresh, strict=True))
+
+
+class _Runs:
+    """The runs of one method, which go on from where they are.
+
+    Args:
+      grid: The points with their configurations.
+      setting: Of all methods.
+      workdir: Of the method.
+      num_seeds: How many runs a point has.
+      bar: To be advanced by finished rounds.
+    """
+
+    def __init__(
+        self,
+        grid: Mapping[Point, ConfigDict],
+        setting: experiment.Setting,
+        workdir: Path,
+        num_seeds: int,
+        bar: tqdm,
+    ):
+        self._grid, self._setting, self._workdir = grid, setting, workdir
+        self._seeds, self._bar = range(num_seeds), bar
+        self._programs: dict[bool, experiment.Program] = {}
+        self._shown: dict[Path, int] = {}
+
+    def to(self, point: Point, rounds: int) -> list[float] | None:
+        """The values after so many rounds, by seed; None as soon as training diverges in one."""
+        metric, values = self._setting.task.metrics[0], []
+        config = self._grid[point].copy_and_resolve_references()
+        for seed in self._seeds:
+            config.seed = seed
+            step = "" if point.step is None else f", server step {point.step:g}"
+            title = f"{config.method}, learning rate {point.rate:g}{step}, seed {seed}"
+            self._bar.set_description(title)
+            final = self._value(config, self._directory(point, seed), rounds)
+            if self._bar.disable:
+                said = "diverged" if final is None else f"{metric.show(final)}, round {rounds}"
+                print(f"{title}: {said}", flush=True)
+            if final is None:
+                return None
+            values.append(final)
+        return values
+
+    def spent(self) -> Spent:
+        """What all of it has taken, before a kill too."""
+        rows = [
+            row
+            for point in self._grid
+            for seed in self._seeds
+            for row in records.read_metrics(self._directory(point, seed))
+        ]
+        return Spent(len(self._grid), len(rows), sum(row["seconds"] for row in rows))
+
+    def _directory(self, point: Point, seed: int) -> Path:
+        return self._workdir / point.directory / f"seed_{seed}"
+
+    def _program(self, config: ConfigDict) -> experiment.Program:
+        """With the step of the configuration, of which what is compiled is independent."""
+        stepping = experiment.steps(config)
+        if stepping not in self._programs:
+            self._programs[stepping] = experiment.compile_program(config, self._setting)
+        return experiment.with_step(self._programs[stepping], config)
+
+    def _value(self, config: ConfigDict, workdir: Path, rounds: int) -> float | None:
+        # Without a mark, a run that diverged would be tried again each time.
+        mark = workdir / "diverged.json"
+        text = config.to_json(indent=2, sort_keys=True) + "\n"
+        if mark.exists() and mark.read_text() == text:
             return None
-        values.append(final)
-    return values
+        finished = itertools.count(1)
+
+        def advance() -> None:
+            # Rounds of earlier rungs, and of later ones before a kill, are found finished again.
+            shown = self._shown.get(workdir, 0)
+            if shown < next(finished) <= rounds:
+                self._shown[workdir] = shown + 1
+                self._bar.update()
+
+        try:
+            rows = experiment.run(
+                config, self._setting, self._program(config), workdir, advance, until=rounds
+            )
+        except FloatingPointError:
+            records.write_atomically(mark, text)
+            return None
+        return rows[rounds - 1][self._setting.task.metrics[0].name]
 
 
-def _value(
-    config: ConfigDict,
-    setting: experiment.Setting,
-    program: experiment.Program,
-    workdir: Path,
-    advance: experiment.Progress,
-) -> float | None:
-    # Without a mark, a run that diverged would be tried again each time.
-    mark = workdir / "diverged.json"
-    text = config.to_json(indent=2, sort_keys=True) + "\n"
-    if mark.exists() and mark.read_text() == text:
-        return None
-    try:
-        last = experiment.run(config, setting, program, workdir, advance)[-1]
-        return last[setting.task.metrics[0].name]
-    except FloatingPointError:
-        records.write_atomically(mark, text)
-        return None
+def choose(found: Mapping[str, Found], metric: Metric, rounds: int) -> dict[str, Point]:
+    """For each method the best mean after all rounds, of equal ones the smallest point.
 
-
-def choose(found: Mapping[str, Values], metric: Metric) -> dict[str, float]:
-    """For each method the rate of the best mean, of equal ones the smallest.
-
-    A method that diverged at every rate is left out.
+    A method of which no point got so far is left out.
     """
     chosen = {}
-    for name, values in found.items():
-        means = {rate: float(np.mean(x)) for rate, x in sorted(values.items()) if x is not None}
+    for name, points in found.items():
+        ended = {point: values.get(rounds) for point, values in points.items()}
+        means = {point: float(np.mean(x)) for point, x in sorted(ended.items()) if x is not None}
         if means:
             chosen[name] = metric.best(means)
     return chosen
 
 
 def render(
-    found: Mapping[str, Values],
-    chosen: Mapping[str, float],
+    found: Mapping[str, Found],
+    chosen: Mapping[str, Point],
     metric: Metric,
     style: str = "simple",
 ) -> str:
-    """The table of all values; `style` is a table format of the library tabulate."""
-    rates = list(next(iter(found.values())))
+    """The table of the last values; `style` is a table format of the library tabulate."""
+    rates = sorted({point.rate for points in found.values() for point in points})
+    last = max(rounds for points in found.values() for x in points.values() for rounds in x)
     rows = []
-    for name, values in found.items():
+    for name, points in found.items():
         mine = chosen.get(name)
-        cells = [_cell(values[rate], metric) + " *" * (rate == mine) for rate in rates]
-        edge = " (edge)" * (mine in (min(rates), max(rates)))
-        rows.append([name, *cells, "-" if mine is None else f"{mine:g}{edge}"])
-    return report.aligned(["method", *(f"{rate:g}" for rate in rates), "chosen"], rows, style)
+        for step in dict.fromkeys(point.step for point in points):
+            at = [Point(rate, step) for rate in rates]
+            cells = [_cell(points[point], last, metric) + " *" * (point == mine) for point in at]
+            here = mine is not None and mine.step == step
+            said = _shown(mine, list(points)) if here and mine is not None else "-"
+            rows.append([name, "-" if step is None else f"{step:g}", *cells, said])
+    return report.aligned(
+        ["method", "step", *(f"{rate:g}" for rate in rates), "chosen"], rows, style
+    )
 
 
-def _cell(values: Sequence[float] | None, metric: Metric) -> str:
-    if values is None:
+def _shown(point: Point, grid: Sequence[Point]) -> str:
+    def side(value: float, values: set[float]) -> str:
+        return f"{value:g}{' (edge)' * (value in (min(values), max(values)))}"
+
+    shown = side(point.rate, {each.rate for each in grid})
+    steps = {each.step for each in grid if each.step is not None}
+    if point.step is None or len(steps) == 1:
+        return shown
+    return f"{shown}, {side(point.step, steps)}"
+
+
+def _cell(values: Values, last: int, metric: Metric) -> str:
+    if not values:
+        return "-"
+    rounds = max(values)
+    reached = values[rounds]
+    if reached is None:
         return "diverged"
-    return report.spread([metric.factor * x for x in values], metric.digits)
+    shown = report.spread([metric.factor * x for x in reached], metric.digits)
+    return shown if rounds == last else f"{shown} [{rounds}]"
+
+
+def told(spent: Mapping[str, Spent]) -> str:
+    """What the search has taken, in words."""
+    points, rounds, seconds = (sum(x) for x in zip(*spent.values(), strict=True))
+    return (
+        f"Spent: {points} points, {rounds} rounds, {seconds:.0f} s in rounds, for "
+        f"{len(spent)} method{'s' * (len(spent) != 1)}."
+    )
 
 
 def write(
-    workdir: Path, found: Mapping[str, Values], chosen: Mapping[str, float], metric: Metric
+    workdir: Path,
+    found: Mapping[str, Found],
+    chosen: Mapping[str, Point],
+    spent: Mapping[str, Spent],
+    metric: Metric,
+    rounds: int,
 ) -> Path:
     """Writes `learning_rates.json` and `report.md`; returns the path of the latter."""
     record = {
         "command": command(),
-        "learning_rates": chosen,
+        "learning_rates": {name: point.rate for name, point in chosen.items()},
+        "server_steps": {name: point.step for name, point in chosen.items()},
+        "rounds": rounds,
+        "spent": {name: each._asdict() for name, each in spent.items()},
         f"validation_{metric.name}": {
-            name: {f"{rate:g}": x for rate, x in values.items()} for name, values in found.items()
+            name: [{**point._asdict(), "after": values} for point, values in points.items()]
+            for name, points in found.items()
         },
     }
     records.write_atomically(workdir / "learning_rates.json", json.dumps(record, indent=1) + "\n")
-    seeds = max((len(x) for each in found.values() for x in each.values() if x), default=0)
+    every = [x for each in found.values() for v in each.values() for x in v.values() if x]
+    seeds = max((len(x) for x in every), default=0)
     parts = [
-        "# Learning rates",
+        "# Learning rates and server steps",
         f"```\n{command()}\n```",
         render(found, chosen, metric, "github"),
         _LEGEND.format(
@@ -217,10 +420,24 @@ def write(
             seeds=seeds,
             s="s" * (seeds != 1),
         ),
-        plots.save(workdir, {"learning_rates": plots.learning_rates(found, metric)}),
+        told(spent),
+        plots.save(workdir, {"learning_rates": _plot(found, metric)}),
     ]
     records.write_atomically(workdir / "report.md", "\n\n".join(parts) + "\n")
     return workdir / "report.md"
+
+
+def _plot(found: Mapping[str, Found], metric: Metric) -> plots.Plot:
+    """All points after the rounds that all have: of each rate the best step."""
+    first = min(rounds for points in found.values() for x in points.values() for rounds in x)
+    by_rate: dict[str, dict[float, list[float] | None]] = {}
+    for name, points in found.items():
+        by_rate[name] = {}
+        for rate in sorted({point.rate for point in points}):
+            values = {p: x.get(first) for p, x in points.items() if p.rate == rate}
+            means = {p: float(np.mean(x)) for p, x in values.items() if x is not None}
+            by_rate[name][rate] = values[metric.best(means)] if means else None
+    return plots.learning_rates(by_rate, metric, first)
 
 
 if __name__ == "__main__":

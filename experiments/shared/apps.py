@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from fedlora_jax import methods
@@ -140,6 +141,29 @@ def method_names(wanted: Iterable[str]) -> list[str]:
     for name in names:
         methods.get(name)
     return list(dict.fromkeys(names))
+
+
+def has_step(config: ConfigDict) -> bool:
+    """Whether the configuration's method has a server's step, of the kind that it asks for."""
+    if config.server.optimizer != "none":
+        return True
+    method = methods.get(config.method)(**config.options[config.method])
+    return "server_step" not in method.refuses
+
+
+def set_step(config: ConfigDict, step: float | None) -> None:
+    """Sets the server's step size: of its optimiser, or in the space of products; None for none."""
+    if config.server.optimizer != "none":
+        config.server.learning_rate = step
+    else:
+        config.server.step = 1.0 if step is None else step
+        if step is None:
+            config.server.step_momentum = 0.0
+
+
+def read_server_steps(path: Path) -> dict[str, float | None]:
+    """The server's step size of each method in a file of `experiments.tune`; empty without any."""
+    return json.loads(path.read_text()).get("server_steps", {})
 
 
 def read_learning_rates(path: Path, names: Sequence[str]) -> dict[str, float]:

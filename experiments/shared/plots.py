@@ -149,9 +149,12 @@ def error_against(runs: Runs, metric: Metric) -> Plot | None:
 
 
 def learning_rates(
-    found: Mapping[str, Mapping[float, Sequence[float] | None]], metric: Metric
+    found: Mapping[str, Mapping[float, Sequence[float] | None]], metric: Metric, rounds: int
 ) -> Plot:
-    """A metric against the learning rate, a line a method; None marks a rate that failed."""
+    """A metric after so many rounds against the learning rate, a line a method.
+
+    None marks a rate that failed.
+    """
     figure, axes = _figure()
     for method, look in styles(list(found)).items():
         means = {rate: np.mean(x) for rate, x in found[method].items() if x is not None}
@@ -165,8 +168,9 @@ def learning_rates(
     _legend_outside(axes)
     return Plot(
         figure,
-        f"{metric.sentence} on the validation split after the last round against the learning "
-        "rate, mean over seeds; a rate at which training diverged has no point",
+        f"{metric.sentence} on the validation split after {rounds} round{'s' * (rounds > 1)} "
+        "against the learning rate, mean over seeds, at the best server step for each rate; a rate "
+        "at which training diverged has no point",
     )
 
 

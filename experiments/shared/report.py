@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedlora_jax.federated.metrics import Metric
 
 _LEGEND = {
     "learning rate": "Learning rate: that of each method's clients at the start.",
+    "server step": "Server step: the factor by which the server goes beyond the method's change.",
     "agg. error": "Agg. error: relative Frobenius distance of the server's update from the mean of "
     "the clients' updates.",
     "MB up": "MB: megabytes that the whole cohort sends and receives in a round.",
@@ -48,6 +50,7 @@ class Study(NamedTuple):
       metric: The headline.
       untouched: What the metrics are of the model before any training; None where it has a new
         head, which says nothing before it is trained.
+      steps: The server's step size of each method that has another than 1.
     """
 
     command: str
@@ -56,6 +59,7 @@ class Study(NamedTuple):
     learning_rates: Mapping[str, float]
     metric: Metric
     untouched: Mapping[str, Any] | None = None
+    steps: Mapping[str, float] = MappingProxyType({})
 
 
 def table(
@@ -63,15 +67,21 @@ def table(
     learning_rates: Mapping[str, float],
     metric: Metric,
     untouched: Mapping[str, Any] | None = None,
+    steps: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[list[str], list[list[str]]]:
     """The head and the rows of the comparison, as `legend` explains them.
 
-    Columns in which no run has anything to say are left out, and learning rates if all are equal.
+    Columns in which no run has anything to say are left out, and learning rates and server steps
+    if all are equal.
     """
-    rows = [_row(method, seeds, learning_rates[method], metric) for method, seeds in runs.items()]
+    rows = [
+        _row(method, seeds, (learning_rates[method], steps.get(method, 1.0)), metric)
+        for method, seeds in runs.items()
+    ]
     personal = f"personal_{metric.name}"
     silent = {
         "learning rate": len(set(learning_rates[method] for method in runs)) == 1,
+        "server step": len({row["server step"] for row in rows}) == 1,
         _personal(metric): not _any(runs, personal, lambda x: x is not None),
         "MB catch-up": not _any(runs, "megabytes_catch_up", bool),
         "epsilon": not _any(runs, "epsilon", lambda x: x is not None),
@@ -83,8 +93,9 @@ def table(
 
 
 def _row(
-    method: str, seeds: Sequence[Rounds], learning_rate: float, metric: Metric
+    method: str, seeds: Sequence[Rounds], tuned: tuple[float, float], metric: Metric
 ) -> dict[str, str]:
+    """The columns of a method, `tuned` being its learning rate and its server's step size."""
     everything = [row for rounds in seeds for row in rounds]
     # Files of older versions lack the fields that are asked for with `get`.
     epsilons = [x for rounds in seeds if (x := rounds[-1].get("epsilon")) is not None]
@@ -92,7 +103,8 @@ def _row(
     errors = [r["aggregation_error"] for r in everything if r["aggregation_error"] is not None]
     return {
         "method": method,
-        "learning rate": f"{learning_rate:g}",
+        "learning rate": f"{tuned[0]:g}",
+        "server step": f"{tuned[1]:g}",
         **_judged([rounds[-1] for rounds in seeds], metric),
         "agg. error": f"{_mean(errors):.4f}" if errors else "-",
         "MB up": f"{_mean(row['megabytes_up'] for row in everything):.2f}",
@@ -204,7 +216,14 @@ def summary(runs: Runs, study: Study) -> str:
 
 def render(runs: Runs, study: Study, style: str = "simple") -> str:
     """The table as text; `style` is a table format of the library tabulate."""
-    return aligned(*table(runs, study.learning_rates, study.metric, study.untouched), style)
+    rows = table(runs, study.learning_rates, study.metric, study.untouched, study.steps)
+    return aligned(*rows, style)
+
+
+def step_of(config: ConfigDict) -> float:
+    """The server's step size of a configuration, in whichever space."""
+    server = config.server
+    return server.step if server.optimizer == "none" else server.learning_rate
 
 
 def finish(
@@ -216,6 +235,7 @@ def finish(
     untouched: Mapping[str, Any] | None = None,
     *,
     first: Path,
+    steps: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     """Writes the report of finished runs into `workdir`, and prints its tables.
 
@@ -227,6 +247,7 @@ def finish(
       learning_rates: That of each method.
       untouched: The metrics of the model before any training.
       first: The work directory of the first run.
+      steps: The server's step size of each method that has another than 1.
     """
     config = config.copy_and_resolve_references()
     config.seed = next(iter(runs.values()))[0][0]["seed"]
@@ -238,6 +259,7 @@ def finish(
         learning_rates,
         setting.task.metrics[0],
         untouched,
+        steps,
     )
     path = write(workdir, runs, study)
     print(f"\n{summary(runs, study)}\n\nReport with plots: {path}")
@@ -257,7 +279,7 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
         "partition": plots.partition(study.clients),
     }
     seeds = len(next(iter(runs.values())))
-    head, _ = table(runs, study.learning_rates, metric)
+    head, _ = table(runs, study.learning_rates, metric, steps=study.steps)
     parts = [
         f"# Comparison over {seeds} seed{'s' * (seeds > 1)}",
         f"```\n{study.command}\n```",

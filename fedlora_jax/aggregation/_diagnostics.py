@@ -20,6 +20,8 @@ class Diagnostics(NamedTuple):
       effective_rank: `exp(entropy(s / sum(s)))` of them: how many directions the ideal has. Over
         the tree the mean of the kernels'.
       norm: Frobenius norm of the ideal update.
+      dropped: `|M - SVD_r(M)| / |M|`: the share of the ideal that no adapter of rank r can hold, in
+        the unit of `error`, which is never below it for a server that returns such.
       drift_a: `sqrt(sum_k p_k |a_k - mean a|^2) / |mean a|`: how far clients' `a` are apart.
       drift_b: The same of `b`.
       error: As `aggregation.error`; this and the following are None without an aggregate.
@@ -31,6 +33,7 @@ class Diagnostics(NamedTuple):
     spectrum: jax.Array | None
     effective_rank: jax.Array
     norm: jax.Array
+    dropped: jax.Array
     drift_a: jax.Array
     drift_b: jax.Array
     error: jax.Array | None = None
@@ -40,7 +43,11 @@ class Diagnostics(NamedTuple):
 
 
 def diagnostics(
-    stacked: PyTree, weights: jax.Array, aggregated: Aggregated | None = None
+    stacked: PyTree,
+    weights: jax.Array,
+    aggregated: Aggregated | None = None,
+    *,
+    rank: int | None = None,
 ) -> tuple[Diagnostics, dict[str, Diagnostics]]:
     """Describes the ideal update of a round, and an aggregate beside it.
 
@@ -50,6 +57,7 @@ def diagnostics(
       stacked: Adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`.
       weights: `[K]`, non-negative; normalised inside.
       aggregated: What an aggregation function returned for them.
+      rank: r of `dropped`; by default that of the clients' adapters.
 
     Returns:
       Of the whole tree, and a dict from kernel path to that of one kernel.
@@ -68,7 +76,7 @@ def diagnostics(
     given = aggregated if aggregated is not None else Aggregated(None, None)
     trees = [part for part in given if part is not None]
     rows = _base.each_kernel(
-        _describe, stacked, weights, trees=trees, adapted=given.adapters is not None
+        _describe, stacked, weights, trees=trees, adapted=given.adapters is not None, rank=rank
     )
     kernels = {
         name: _ratios(moments, spectrum=spectrum, effective_rank=rank)
@@ -83,6 +91,7 @@ class _Moments(NamedTuple):
     """Squares and inner products, which add up over kernels."""
 
     ideal: jax.Array
+    dropped: jax.Array
     spread_a: jax.Array
     spread_b: jax.Array
     mean_a: jax.Array
@@ -97,7 +106,7 @@ class _Moments(NamedTuple):
 
 
 def _describe(
-    clients: Factors, weights: jax.Array, *parts: Factors, adapted: bool
+    clients: Factors, weights: jax.Array, *parts: Factors, adapted: bool, rank: int | None
 ) -> tuple[_Moments, jax.Array, jax.Array]:
     ideal = lowrank.weighted_sum(clients, weights)
     average = lowrank.mean(clients, weights)
@@ -105,12 +114,15 @@ def _describe(
     total = jnp.sum(spectrum)
     shares = spectrum / jnp.where(total > 0, total, 1)
     logs = jnp.log(jnp.where(shares > 0, shares, 1))
-    rank = jnp.where(total > 0, jnp.exp(-jnp.sum(shares * logs)), 0)
+    effective = jnp.where(total > 0, jnp.exp(-jnp.sum(shares * logs)), 0)
+    dropped = lowrank.vector_norm(spectrum[rank or clients.rank :]) ** 2
     spread = [
         jnp.einsum("k,kij->", weights, (x - mean) ** 2)
         for x, mean in zip(clients, average, strict=True)
     ]
-    moments = _Moments(lowrank.norm(ideal) ** 2, *spread, *(jnp.sum(x**2) for x in average))
+    moments = _Moments(
+        lowrank.norm(ideal) ** 2, dropped, *spread, *(jnp.sum(x**2) for x in average)
+    )
     if parts:
         parts = tuple(shared(part, weights) for part in parts)
         reached = lowrank.concatenate(parts)
@@ -127,7 +139,7 @@ def _describe(
             along_a=jnp.sum(a * average.a),
             along_b=jnp.sum(b * average.b),
         )
-    return moments, spectrum, rank
+    return moments, spectrum, effective
 
 
 def _ratios(m: _Moments, *, spectrum: jax.Array | None, effective_rank: jax.Array) -> Diagnostics:
@@ -144,6 +156,7 @@ def _ratios(m: _Moments, *, spectrum: jax.Array | None, effective_rank: jax.Arra
         spectrum=spectrum,
         effective_rank=effective_rank,
         norm=root(m.ideal),
+        dropped=ratio(root(m.dropped), root(m.ideal)),
         drift_a=ratio(root(m.spread_a), root(m.mean_a)),
         drift_b=ratio(root(m.spread_b), root(m.mean_b)),
         error=None if m.distance is None else ratio(root(m.distance), root(m.ideal)),

@@ -37,8 +37,8 @@ _GROUPS = {
 
 # Words in a passage, and characters below which a paragraph is a heading.
 _LONGEST, _SHORTEST = 80, 60
-# One passage in this many is for testing.
-_TEST_SHARE = 4
+# One passage in so many is for testing, and of the others one in so many for validation.
+_TEST_SHARE, _VALIDATION_SHARE = 4, 6
 
 
 def class_names() -> list[str]:
@@ -52,7 +52,7 @@ def passages(split: str) -> tuple[list[str], np.ndarray]:
     Which split a passage is in depends on its text alone.
 
     Args:
-      split: `'federated'`, about three quarters, or `'test'`.
+      split: `'federated'`, about five eighths, `'validation'`, one eighth, or `'test'`, a quarter.
 
     Returns:
       Texts, and labels int32 `[M]`.
@@ -60,12 +60,8 @@ def passages(split: str) -> tuple[list[str], np.ndarray]:
     Raises:
       ValueError: If there is no such split.
     """
-    for_test = lookup({"federated": False, "test": True}, split, "split")
-    found = [
-        (text, label)
-        for text, label in _all_passages()
-        if (zlib.crc32(text.encode()) % _TEST_SHARE == 0) == for_test
-    ]
+    lookup(dict.fromkeys(("federated", "validation", "test")), split, "split")
+    found = [(text, label) for text, label in _all_passages() if _split_of(text) == split]
     return [text for text, _ in found], np.array([label for _, label in found], np.int32)
 
 
@@ -73,7 +69,7 @@ def load(split: str, tokenizer: str | os.PathLike[str], length: int = 64) -> dic
     """The passages of a split as token ids.
 
     Args:
-      split: `'federated'` or `'test'`.
+      split: `'federated'`, `'validation'` or `'test'`.
       tokenizer: A `tokenizer.json`, as it lies beside a model's weights.
       length: Tokens of a passage; longer ones are cut, shorter ones padded with the tokenizer's
         padding token.
@@ -96,6 +92,13 @@ def load(split: str, tokenizer: str | os.PathLike[str], length: int = 64) -> dic
     texts, labels = passages(split)
     tokens = np.array([encoding.ids for encoding in encoder.encode_batch(texts)], np.int32)
     return {"tokens": tokens, "label": labels}
+
+
+def _split_of(text: str) -> str:
+    rest, place = divmod(zlib.crc32(text.encode()), _TEST_SHARE)
+    if place == 0:
+        return "test"
+    return "federated" if rest % _VALIDATION_SHARE else "validation"
 
 
 def _all_passages() -> Iterator[tuple[str, int]]:

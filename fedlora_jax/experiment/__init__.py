@@ -7,7 +7,7 @@ of one method, once for all seeds; `run` trains one method under one seed, or go
 from fedlora_jax.experiment.finished import judge_untouched
 from fedlora_jax.experiment.loop import Progress, run
 from fedlora_jax.experiment.partitions import partition_counts
-from fedlora_jax.experiment.program import Program, check, compile_program
+from fedlora_jax.experiment.program import Program, check, compile_program, steps, with_step
 from fedlora_jax.experiment.setting import Setting, prepare, training_examples
 from fedlora_jax.experiment.state import State, first_state
 
@@ -23,5 +23,7 @@ __all__ = [
     "partition_counts",
     "prepare",
     "run",
+    "steps",
     "training_examples",
+    "with_step",
 ]

@@ -33,6 +33,8 @@ def run(
     workdir: Path,
     advance: Progress = lambda: None,
     announce: Callable[[str], Any] | None = None,
+    *,
+    until: int | None = None,
 ) -> list[dict[str, Any]]:
     """Trains one method under one seed, from the last finished round found in `workdir`.
 
@@ -54,6 +56,8 @@ def run(
       advance: Called after each finished round, and once for each round found finished.
       announce: Called before the first round, if any is to be run, with a line that says how many
         clients train at once and what memory that needs.
+      until: How many rounds are to be finished, as if killed then; all of the configuration by
+        default. A run with more of them finished stays as it is.
 
     Returns:
       The metrics of all rounds.
@@ -64,7 +68,7 @@ def run(
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
-    mesh = program.mesh
+    mesh, last_round = program.mesh, min(until or config.rounds, config.rounds)
     found = partitions.of_run(config, setting.train, workdir)
     start = first_state(config, setting, program.method, found.parts, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ def run(
         data = stream.data(index, members)
         return states, start.ranks, data, rows(members, mesh), *shared
 
-    if first < config.rounds:
+    if first < last_round:
         chosen, devices = np.asarray(draw(first)), placement.devices(mesh)
         some = chosen[: chunking.MOST * devices]
         trial, arguments = ((server, *inputs(first, who)) for who in (some, chosen))
@@ -103,13 +107,13 @@ def run(
         del arguments, trial  # They hold the examples of a round.
     writer = records.MetricsWriter(workdir, first) if hosts.is_first() else None
     try:
-        for index in range(first, config.rounds):
+        for index in range(first, last_round):
             chosen = np.asarray(draw(index))
             who = Participation(chosen, communication.absences(last, chosen, index))
             last[chosen] = index
             began = time.perf_counter()
             given = inputs(index, chosen)
-            if index + 1 < config.rounds:
+            if index + 1 < last_round:
                 stream.begin(index + 1, placement.padded(np.asarray(draw(index + 1)), mesh))
             server, states, measured = round_function(server, *given)
             states, measured = hosts.gathered(states), jax.device_get(measured)

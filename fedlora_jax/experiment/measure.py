@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from fedlora_jax.aggregation import Diagnostics
 from fedlora_jax.experiment.program import Program, epsilon
 from fedlora_jax.experiment.state import State
 from fedlora_jax.federated import communication
@@ -79,6 +80,7 @@ def make_measure(
             **in_words(program.metrics, found, domains),
             "loss": float(measured.loss),
             "aggregation_error": _number(measured.aggregation_error),
+            **_described(measured.diagnostics),
             "excluded_clients": int(measured.excluded),
             **megabytes(index, server, ranks, who.absent.tolist()),
             "epsilon": epsilon(config, num_clients, index + 1),
@@ -88,6 +90,16 @@ def make_measure(
         }
 
     return measure
+
+
+def _described(found: Diagnostics | None) -> dict[str, float | None]:
+    """What the clients' updates look like, as far as it is known."""
+    if found is None:
+        return {}
+    # The error is there anyhow.
+    known = found._replace(spectrum=None, error=None)._asdict()
+    renamed = {"norm": "update_norm", "dropped": "dropped_share"}
+    return {renamed.get(k, k): _number(x) for k, x in known.items() if x is not None}
 
 
 def in_words(

@@ -124,6 +124,15 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     )
 
 
+def with_step(program: Program, config: ml_collections.ConfigDict) -> Program:
+    """The program for a configuration with another `server.step`, and else the same.
+
+    What is compiled stays: a step size is in the server's state. It does not do for one that
+    `steps` where the other does not.
+    """
+    return program._replace(method=make_method(config))
+
+
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh | None:
     """The devices of `config.mesh`; None for one alone.
 
@@ -167,11 +176,27 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
             server.learning_rate, server.momentum, server.second_moment, server.adaptivity
         )
         method = transforms.server_optimizer(method, optimizer)
+    if steps(config):
+        method = transforms.server_step(
+            method,
+            rate=server.step,
+            momentum=server.step_momentum,
+            rank=server.step_rank or None,
+        )
     if config.local.proximal:
         method = transforms.fedprox(method, mu=config.local.proximal)
     if config.local.scaffold:
         method = transforms.scaffold(method)
-    return method if config.lora.ranks == ranks.EQUAL else transforms.ordered(method)
+    if config.lora.ranks != ranks.EQUAL:
+        method = transforms.ordered(method)
+    return method._replace(diagnosed=config.get("diagnostics", False))
+
+
+def steps(config: ml_collections.ConfigDict) -> bool:
+    """Whether the server takes a step of its own in the space of products."""
+    server = config.server
+    # A run of earlier times has none.
+    return server.get("step", 1.0) != 1 or server.get("step_momentum", 0.0) != 0
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:

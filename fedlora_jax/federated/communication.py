@@ -73,6 +73,8 @@ def count(
     if rank is not None:
         full = max(factors.rank for factors in server.trainable.adapters.values())
         known, upload, aggregated = _narrow((server, upload, aggregated), rank, full)
+        if method.whole_adapters:
+            known = known._replace(trainable=server.trainable)
     missed = _bytes(method.missed(known, aggregated, round_index, absent)) if absent else 0
     return MessageBytes(
         up=_bytes(method.sent(upload, round_index)),

@@ -54,6 +54,8 @@ class RoundMetrics(NamedTuple):
         updates (`aggregation.error`), `[]`; NaN if the method does not aggregate.
       ranks: The rank that each client of the cohort trained, int32 `[K]`.
       excluded: Clients left out because something they sent was not finite, int32 `[]`.
+      diagnostics: Of the same updates over all kernels, r being the rank of the server's adapters;
+        None unless the method is to be diagnosed.
     """
 
     loss: jax.Array
@@ -61,6 +63,7 @@ class RoundMetrics(NamedTuple):
     aggregation_error: jax.Array
     ranks: jax.Array
     excluded: jax.Array
+    diagnostics: aggregation.Diagnostics | None = None
 
 
 class RoundFunction(Protocol):
@@ -436,6 +439,7 @@ def run_cohort(
         aggregation_error=_error(result, weights, aggregated),
         ranks=result.rank,
         excluded=jnp.sum(~finite & present, dtype=jnp.int32),
+        diagnostics=_diagnostics(server, result, weights, aggregated) if method.diagnosed else None,
     )
     return server, _kept(states, result.clients, finite), metrics, result
 
@@ -596,6 +600,17 @@ def _error(
         return jnp.asarray(jnp.nan)
     changes = jax.vmap(change)(result.start, result.trained)
     return aggregation.error(changes, weights, aggregated)
+
+
+def _diagnostics(
+    server: Server,
+    result: CohortResult,
+    weights: jax.Array,
+    aggregated: aggregation.Aggregated | None,
+) -> aggregation.Diagnostics:
+    changes = jax.vmap(change)(result.start, result.trained)
+    rank = max(factors.rank for factors in server.trainable.adapters.values())
+    return aggregation.diagnostics(changes, weights, aggregated, rank=rank)[0]
 
 
 def _rows(clients: PyTree, cohort: jax.Array) -> PyTree:

@@ -20,7 +20,14 @@ Kind: TypeAlias = tuple[str, ...]
 BOTH = Factors(a=True, b=True)  # type: ignore[arg-type]
 
 # What a method can be combined with, beside partial participation and weights.
-COMBINATIONS = ("unequal_ranks", "fedprox", "scaffold", "server_optimizer", "privacy")
+COMBINATIONS = (
+    "unequal_ranks",
+    "fedprox",
+    "scaffold",
+    "server_optimizer",
+    "server_step",
+    "privacy",
+)
 
 # Reasons that several methods give.
 READS_EACH_CLIENT = "its server reads each client's factors, not their mean alone"
@@ -129,6 +136,8 @@ class Method(NamedTuple):
         weighs them so, in what it measures too.
       free_basis: Whether nothing but the product of the server's adapters matters from round to
         round, so that `transforms.ordered` may give them another basis.
+      whole_adapters: Whether each client is sent the server's adapters whole, whatever its rank.
+      diagnosed: Whether a round describes the clients' updates, by `aggregation.diagnostics`.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
 
@@ -145,6 +154,8 @@ class Method(NamedTuple):
     pooled: bool = False
     equal_weights: bool = False
     free_basis: bool = False
+    whole_adapters: bool = False
+    diagnosed: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 
 

@@ -12,7 +12,7 @@ def central() -> Method:
         sent=lambda upload, round_index: (),
         received=lambda server, aggregated, round_index: (),
         refuses=dict.fromkeys(
-            ("fedprox", "scaffold", "server_optimizer", "privacy"),
+            ("fedprox", "scaffold", "server_optimizer", "server_step", "privacy"),
             "all data lie in one place, so that nothing drifts and nothing is sent",
         ),
     )

@@ -38,6 +38,7 @@ def local() -> Method:
             "fedprox": "no server model holds its clients together",
             "scaffold": "its clients send nothing",
             "server_optimizer": "its server learns nothing",
+            "server_step": "its server learns nothing",
             "privacy": "its clients send nothing",
         },
     )

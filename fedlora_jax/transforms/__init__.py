@@ -13,6 +13,7 @@ from fedlora_jax.transforms._ordered import ordered
 from fedlora_jax.transforms._privacy import epsilon, private
 from fedlora_jax.transforms._scaffold import scaffold
 from fedlora_jax.transforms._server_optimizer import SERVER_OPTIMIZERS, server_optimizer
+from fedlora_jax.transforms._server_step import server_step
 
 __all__ = [
     "SERVER_OPTIMIZERS",
@@ -22,4 +23,5 @@ __all__ = [
     "private",
     "scaffold",
     "server_optimizer",
+    "server_step",
 ]

@@ -108,4 +108,10 @@ def server_optimizer(method: Method, optimizer: optax.GradientTransformation) ->
         trainable = optax.apply_updates(server.trainable, updates)
         return _base.outer(changed._replace(trainable=trainable), state), aggregated
 
-    return _base.around(method, init=init, aggregate=aggregate, free_basis=False)
+    return _base.around(
+        method,
+        init=init,
+        aggregate=aggregate,
+        free_basis=False,
+        refuses={**method.refuses, "server_step": "its server steps already, in that of factors"},
+    )

@@ -200,6 +200,8 @@ def test_error_and_diagnostics():
         shares = s / s.sum()
         rank = np.exp(-np.sum(shares * np.log(np.maximum(shares, 1e-30))))
         assert kernels[name].effective_rank == pytest.approx(rank, rel=1e-4)
+        dropped = np.linalg.norm(ideal - oracles.best(ideal, a.shape[2])) / np.linalg.norm(ideal)
+        assert kernels[name].dropped == pytest.approx(dropped, rel=1e-4)
         assert kernels[name].cosine == pytest.approx(
             np.sum(ideal * got) / np.linalg.norm(ideal) / np.linalg.norm(got), abs=1e-5
         )
@@ -217,6 +219,12 @@ def test_error_and_diagnostics():
     per_kernel = aggregation.error(stacked, WEIGHTS, aggregated, per_kernel=True)
     assert set(per_kernel) == set(stacked)
     assert whole.spectrum is None and whole.effective_rank > 1
+    best = aggregation.flexlora(stacked, WEIGHTS)
+    assert aggregation.error(stacked, WEIGHTS, best) == pytest.approx(
+        float(whole.dropped), rel=1e-4
+    )
+    every, _ = aggregation.diagnostics(stacked, WEIGHTS, rank=1000)
+    assert every.dropped == 0 < whole.dropped < 1
     plain, _ = aggregation.diagnostics(stacked, WEIGHTS)
     assert plain.error is None and plain.cosine is None
 

@@ -8,23 +8,25 @@ import pytest
 
 from fedlora_jax.data import python_docs
 
+SPLITS = {"federated": (0.55, 15), "validation": (0.1, 10), "test": (0.2, 15)}
+
 
 @pytest.fixture(scope="module")
 def splits():
-    return {split: python_docs.passages(split) for split in ("federated", "test")}
+    return {split: python_docs.passages(split) for split in SPLITS}
 
 
 def test_passages(splits):
-    train, test = splits["federated"], splits["test"]
-    texts = train[0] + test[0]
+    texts = [text for each, _ in splits.values() for text in each]
     assert len(texts) == len(set(texts)) > 1000
-    assert 0.6 < len(train[0]) / len(texts) < 0.9
     classes = len(python_docs.class_names())
-    for _, labels in splits.values():
-        assert labels.dtype == np.int32 and np.bincount(labels, minlength=classes).min() >= 15
+    for split, (each, labels) in splits.items():
+        share, fewest = SPLITS[split]
+        assert share < len(each) / len(texts) < 1.4 * share
+        assert labels.dtype == np.int32 and np.bincount(labels, minlength=classes).min() >= fewest
     assert max(len(text.split()) for text in texts) <= 80
     again = python_docs.passages("test")
-    assert again[0] == test[0]
+    assert again[0] == splits["test"][0]
 
 
 def test_tokens(tmp_path, splits):

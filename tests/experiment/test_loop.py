@@ -173,6 +173,9 @@ def test_with_many_clients_a_panel_is_listed_and_all_are_summed_up(base, make, t
         ({"method": "fedsvd", "server.optimizer": "fedadam"}, "fedsvd: .* a server optimiser"),
         ({"method": "frlora", "lora.ranks": "uniform"}, "frlora: .* unequal ranks"),
         ({"server.optimizer": "fedadm"}, "'fedadam'"),
+        ({"method": "local", "server.step": 2.0}, "local: .* a server's step .* learns nothing"),
+        ({"server.optimizer": "fedadam", "server.step": 2.0}, "in that of factors"),
+        ({"server.step_momentum": 1.0}, "momentum must be from 0 to below 1, got 1.0"),
         ({"lora.ranks": "heavytail_light"}, "'heavy_tail_light'"),
         ({"lora.ranks": "heavy_tail_light,3"}, "unknown distribution of ranks"),
         ({"local.steps": 0}, "local.steps or config.local.epochs must be at least 1"),
@@ -197,13 +200,15 @@ def test_impossible_lists_of_ranks_leave_the_directory_alone(base, make, tmp_pat
 
 
 def test_everything_at_once(base, make, tmp_path):
-    """Epochs, chunks, ranks, FedProx, SCAFFOLD and a server optimiser, killed and gone on with."""
+    """Epochs, chunks, ranks, FedProx, SCAFFOLD and a server's step, killed and gone on with."""
     values = {
         "lora.ranks": "uniform",
         "local.epochs": 1,
         "local.proximal": 0.01,
         "local.scaffold": True,
-        "server.optimizer": "fedavgm",
+        "server.step": 1.5,
+        "server.step_momentum": 0.5,
+        "diagnostics": True,
         "clients_per_chunk": "3",
     }
     whole = run(base, make(rounds=3, **values), tmp_path / "whole")
@@ -211,6 +216,10 @@ def test_everything_at_once(base, make, tmp_path):
     parts = run(base, make(rounds=3, **values), tmp_path / "parts")
     assert without_seconds(parts) == without_seconds(whole)
     assert np.isfinite([row["loss"] for row in whole]).all()
+    for row in whole:
+        # FedIT in its own basis: the means are the means, and no better than the best of rank r.
+        assert 0 < row["dropped_share"] < row["aggregation_error"] < 1
+        assert 0.5 < row["cosine"] < 1 and row["cosine_b"] == pytest.approx(1, abs=1e-5)
 
 
 def test_bfloat16_by_configuration(base, make, tmp_path):

@@ -18,6 +18,7 @@ COMBINE = {
     "fedprox": lambda method: transforms.fedprox(method, mu=0.3),
     "scaffold": transforms.scaffold,
     "server_optimizer": lambda method: transforms.server_optimizer(method, optax.adam(0.1)),
+    "server_step": lambda method: transforms.server_step(method, rate=2.0, momentum=0.5),
     "privacy": lambda method: transforms.private(method, clip=0.5, noise_multiplier=1.0),
 }
 
