@@ -39,16 +39,12 @@ It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
 
 import datetime
-import functools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from importlib.util import find_spec
@@ -60,13 +56,20 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from tabulate import tabulate
 
-from experiments.benchmarks import clients, mesh, programs, rounds, streaming, tree
-from fedlora_jax import Factors, aggregation, methods
+from experiments.benchmarks import (
+    aggregation,
+    clients,
+    growth,
+    memory,
+    mesh,
+    programs,
+    rounds,
+    streaming,
+    tree,
+)
+from fedlora_jax import methods
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
 _RANK = flags.DEFINE_integer("rank", 32, "Rank r.", lower_bound=1)
@@ -86,267 +89,6 @@ _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense ke
 _CHUNKS = flags.DEFINE_list("chunks", ["all", "1", "2"], "Of `round`: clients side by side.")
 _OUTPUT = flags.DEFINE_string("output", "experiments/benchmarks", "Directory for the results.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the program itself: what to measure here.")
-
-KERNELS = {
-    "q": (2048, 2048),
-    "k": (2048, 512),
-    "v": (2048, 512),
-    "o": (2048, 2048),
-    "gate": (2048, 8192),
-    "up": (2048, 8192),
-    "down": (8192, 2048),
-}
-DENSE_STEPS, FULL_STEPS = 10, 1000
-
-# Name of a row: the function, its options, and the dense code that it stands beside.
-ROWS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "fedit": ("fedit", {}, "means"),
-    "ffa_lora": ("ffa_lora", {}, "means"),
-    "rolora": ("rolora", {}, "means"),
-    "fedsa_lora": ("fedsa_lora", {}, "means"),
-    "hetlora": ("hetlora", {}, "means"),
-    "flora": ("flora", {}, "stacking"),
-    "fedex_lora": ("fedex_lora", {}, "fedex"),
-    "frlora": ("frlora", {}, "means"),
-    "fedrot_lora": ("fedrot_lora", {}, ""),
-    "lora_fair closed form": (
-        "lora_fair",
-        {"similarity": "frobenius", "solver": "closed_form"},
-        "fair_sgd",
-    ),
-    "lora_fair sgd, 1000 steps": ("lora_fair", {"units": "raw"}, "fair_sgd"),
-    "flora_na": ("flora_na", {}, "flora_na_descent"),
-    "fedsvd": ("fedsvd", {}, ""),
-    "flexlora": ("flexlora", {}, "svd_lowrank"),
-    "spectral": ("spectral", {}, "svd_by_qr"),
-}
-TREES = {"frlora": "initial", "fedrot_lora": "reference"}
-# Columns of the table of memory: how the loss is taken, and whether blocks are computed again.
-LOSSES = {
-    "whole": ("whole", False),
-    "chunked": ("chunked", False),
-    "chunked, remat": ("chunked", True),
-}
-
-
-def adapters(seed: int, count: int, rank: int, kernels: dict[str, tuple[int, int]]) -> Any:
-    """Stacked adapters as training leaves them: a start in common, and clients of unequal size."""
-    rng = np.random.default_rng(seed)
-    tree = {}
-    for name, (d_in, d_out) in kernels.items():
-        a = rng.standard_normal((count, d_in, rank), dtype=np.float32)
-        a = 0.5 * a + rng.standard_normal((d_in, rank), dtype=np.float32)
-        b = rng.standard_normal((count, rank, d_out), dtype=np.float32)
-        b += rng.standard_normal((rank, d_out), dtype=np.float32)
-        b *= rng.uniform(0.3, 3, (count, 1, 1)).astype(np.float32)
-        tree[name] = Factors(jnp.asarray(a * d_in**-0.5), jnp.asarray(b))
-    return jax.block_until_ready(tree)
-
-
-def model(layers: int) -> dict[str, tuple[int, int]]:
-    """The kernels of the whole model by name."""
-    return {
-        f"layer_{i:02d}/{name}": shape for i in range(layers) for name, shape in KERNELS.items()
-    }
-
-
-def weights_of(count: int) -> jax.Array:
-    """Unequal example counts."""
-    return jnp.linspace(1, 2, count)
-
-
-def bind(row: str, count: int, rank: int, kernels: dict[str, Any]) -> Callable[[Any], Any]:
-    """The call that a row of the table measures."""
-    name, options, _ = ROWS[row]
-    if name in TREES:
-        start = jax.tree.map(lambda x: x[0], adapters(1, 1, rank, kernels))
-        options = {**options, TREES[name]: start}
-    weights = weights_of(count)
-    function = aggregation.get(name)
-    return lambda stacked: function(stacked, weights, **options)
-
-
-class Memory(threading.Thread):
-    """The most memory in use above the start: of this process, or of the accelerator."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.start_bytes = self.most = self._now()
-        self._done = threading.Event()
-
-    @staticmethod
-    def _now() -> int:
-        statistics_of_device = jax.devices()[0].memory_stats()
-        if statistics_of_device:
-            return statistics_of_device["bytes_in_use"]
-        try:
-            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        except OSError:
-            return 0
-
-    def run(self) -> None:
-        """Watches until it is stopped."""
-        while not self._done.wait(0.003):
-            self.most = max(self.most, self._now())
-
-    def stop(self) -> int:
-        """Bytes above the start."""
-        self._done.set()
-        self.join()
-        return self.most - self.start_bytes
-
-
-def timed(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Seconds of each of several calls."""
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def measure(row: str) -> dict[str, Any]:
-    """One row of the table, in this process."""
-    count, rank, kernels = _CLIENTS.value, _RANK.value, model(_LAYERS.value)
-    stacked = adapters(_SEED.value, count, rank, kernels)
-    size = sum(x.nbytes for x in jax.tree.leaves(stacked))
-    read = jax.jit(lambda tree: [jnp.sum(x) for x in jax.tree.leaves(tree)])
-    pass_seconds = min(timed(lambda: read(stacked), 1 + _REPEATS.value)[1:])
-    call = bind(row, count, rank, kernels)
-    memory = Memory()
-    memory.start()
-    first = timed(lambda: call(stacked), 1)[0]
-    later = timed(lambda: call(stacked), _REPEATS.value)
-    grown = memory.stop()
-    aggregated = call(stacked)
-    error = aggregation.error(stacked, weights_of(count), aggregated)
-    return {
-        "first_call_s": first,
-        "best_s": min(later),
-        "median_s": statistics.median(later),
-        "read_pass_s": pass_seconds,
-        "passes": min(later) / pass_seconds,
-        "stacked_bytes": size,
-        "grown_bytes": grown,
-        "grown_over_stacked": grown / size,
-        "error": float(error),
-    }
-
-
-def measure_kinds(row: str) -> dict[str, Any]:
-    """The best time of one kernel of each kind, and its error, for comparison with dense code."""
-    count, rank = _CLIENTS.value, _RANK.value
-    result = {}
-    for kind, shape in distinct().items():
-        stacked = adapters(_SEED.value, count, rank, {kind: shape})
-        call = bind(row, count, rank, {kind: shape})
-        call(stacked)
-        seconds = min(timed(functools.partial(call, stacked), _REPEATS.value))
-        error = float(aggregation.error(stacked, weights_of(count), call(stacked)))
-        result[kind] = {"best_s": seconds, "error": error}
-    return result
-
-
-def distinct() -> dict[str, tuple[int, int]]:
-    """One kernel of each shape."""
-    return {" x ".join(map(str, shape)): shape for shape in KERNELS.values()}
-
-
-def how_many(shape: tuple[int, int]) -> int:
-    """How many kernels of the model have this shape."""
-    return list(KERNELS.values()).count(shape) * _LAYERS.value
-
-
-def measure_dense(name: str) -> dict[str, Any]:
-    """Dense code on one kernel of each kind; the whole model is multiplied up from that."""
-    import torch
-
-    from experiments.benchmarks import dense
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    descent = name in ("fair_sgd", "flora_na_descent")
-    count, rank = _CLIENTS.value, _RANK.value
-    function = getattr(dense, name)
-    if descent:
-        function = function(DENSE_STEPS)
-    p = torch.from_numpy(np.array(weights_of(count) / weights_of(count).sum()))
-    if name in ("means", "stacking"):  # a single kernel would stay in the cache
-        tree = adapters(_SEED.value, count, rank, model(_LAYERS.value))
-        pairs = [tuple(torch.from_numpy(np.array(x)) for x in node) for node in tree.values()]
-        del tree
-        best = min(timed(lambda: [function(a, b, p) for a, b in pairs], _REPEATS.value))
-        return {"best_s": best, "extrapolated": ""}
-    kinds, total = {}, 0.0
-    for kind, shape in distinct().items():
-        node = adapters(_SEED.value, count, rank, {kind: shape})[kind]
-        a, b = (torch.from_numpy(np.array(x)) for x in node)
-        function(a, b, p)
-        start_s, seconds = 0.0, []
-        for _ in range(1 if name == "svd_full" else 3):
-            start = time.perf_counter()
-            result = function(a, b, p)
-            seconds.append(time.perf_counter() - start)
-        best = min(seconds)
-        if descent:
-            start = time.perf_counter()
-            dense.mean_of_products(a, b, p)
-            start_s = time.perf_counter() - start
-            best = start_s + max(best - start_s, 0) * FULL_STEPS / DENSE_STEPS
-        kinds[kind] = {"best_s": best}
-        if not descent and isinstance(result, tuple):
-            # In float64: torch's norm of as many float32 numbers is off in the fourth digit.
-            ideal = dense.mean_of_products(a, b, p).double()
-            distance = torch.linalg.norm(ideal - (result[0] @ result[1]).double())
-            kinds[kind]["error"] = float(distance / torch.linalg.norm(ideal))
-        total += best * how_many(shape)
-    return {
-        "best_s": total,
-        "extrapolated": "one kernel of each kind, times their number"
-        + (f"; {DENSE_STEPS} steps of {FULL_STEPS}" if descent else ""),
-        "kinds": kinds,
-    }
-
-
-def measure_growth() -> dict[str, Any]:
-    """Seconds on one kernel 2048 x 2048 over K at r = 8, and over r at K = 4."""
-    shape = {"kernel": (2048, 2048)}
-    rows = ["fedit", "lora_fair closed form", "flora_na", "flora", "flexlora"]
-    axes = {
-        "K": [(2**i, 8) for i in range(1, 9)],
-        "r": [(4, 2**i) for i in range(2, 8)],
-    }
-    result: dict[str, Any] = {"kernel": [2048, 2048], "fixed": {"K": "r = 8", "r": "K = 4"}}
-    for axis, points in axes.items():
-        result[axis] = {"at": [point[axis == "r"] for point in points]}
-        for row in rows:
-            seconds = []
-            for count, rank in points:
-                stacked = adapters(0, count, rank, shape)
-                call = bind(row, count, rank, shape)
-                jax.block_until_ready(call(stacked))
-                seconds.append(min(timed(functools.partial(call, stacked), _REPEATS.value)))
-            half = len(points) // 2
-            slope = np.polyfit(np.log(result[axis]["at"][half:]), np.log(seconds[half:]), 1)[0]
-            result[axis][row] = {"seconds": seconds, "exponent": round(float(slope), 2)}
-    return result
-
-
-def measure_memory(row: str) -> dict[str, Any]:
-    """The memory of a round of `fedit`; a row is, for example, `4,128,chunked`."""
-    clients, length, name = row.split(",", 2)
-    loss, remat = LOSSES[name]
-    planned = programs.working_bytes(
-        "fedit",
-        blocks=_BLOCKS.value,
-        clients=int(clients),
-        rank=_RANK.value,
-        loss=loss,
-        length=int(length),
-        remat=remat,
-        clients_per_chunk=None,
-    )
-    return {"working_bytes": planned}
 
 
 def worker(task: str, **environment: str) -> dict[str, Any]:
@@ -417,89 +159,20 @@ def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> 
 
 def aggregation_table() -> None:
     """Measures all rows and the dense code, prints the tables and writes them."""
-    rows = rows_of(ROWS)
+    rows = rows_of(aggregation.ROWS)
     results: dict[str, Any] = {"environment": environment(), "ours": {}, "dense": {}}
     for row in rows:
         print(f"{row} ...", file=sys.stderr, flush=True)
         results["ours"][row] = worker(f"row:{row}")
     if _REFERENCE.value:
-        names = [name for name in dict.fromkeys(ROWS[row][2] for row in rows) if name]
+        names = [name for name in dict.fromkeys(aggregation.ROWS[row][2] for row in rows) if name]
         if "flexlora" in rows:
             names += ["svd_by_qr"] * ("svd_by_qr" not in names) + ["svd_full"] * _FULL_SVD.value
             results["kinds"] = {"flexlora": worker("kinds:flexlora")}
         for name in names:
             print(f"dense {name} ...", file=sys.stderr, flush=True)
             results["dense"][name] = worker(f"dense:{name}")
-    write("aggregation", results, report(results))
-
-
-def report(results: dict[str, Any]) -> str:
-    """The tables, as Markdown."""
-    facts = results["environment"]
-    table = []
-    for row, ours in results["ours"].items():
-        reference = results["dense"].get(ROWS[row][2])
-        mark = "~" if reference and reference["extrapolated"] else ""
-        table.append(
-            [
-                row,
-                f"{1e3 * ours['best_s']:.0f}",
-                f"{ours['passes']:.1f}",
-                f"{ours['first_call_s']:.1f}",
-                f"{ours['grown_over_stacked']:.2f}",
-                f"{ours['error']:.2g}",
-                f"`{ROWS[row][2]}` {mark}{reference['best_s']:.3g} s" if reference else "",
-                f"{mark}{reference['best_s'] / ours['best_s']:.3g}" if reference else "",
-            ]
-        )
-    read = min(ours["read_pass_s"] for ours in results["ours"].values())
-    size = next(iter(results["ours"].values()))["stacked_bytes"]
-    lines = [
-        "# Aggregation: speed and memory",
-        "",
-        f"{7 * facts['layers']} kernels of a Llama-3.2-1B, K = {facts['clients']}, r = "
-        f"{facts['rank']}: {size / 1e9:.2f} GB of stacked factors in float32; one pass of reading "
-        f"them takes {1e3 * read:.0f} ms. {facts['date']}, {facts['device']}, {facts['cores']} "
-        f"cores, jax {facts['versions']['jax']}, torch {facts['versions']['torch']}, load average "
-        f"{facts['load_average_at_start']} when it began.",
-        "",
-        tabulate(
-            table,
-            headers=[
-                "function",
-                "ms",
-                "passes",
-                "first call, s",
-                "growth / factors",
-                "error",
-                "dense code",
-                "times faster",
-            ],
-            tablefmt="github",
-            colalign=("left", *["right"] * 7),
-        ),
-        "",
-        "`ms`: best of the calls after the first, whole model. `passes`: that over one pass of "
-        "reading. `growth`: most resident memory above the start, the result included. A tilde: "
-        "multiplied up from one kernel of each kind, descents also from "
-        f"{DENSE_STEPS} of {FULL_STEPS} steps.",
-    ]
-    if "kinds" in results:
-        table = []
-        for kind, ours in results["kinds"]["flexlora"].items():
-            line = [kind, f"{1e3 * ours['best_s']:.1f}", f"{ours['error']:.6f}"]
-            for name in ("svd_by_qr", "svd_lowrank", "svd_full"):
-                if name in results["dense"]:
-                    other = results["dense"][name]["kinds"][kind]
-                    ratio = other["best_s"] / ours["best_s"]
-                    line.append(
-                        f"{1e3 * other['best_s']:.1f} ({ratio:.1f} x), {other['error']:.6f}"
-                    )
-            table.append(line)
-        names = [n for n in ("svd_by_qr", "svd_lowrank", "svd_full") if n in results["dense"]]
-        headers = ["one kernel", "flexlora, ms", "error", *(f"torch {n}: ms, error" for n in names)]
-        lines += ["", tabulate(table, headers=headers, tablefmt="github", disable_numparse=True)]
-    return "\n".join(lines)
+    write("aggregation", results, aggregation.page(results))
 
 
 def programs_table() -> None:
@@ -508,44 +181,7 @@ def programs_table() -> None:
     for name in rows_of(sorted(methods.REGISTRY)):
         print(f"{name} ...", file=sys.stderr, flush=True)
         results["methods"][name] = worker(f"program:{name}")
-    write("programs", results, programs_report(results))
-
-
-def programs_report(results: dict[str, Any]) -> str:
-    """The table of programs, as Markdown."""
-    facts = results["environment"]
-
-    def gigabytes(size: int | None) -> str:
-        return "" if size is None else f"{size / 1e9:.2f}"
-
-    table = [
-        [
-            name,
-            line["lines"],
-            f"{line['trace_s']:.0f}",
-            f"{line['compile_s']:.0f}",
-            gigabytes(line["peak_bytes"]),
-            gigabytes(line["held_bytes"]),
-            gigabytes(line["working_bytes"]),
-        ]
-        for name, line in results["methods"].items()
-    ]
-    headers = ["method", "lines", "trace, s", "compile, s", "peak, GB", "held, GB", "working, GB"]
-    lines = [
-        "# Programs: size, and what compiling takes",
-        "",
-        f"A round on the shapes of a SmolLM2-135M with {facts['blocks']} blocks, "
-        f"{7 * facts['blocks']} adapted kernels at r = {facts['rank']}, {facts['clients']} clients "
-        f"one at a time. {facts['date']}, {facts['device']}, {facts['cores']} cores, jax "
-        f"{facts['versions']['jax']}, load average {facts['load_average_at_start']} when it began.",
-        "",
-        tabulate(table, headers=headers, tablefmt="github", colalign=("left", *["right"] * 6)),
-        "",
-        "`lines`: of StableHLO. `peak`: most resident memory of the process that traced and "
-        "compiled. `held`: state and data of the round; `working`: what it needs besides, as the "
-        "compiler plans it.",
-    ]
-    return "\n".join(lines)
+    write("programs", results, programs.page(results))
 
 
 def memory_table() -> None:
@@ -553,44 +189,11 @@ def memory_table() -> None:
     results: dict[str, Any] = {"environment": environment(), "rounds": []}
     for count, length in ((1, 128), (4, 128), (1, 512), (4, 512)):
         line: dict[str, Any] = {"clients": count, "length": length}
-        for name in rows_of(LOSSES):
+        for name in rows_of(memory.LOSSES):
             print(f"{count} clients, {length} tokens, {name} ...", file=sys.stderr, flush=True)
             line[name] = worker(f"memory:{count},{length},{name}")["working_bytes"]
         results["rounds"].append(line)
-    write("memory", results, memory_report(results))
-
-
-def memory_report(results: dict[str, Any]) -> str:
-    """The table of memory, as Markdown."""
-    facts, rounds = results["environment"], results["rounds"]
-    names = [name for name in LOSSES if name in rounds[0]]
-    per_token = 4e-9 * programs.BATCH_SIZE * programs.SMOLLM2["vocab_size"]
-    table = [
-        [
-            line["clients"],
-            line["length"],
-            f"{line['clients'] * (line['length'] - 1) * per_token:.2f}",
-            *(f"{line[name] / 1e9:.2f}" for name in names),
-        ]
-        for line in rounds
-    ]
-    headers = ["clients", "tokens", "logits, GB", *(f"{name}, GB" for name in names)]
-    lines = [
-        "# Memory of a language model's round",
-        "",
-        f"A round of `fedit` on the shapes of a SmolLM2-135M with {facts['blocks']} blocks, all "
-        f"linear layers adapted at r = {facts['rank']}, clients side by side, batches of "
-        f"{programs.BATCH_SIZE} texts, float32. {facts['date']}, {facts['device']}, jax "
-        f"{facts['versions']['jax']}.",
-        "",
-        tabulate(table, headers, tablefmt="github", colalign=["right"] * len(headers)),
-        "",
-        "What a round needs besides its state and data, as the compiler plans it. `logits`: the "
-        "size of one array of those of all clients' batches. `whole`: they are kept; `chunked`: "
-        "those of 128 tokens at a time, made again in the backward pass. `remat`: the blocks are "
-        "computed again, too.",
-    ]
-    return "\n".join(lines)
+    write("memory", results, memory.page(results))
 
 
 def round_table() -> None:
@@ -640,35 +243,7 @@ def streaming_table() -> None:
     print(f"writing images to {folder} ...", file=sys.stderr, flush=True)
     streaming.write(folder, size.clients * size.images)
     found = worker("streaming")
-    write("streaming", {"environment": environment(), **found}, streaming_report(found))
-
-
-def streaming_report(found: dict[str, Any]) -> str:
-    """The results as a Markdown page."""
-    per_round = [
-        [index, f"{seconds:.2f}", f"{waiting:.3f}", f"{100 * waiting / seconds:.1f}%"]
-        for index, (seconds, waiting) in enumerate(
-            zip(found["seconds"], found["seconds_waiting"], strict=True)
-        )
-    ]
-    headers = ["round", "seconds", "waiting for data", "share"]
-    bound = f"{found['memory'] / 1e9:.1f} GB" if found["memory"] else "anything"
-    files, decoded, held = (
-        f"{found[name] / 1e9:.2f} GB"
-        for name in ("files_bytes", "decoded_bytes", "most_held_bytes")
-    )
-    return f"""# Images that do not fit the memory
-
-{found["clients"]} clients with {found["images"]} JPEG files each of 224 x 224 pixels,
-{found["cohort"]} clients and {found["images_a_round"]} images a round.
-{found["images_in_all"]} files of {files}, decoded {decoded}; the process might hold {bound}
-(`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]}.
-
-Decoded alone: {found["decoded_a_second"]:.0f} images a second. After the first round, whose
-images are read before it begins, the device waited {100 * found["share_waiting"]:.1f}% of the time.
-
-{tabulate(per_round, headers=headers, tablefmt="github")}
-"""
+    write("streaming", {"environment": environment(), **found}, streaming.page(found))
 
 
 def clients_table() -> None:
@@ -703,40 +278,10 @@ def tree_table() -> None:
     write("tree", results, tree.page(results), tree.draw(results))
 
 
-def growth_plot() -> None:
+def growth_table() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     results = {"environment": environment(), "growth": worker("growth:")}
-    growth = results["growth"]
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, panel in zip(("K", "r"), panels, strict=True):
-        at = growth[axis]["at"]
-        for row, line in growth[axis].items():
-            if row != "at":
-                label = f"{row}: {axis}^{line['exponent']:.2g}"
-                panel.loglog(at, [1e3 * s for s in line["seconds"]], marker="o", label=label)
-        panel.set(xlabel=f"{axis} ({growth['fixed'][axis]})", xticks=at, xticklabels=at)
-        panel.minorticks_off()
-        panel.legend(fontsize=8)
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("ms, one kernel 2048 x 2048")
-    figure.tight_layout()
-    output = Path(_OUTPUT.value)
-    output.mkdir(parents=True, exist_ok=True)
-    stem = f"growth_{results['environment']['platform']}"
-    figure.savefig(output / f"{stem}.png", dpi=120)
-    (output / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
-    table = [
-        [row, *(growth[axis][row]["exponent"] for axis in "Kr")]
-        for row in growth["K"]
-        if row != "at"
-    ]
-    print(tabulate(table, headers=["function", "exponent in K", "exponent in r"]))
-    print("Exponents are fitted to the upper half of the points.")
+    write("growth", results, growth.page(results), growth.draw(results))
 
 
 def main(argv: list[str]) -> None:
@@ -746,15 +291,18 @@ def main(argv: list[str]) -> None:
         if kind == "round":
             rounds.serve(**json.loads(name))
             return
+        size = aggregation.Size(
+            _CLIENTS.value, _RANK.value, _LAYERS.value, _SEED.value, _REPEATS.value
+        )
         tasks: dict[str, Callable[[], dict[str, Any]]] = {
-            "row": lambda: measure(name),
-            "kinds": lambda: measure_kinds(name),
-            "dense": lambda: measure_dense(name),
-            "growth": measure_growth,
+            "row": lambda: aggregation.measure(name, size),
+            "kinds": lambda: aggregation.measure_kinds(name, size),
+            "dense": lambda: aggregation.measure_dense(name, size),
+            "growth": lambda: growth.measure(size.repeats),
             "program": lambda: programs.measure(
                 name, blocks=_BLOCKS.value, clients=_CLIENTS.value, rank=_RANK.value
             ),
-            "memory": lambda: measure_memory(name),
+            "memory": lambda: memory.measure(name, blocks=_BLOCKS.value, rank=_RANK.value),
             "streaming": measure_streaming,
             "clients": lambda: clients.measure(*clients.point_of(name)),
             "mesh": lambda: mesh.measure(name),
@@ -765,7 +313,7 @@ def main(argv: list[str]) -> None:
     commands = {
         "aggregation": aggregation_table,
         "clients": clients_table,
-        "growth": growth_plot,
+        "growth": growth_table,
         "memory": memory_table,
         "mesh": mesh_table,
         "programs": programs_table,

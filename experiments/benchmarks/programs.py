@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from tabulate import tabulate
 
 from fedlora_jax import lora, methods, models
 from fedlora_jax.data.clients import ClientData
@@ -139,3 +140,40 @@ def peak_bytes() -> int:
     """The most memory that this process has had; Linux counts in KiB, macOS in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def page(results: dict[str, Any]) -> str:
+    """The table of programs, as Markdown."""
+    facts = results["environment"]
+
+    def gigabytes(size: int | None) -> str:
+        return "" if size is None else f"{size / 1e9:.2f}"
+
+    table = [
+        [
+            name,
+            line["lines"],
+            f"{line['trace_s']:.0f}",
+            f"{line['compile_s']:.0f}",
+            gigabytes(line["peak_bytes"]),
+            gigabytes(line["held_bytes"]),
+            gigabytes(line["working_bytes"]),
+        ]
+        for name, line in results["methods"].items()
+    ]
+    headers = ["method", "lines", "trace, s", "compile, s", "peak, GB", "held, GB", "working, GB"]
+    lines = [
+        "# Programs: size, and what compiling takes",
+        "",
+        f"A round on the shapes of a SmolLM2-135M with {facts['blocks']} blocks, "
+        f"{7 * facts['blocks']} adapted kernels at r = {facts['rank']}, {facts['clients']} clients "
+        f"one at a time. {facts['date']}, {facts['device']}, {facts['cores']} cores, jax "
+        f"{facts['versions']['jax']}, load average {facts['load_average_at_start']} when it began.",
+        "",
+        tabulate(table, headers=headers, tablefmt="github", colalign=("left", *["right"] * 6)),
+        "",
+        "`lines`: of StableHLO. `peak`: most resident memory of the process that traced and "
+        "compiled. `held`: state and data of the round; `working`: what it needs besides, as the "
+        "compiler plans it.",
+    ]
+    return "\n".join(lines)

@@ -15,6 +15,7 @@ import jax
 import ml_collections
 import numpy as np
 from PIL import Image
+from tabulate import tabulate
 
 from configs import image_folder
 from fedlora_jax import experiment
@@ -131,3 +132,31 @@ def _most_held() -> int:
     """The most memory that this process has held, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def page(found: dict[str, Any]) -> str:
+    """The results as a Markdown page."""
+    per_round = [
+        [index, f"{seconds:.2f}", f"{waiting:.3f}", f"{100 * waiting / seconds:.1f}%"]
+        for index, (seconds, waiting) in enumerate(
+            zip(found["seconds"], found["seconds_waiting"], strict=True)
+        )
+    ]
+    headers = ["round", "seconds", "waiting for data", "share"]
+    bound = f"{found['memory'] / 1e9:.1f} GB" if found["memory"] else "anything"
+    files, decoded, held = (
+        f"{found[name] / 1e9:.2f} GB"
+        for name in ("files_bytes", "decoded_bytes", "most_held_bytes")
+    )
+    return f"""# Images that do not fit the memory
+
+{found["clients"]} clients with {found["images"]} JPEG files each of 224 x 224 pixels,
+{found["cohort"]} clients and {found["images_a_round"]} images a round.
+{found["images_in_all"]} files of {files}, decoded {decoded}; the process might hold {bound}
+(`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]}.
+
+Decoded alone: {found["decoded_a_second"]:.0f} images a second. After the first round, whose
+images are read before it begins, the device waited {100 * found["share_waiting"]:.1f}% of the time.
+
+{tabulate(per_round, headers=headers, tablefmt="github")}
+"""

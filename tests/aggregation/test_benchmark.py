@@ -4,24 +4,24 @@ import sys
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from experiments import benchmark
-from experiments.benchmarks import rounds
+from experiments.benchmarks import aggregation, programs, rounds
+from fedlora_jax.aggregation import REGISTRY
 from fedlora_jax.models import ViT
 from tests.aggregation import oracles
+
+SIZE = aggregation.Size(clients=3, rank=2, layers=2, seed=0, repeats=1)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(benchmark, "KERNELS", {"q": (12, 12), "k": (12, 8), "v": (12, 8)})
-    with flagsaver.flagsaver(clients=3, rank=2, layers=2, repeats=1):
-        yield
+    monkeypatch.setattr(aggregation, "KERNELS", {"q": (12, 12), "k": (12, 8), "v": (12, 8)})
 
 
 @pytest.mark.parametrize("row", ["fedit", "flexlora", "fedrot_lora"])
 def test_a_row(small, row):
-    line = benchmark.measure(row)
+    line = aggregation.measure(row, SIZE)
     assert line["best_s"] > 0 and line["stacked_bytes"] == 4 * 3 * 2 * 2 * (24 + 20 + 20)
     assert 0 < line["error"] < 1
 
@@ -29,24 +29,22 @@ def test_a_row(small, row):
 def test_the_report(small):
     results = {
         "environment": benchmark.environment(),
-        "ours": {"flexlora": benchmark.measure("flexlora")},
+        "ours": {"flexlora": aggregation.measure("flexlora", SIZE)},
         "dense": {
             "svd_lowrank": {"best_s": 1.0, "extrapolated": "yes", "kinds": {}},
         },
     }
-    page = benchmark.report(results)
+    page = aggregation.page(results)
     assert "flexlora" in page and "~1 s" in page and "6 kernels" not in page
 
 
 def test_the_program_of_a_round(monkeypatch):
     small = {"vocab_size": 32, "width": 8, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 12}
-    monkeypatch.setattr(benchmark.programs, "SMOLLM2", {**small, "tied": True})
-    line = benchmark.programs.measure("fedit", blocks=1, clients=2, rank=2)
+    monkeypatch.setattr(programs, "SMOLLM2", {**small, "tied": True})
+    line = programs.measure("fedit", blocks=1, clients=2, rank=2)
     assert line["lines"] > 1000 and line["compile_s"] > 0 and line["peak_bytes"] > 10**8
     assert line["held_bytes"] > 0 and line["working_bytes"] > 0
-    page = benchmark.programs_report(
-        {"environment": benchmark.environment(), "methods": {"fedit": line}}
-    )
+    page = programs.page({"environment": benchmark.environment(), "methods": {"fedit": line}})
     assert "| fedit" in page and str(line["lines"]) in page
 
 
@@ -115,8 +113,8 @@ def test_every_row_names_a_function_and_dense_code():
     pytest.importorskip("torch")
     from experiments.benchmarks import dense
 
-    for name, _, reference in benchmark.ROWS.values():
-        assert callable(benchmark.aggregation.get(name))
+    for name, _, reference in aggregation.ROWS.values():
+        assert name in REGISTRY
         assert not reference or callable(getattr(dense, reference))
 
 
@@ -124,7 +122,7 @@ def test_dense_reference():
     torch = pytest.importorskip("torch")
     from experiments.benchmarks import dense
 
-    node = benchmark.adapters(0, 3, 2, {"k": (12, 8)})["k"]
+    node = aggregation.adapters(0, 3, 2, {"k": (12, 8)})["k"]
     a, b = (np.array(x, np.float64) for x in node)
     p = np.array([0.2, 0.3, 0.5])
     given = [torch.from_numpy(np.array(x)) for x in node] + [torch.tensor(p, dtype=torch.float32)]
