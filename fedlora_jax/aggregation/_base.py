@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fedlora_jax import lowrank
+from fedlora_jax import bounds, lowrank
 from fedlora_jax._batching import over_rows
 from fedlora_jax.lowrank import Factors
 
@@ -298,10 +298,18 @@ def first_present(clients: Factors, weights: jax.Array) -> Factors:
     return jax.tree.map(lambda x: jnp.where(jnp.any(weights > 0), x[first], 0), clients)
 
 
-def check_rank(rank: int | None) -> None:
-    """Raises ValueError unless `rank` is None or a positive number."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+def check_rank(function: str, rank: int | None, stacked: PyTree) -> None:
+    """Raises ValueError unless `rank` is None, or what each kernel can have."""
+    bounds.check(function, rank=rank)
+    if rank is None:
+        return
+    for name, node in zip(names(stacked), leaves(stacked), strict=True):
+        sizes = *jnp.shape(node.a)[-2:-1], *jnp.shape(node.b)[-1:]
+        if rank > min(sizes):
+            raise ValueError(
+                f"{function}: rank {rank} is impossible for kernel {name!r} {list(sizes)}: "
+                f"expected 1 to {min(sizes)}"
+            )
 
 
 def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:

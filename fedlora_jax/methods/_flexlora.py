@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, bounds
 from fedlora_jax.methods._base import OTHER_BASIS, READS_EACH_CLIENT, Method, averaging
 
 
@@ -16,6 +16,7 @@ def flexlora(**hyperparameters: Any) -> Method:
       Bai et al., *Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
       Client Resources*, NeurIPS 2024, arXiv:2402.11505.
     """
+    bounds.check("flexlora", **hyperparameters)
     return averaging(
         lambda stacked, weights, server: aggregation.flexlora(stacked, weights, **hyperparameters),
         refuses={
