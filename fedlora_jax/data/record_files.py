@@ -108,6 +108,8 @@ def _object_in(line: str) -> dict[str, Any]:
         value = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError as error:
+        raise ValueError(f"not JSON that can be read: {error}") from None
     return _object(value)
 
 
@@ -130,6 +132,8 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         ) from None
+    except RecursionError as error:
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
     for number, value in enumerate(values, start=1):
         yield f"{path}[{number}]", value
 
