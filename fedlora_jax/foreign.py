@@ -20,15 +20,16 @@ def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
 
     Raises:
       ValueError: As said.
-      OSError: As it is.
+      OSError: As it is, if it names a file.
       ImportError: As it is.
     """
     try:
         yield
-    except (OSError, ImportError):
+    except ImportError:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
+        named = isinstance(error, ValueError) and str(path) in str(error)
+        if named or (isinstance(error, OSError) and error.filename):
             raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not {what}, or is damaged: {reason}") from error

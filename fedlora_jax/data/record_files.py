@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlora_jax.data.bad_records import read_each
+from fedlora_jax.foreign import reading
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -42,6 +43,11 @@ def read(
         whole.
     """
     path = Path(path).expanduser()
+    with reading(path, "a file of records"):
+        return _read(path, on_bad_record, kind)
+
+
+def _read(path: Path, on_bad_record: str, kind: str | None) -> list[Record]:
     try:
         entries, fields_of = _open(path, (kind or path.suffix).lower())
 
