@@ -48,6 +48,7 @@ class Study(NamedTuple):
       metric: The headline.
       untouched: What the metrics are of the model before any training; None where it has a new
         head, which says nothing before it is trained.
+      diverged: Methods that are left out because training diverged, and where it did.
     """
 
     command: str
@@ -56,6 +57,13 @@ class Study(NamedTuple):
     learning_rates: Mapping[str, float]
     metric: Metric
     untouched: Mapping[str, Any] | None = None
+    diverged: Mapping[str, str] = {}
+
+
+def diverged_methods(diverged: Mapping[str, str]) -> str:
+    """Says which methods diverged, and where, a line each."""
+    each = [f"{method}: {why}" for method, why in diverged.items()]
+    return "\n".join([f"training diverged for {', '.join(diverged)}", *each])
 
 
 def table(
@@ -214,6 +222,7 @@ def finish(
     runs: Runs,
     learning_rates: Mapping[str, float],
     untouched: Mapping[str, Any] | None = None,
+    diverged: Mapping[str, str] | None = None,
     *,
     first: Path,
 ) -> None:
@@ -226,6 +235,7 @@ def finish(
       runs: The metrics.
       learning_rates: That of each method.
       untouched: The metrics of the model before any training.
+      diverged: Methods that are left out because training diverged, and where it did.
       first: The work directory of the first run.
     """
     config = config.copy_and_resolve_references()
@@ -238,6 +248,7 @@ def finish(
         learning_rates,
         setting.task.metrics[0],
         untouched,
+        diverged or {},
     )
     path = write(workdir, runs, study)
     print(f"\n{summary(runs, study)}\n\nReport with plots: {path}")
@@ -264,6 +275,8 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
         render(runs, study, "github"),
         legend(head, metric),
     ]
+    if study.diverged:
+        parts.append(f"Left out: {diverged_methods(study.diverged)}")
     if reference:
         parts += [
             f"## Against {reference}",
