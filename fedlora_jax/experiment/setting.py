@@ -111,12 +111,19 @@ def _check_domains(
     test: dict[str, np.ndarray],
     domains: tuple[str, ...],
 ) -> None:
-    """Raises ValueError if clients have a domain on which nothing can be judged."""
+    """Raises ValueError if clients have a domain on which nothing can be judged, or no name."""
+    for examples in (train, test):
+        if (last := int(examples["domain"].max())) >= len(domains):
+            raise ValueError(
+                f"config.data.name={config.data.name!r} has {len(domains)} names of domains, but "
+                f"there is an example of domain {last}: the data set is damaged"
+            )
     missing = np.setdiff1d(train["domain"], test["domain"]).tolist()
     if missing:
         raise ValueError(
             f"the split {config.data.splits.test!r}, on which models are judged, has no example of "
-            f"the domain {', '.join(domains[place] for place in missing)}, of which clients have"
+            f"the domain {', '.join(domains[place] for place in missing)}, of which clients have; "
+            "hold out more, or leave that domain out of the data"
         )
 
 
