@@ -89,7 +89,7 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "local.learning_rate": _POSITIVE,
         "local.momentum": _SHARE,
         "local.weight_decay": _NOT_NEGATIVE,
-        "local.clip_norm": _POSITIVE,
+        "local.clip_norm": _NOT_NEGATIVE,
         "local.proximal": _NOT_NEGATIVE,
         "server.learning_rate": _POSITIVE,
         "server.momentum": _SHARE,

@@ -11,6 +11,7 @@ import pytest
 from configs import digits, python_docs_minilm, python_stdlib_smollm2
 from fedlora_jax import aggregation, bounds, experiment, lora, methods, models
 from fedlora_jax.data import partition
+from fedlora_jax.experiment import program
 from fedlora_jax.models.pretrain import pretrain
 from tests.aggregation import cases
 
@@ -82,7 +83,7 @@ def test_traced_values_pass():
     ("values", "message"),
     [
         ({"local.learning_rate": -1.0}, "config.local.learning_rate must be above 0, got -1.0"),
-        ({"local.clip_norm": 0.0}, "config.local.clip_norm must be above 0"),
+        ({"local.clip_norm": -1.0}, "config.local.clip_norm must be at least 0"),
         ({"local.weight_decay": -5.0}, "config.local.weight_decay must be at least 0"),
         ({"local.steps": -5}, "config.local.steps must be at least 0, got -5"),
         ({"local.momentum": 1.0}, "config.local.momentum must be at least 0 and below 1"),
@@ -136,6 +137,18 @@ def test_configurations_without_sense_name_field_and_bound(values, message):
 def test_constructors_name_option_and_bound(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_without_clipping_gradients_are_what_they_are():
+    """Clipped to a norm of 0 they would all be zero, and nothing learned."""
+    config = digits.get_config().local
+    config.update(optimizer="sgd", momentum=0.0, weight_decay=0.0, clip_norm=0.0)
+    gradient = jnp.array([30.0, -40.0])
+    for clip, expected in ((0.0, -gradient), (5.0, -gradient / 10)):
+        config.clip_norm = clip
+        optimizer = program.optimizer(config)
+        update, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
+        np.testing.assert_allclose(update, expected, rtol=1e-6)
 
 
 def test_numeric_finds_the_numbers():

@@ -164,7 +164,10 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The clients' optimiser from `config.local`, of learning rate 1, gradients clipped."""
+    """The clients' optimiser from `config.local`, of learning rate 1.
+
+    Gradients are clipped to a norm of `clip_norm`, unless that is 0.
+    """
     decay = config.weight_decay
     makers = {
         "sgd": lambda: optax.chain(
@@ -173,6 +176,8 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
         "adamw": lambda: optax.adamw(1.0, weight_decay=decay),
     }
     chosen = lookup(makers, config.optimizer, "optimizer")()
+    if not config.clip_norm:
+        return chosen
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
 
 
