@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.learning_rate = 2e-2
     config.local.momentum = 0.9  # of sgd
     config.local.weight_decay = 1e-5
-    config.local.clip_norm = 10.0
+    config.local.clip_norm = 10.0  # largest norm of a gradient; 0: any
     config.local.schedule = "cosine"  # over rounds; or "constant"
 
     add_task(config, "classification", "accuracy", "cross_entropy")

@@ -79,7 +79,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.local.learning_rate = 1e-3
     config.local.momentum = 0.9  # of sgd
     config.local.weight_decay = 0.0
-    config.local.clip_norm = 1.0
+    config.local.clip_norm = 1.0  # largest norm of a gradient; 0: any
     config.local.schedule = "constant"  # or "cosine", over rounds
 
     add_task(config, "causal_lm", "nll", "perplexity", "token_accuracy")

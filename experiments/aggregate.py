@@ -56,11 +56,12 @@ def main() -> None:
     base = _BASE.value
     if _MERGE.value != (base is not None):
         raise ValueError("--base names the backbone for --merge: give both, or neither")
+    out = Path(_OUT.value)
+    checkpoints.check_out(out, [*_ADAPTERS.value, *([] if base is None else [base])])
     weights = parse_weights(_WEIGHTS.value, len(_ADAPTERS.value))
     combined = checkpoints.combine(
         _ADAPTERS.value, weights, _METHOD.value, parse_options(_SET.value), rescale=_RESCALE.value
     )
-    out = Path(_OUT.value)
     adapters, scale, saved, config = combined.checkpoint
     if base is not None:
         checkpoints.merge(base, combined.checkpoint, out)

@@ -6,7 +6,8 @@
         --methods=all --seeds=5 --learning_rates=runs/tuned/learning_rates.json
 
 Prints tables; leaves `report.md` with plots in the work directory, and a directory for each
-method and seed as `experiments.train` does. Run again after a kill, it goes on from the last
+method and seed as `experiments.train` does. A method that diverges under a seed is given up: the
+report says so, and has the others. Run again after a kill, it goes on from the last
 finished round.
 """
 
@@ -76,7 +77,10 @@ def compare(
       server_steps: The server's step size of those methods that do not have the configuration's.
 
     Returns:
-      The metrics by method and seed.
+      The metrics by method and seed, without methods that diverged.
+
+    Raises:
+      FloatingPointError: If a method diverged, after all others have run and all is written.
     """
     configs = {name: config.copy_and_resolve_references() for name in learning_rates}
     for name, mine in configs.items():
@@ -89,32 +93,39 @@ def compare(
         setting = experiment.prepare(config)
     metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
     runs: dict[str, list[Rounds]] = {}
+    diverged: dict[str, str] = {}
     with progress_bar(len(configs) * num_seeds * config.rounds) as bar:
         for name, mine in configs.items():
-            program = experiment.compile_program(mine, setting)
+            program, before = experiment.compile_program(mine, setting), bar.n
             runs[name] = []
             for seed in range(num_seeds):
                 mine.seed = seed
                 bar.set_description(f"{name}, seed {seed}")
-                rounds = experiment.run(
-                    mine,
-                    setting,
-                    program,
-                    workdir / name / f"seed_{seed}",
-                    bar.update,
-                    tqdm.write if seed == 0 and hosts.is_first() else None,
-                )
+                try:
+                    rounds = experiment.run(
+                        mine,
+                        setting,
+                        program,
+                        workdir / name / f"seed_{seed}",
+                        bar.update,
+                        tqdm.write if seed == 0 and hosts.is_first() else None,
+                    )
+                except FloatingPointError as error:
+                    diverged[name] = f"under seed {seed}, {error}"
+                    del runs[name]
+                    bar.update(num_seeds * config.rounds - (bar.n - before))
+                    break
                 runs[name].append(rounds)
                 if bar.disable and hosts.is_first():
-                    print(
-                        f"{name}, seed {seed}: {metric.show(rounds[-1][metric.name])}", flush=True
-                    )
-    first = workdir / next(iter(runs)) / "seed_0"
-    if hosts.is_first():
-        steps = {name: report.step_of(mine) for name, mine in configs.items()}
-        report.finish(
-            config, setting, workdir, runs, learning_rates, untouched, first=first, steps=steps
-        )
+                    shown = "-" if (last := rounds[-1][metric.name]) is None else metric.show(last)
+                    print(f"{name}, seed {seed}: {shown}", flush=True)
+    if runs and hosts.is_first():
+        first = workdir / next(iter(runs)) / "seed_0"
+        steps = {name: report.step_of(mine) for name, mine in configs.items() if name in runs}
+        study = (config, setting, workdir, runs, learning_rates, untouched, diverged)
+        report.finish(*study, first=first, steps=steps)
+    if diverged:
+        raise FloatingPointError(report.diverged_methods(diverged))
     return runs
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from fedlora_jax import lowrank
+from fedlora_jax import bounds, lowrank
 from fedlora_jax.lowrank import Factors
 
 Params: TypeAlias = Mapping[str, Any]
@@ -88,16 +88,37 @@ def kernels(params: Params) -> dict[str, jax.Array]:
     }
 
 
+def compile_patterns(patterns: str | Sequence[str]) -> dict[str, re.Pattern[str]]:
+    """Target patterns as regular expressions.
+
+    Raises:
+      ValueError: If one is no regular expression, or there is none.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("there is no target pattern: name layers to adapt, 'attention'")
+    found = {}
+    for pattern in patterns:
+        try:
+            found[pattern] = re.compile(pattern)
+        except (re.error, TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"target pattern {pattern!r} is no regular expression: {error}"
+            ) from error
+    return found
+
+
 def select(paths: Iterable[str], patterns: str | Sequence[str]) -> list[str]:
     """The paths in which one of the regular expressions is found (`re.search`).
 
     Raises:
-      ValueError: If a pattern is found in none; it lists the paths, the nearest one first.
+      ValueError: If a pattern is found in none (it lists the paths, the nearest one first), is no
+        regular expression, or there is none.
     """
     paths = list(paths)
     chosen: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = [path for path in paths if re.search(pattern, path)]
+    for pattern, compiled in compile_patterns(patterns).items():
+        found = [path for path in paths if compiled.search(path)]
         if not found:
             nearest = difflib.get_close_matches(pattern, paths, n=1, cutoff=0.3)
             hint = f" The nearest is {nearest[0]!r}." if nearest else ""
@@ -125,14 +146,14 @@ def init(
       params: The parameters of the model.
       targets: Regular expressions, searched for in the module paths.
       rank: The rank r, the same for all layers.
-      dtype: Storage type.
+      dtype: Storage type, of floating point.
 
     Returns:
       A dict from module path to `Factors(a [d_in, r], b [r, d_out])`.
 
     Raises:
-      ValueError: If a pattern matches no layer, or the rank is not in 1 .. min(d_in, d_out) of a
-        layer that is matched.
+      ValueError: If a pattern matches no layer, the type is not of floating point, or the rank is
+        not in 1 .. min(d_in, d_out) of a layer that is matched.
 
     Examples:
       >>> import flax.linen as nn, jax
@@ -142,11 +163,14 @@ def init(
       >>> adapters['layer'].a.shape, adapters['layer'].b.shape
       ((3, 2), (2, 5))
     """
+    bounds.check("adapters", rank=rank)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"adapters must be of a floating type, not {jnp.dtype(dtype).name}")
     shapes = kernel_shapes(params)
     like = {}
     for path in select(shapes, targets):
         d_in, d_out = shapes[path].d_in, shapes[path].d_out
-        if not 1 <= rank <= min(d_in, d_out):
+        if rank > min(d_in, d_out):
             raise ValueError(
                 f"rank {rank} is impossible for layer {path!r} [{d_in}, {d_out}]: "
                 f"expected 1 to {min(d_in, d_out)}"

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from fedlora_jax import methods
 from fedlora_jax.experiment import hosts
+from fedlora_jax.names import lookup
 
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -63,9 +65,48 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
             main()
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
             logging.info("Where it comes from:", exc_info=True)
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {_reason(error)}")
 
-    app.run(quietly)
+    app.run(quietly, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """The arguments that are no flags; what is wrong with a flag ends the program in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+        sys.exit(f"error: {_unknown_field(argv) or _reason(error)}")
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """What is wrong with the name of a field, `--config.local.learning_rat`, if anything is."""
+    given = [re.fullmatch(r"--?(?:no)?(config)\.([\w.]+)(=.*)?", text, re.DOTALL) for text in argv]
+    source = re.search(r"(?:^|\0)--?config[=\0]([^\0]+)", "\0".join(argv))
+    if source is None or "config" not in flags.FLAGS:
+        return None
+    try:
+        config = flags.FLAGS["config"].parser.parse(source[1])
+        for match in filter(None, given if isinstance(config, ConfigDict) else []):
+            node, path = config, "config"
+            for name in match[2].split("."):
+                if not isinstance(node, ConfigDict):
+                    return f"{path} is no group of fields, which {name!r} could be one of"
+                lookup(dict.fromkeys(node), name, f"field of {path}:")
+                node, path = node.get(name), f"{path}.{name}"
+    except (TypeError, ValueError, OSError) as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an error, without what libraries put around it."""
+    around = ("flag --config=", "Error whilst parsing config", "Configuration is not available")
+    while str(error).startswith(around) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        wanted = ": a directory is wanted" * isinstance(error, FileExistsError)
+        return f"{error.filename}: {error.strerror}{wanted}"
+    return str(error)
 
 
 def keep_compiled(wanted: str | None) -> None:
@@ -174,8 +215,8 @@ def read_learning_rates(path: Path, names: Sequence[str]) -> dict[str, float]:
       FileNotFoundError: If there is none.
     """
     try:
-        rates = json.loads(path.read_text())["learning_rates"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        rates = dict(json.loads(path.read_text())["learning_rates"])
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no file of experiments.tune") from error
     missing = [name for name in names if name not in rates]
     if missing:

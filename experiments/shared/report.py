@@ -51,6 +51,7 @@ class Study(NamedTuple):
       untouched: What the metrics are of the model before any training; None where it has a new
         head, which says nothing before it is trained.
       steps: The server's step size of each method that has another than 1.
+      diverged: Methods that are left out because training diverged, and where it did.
     """
 
     command: str
@@ -60,6 +61,13 @@ class Study(NamedTuple):
     metric: Metric
     untouched: Mapping[str, Any] | None = None
     steps: Mapping[str, float] = MappingProxyType({})
+    diverged: Mapping[str, str] = MappingProxyType({})
+
+
+def diverged_methods(diverged: Mapping[str, str]) -> str:
+    """Says which methods diverged, and where, a line each."""
+    each = [f"{method}: {why}" for method, why in diverged.items()]
+    return "\n".join([f"training diverged for {', '.join(diverged)}", *each])
 
 
 def table(
@@ -233,6 +241,7 @@ def finish(
     runs: Runs,
     learning_rates: Mapping[str, float],
     untouched: Mapping[str, Any] | None = None,
+    diverged: Mapping[str, str] | None = None,
     *,
     first: Path,
     steps: Mapping[str, float] = MappingProxyType({}),
@@ -246,6 +255,7 @@ def finish(
       runs: The metrics.
       learning_rates: That of each method.
       untouched: The metrics of the model before any training.
+      diverged: Methods that are left out because training diverged, and where it did.
       first: The work directory of the first run.
       steps: The server's step size of each method that has another than 1.
     """
@@ -260,6 +270,7 @@ def finish(
         setting.task.metrics[0],
         untouched,
         steps,
+        diverged or {},
     )
     path = write(workdir, runs, study)
     print(f"\n{summary(runs, study)}\n\nReport with plots: {path}")
@@ -286,6 +297,8 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
         render(runs, study, "github"),
         legend(head, metric),
     ]
+    if study.diverged:
+        parts.append(f"Left out: {diverged_methods(study.diverged)}")
     if reference:
         parts += [
             f"## Against {reference}",

@@ -20,7 +20,14 @@ its upload, counts as absent, and if nobody is left the means are zero. The resu
 
 from collections.abc import Callable
 
-from fedlora_jax.aggregation._base import Aggregated, cut, present_clients, shares, stack
+from fedlora_jax.aggregation._base import (
+    Aggregated,
+    UnequalFactors,
+    cut,
+    present_clients,
+    shares,
+    stack,
+)
 from fedlora_jax.aggregation._diagnostics import Diagnostics, diagnostics
 from fedlora_jax.aggregation._error import error
 from fedlora_jax.aggregation._fedex_lora import fedex_lora
@@ -74,6 +81,7 @@ __all__ = [
     "REGISTRY",
     "Aggregated",
     "Diagnostics",
+    "UnequalFactors",
     "cut",
     "diagnostics",
     "error",

@@ -1,6 +1,7 @@
 """What every aggregation function shares: its result, the checks on entry, and the jitted core."""
 
 import functools
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fedlora_jax import lowrank
+from fedlora_jax import bounds, lowrank
 from fedlora_jax._batching import over_rows
 from fedlora_jax.lowrank import Factors
 
@@ -18,6 +19,12 @@ Core: TypeAlias = Callable[..., "Aggregated"]
 
 # Bytes of the stacked factors of one kernel up to which kernels of a kind are copied together.
 _LARGEST_BATCHED = 1 << 20
+# Factors that differ by less, relative to their largest entry, are the same.
+_ROUNDING = 1e-2
+
+
+class UnequalFactors(UserWarning):
+    """A method that takes one factor for all clients was given clients that differ in it."""
 
 
 class Aggregated(NamedTuple):
@@ -292,16 +299,83 @@ def present_clients(stacked: PyTree, weights: jax.Array) -> tuple[jax.Array, jax
     return finite & (known > 0), finite | (known == 0)
 
 
+def warn_of_unequal(
+    function: str, side: str, stacked: PyTree, weights: Any, initial: PyTree | None = None
+) -> None:
+    """Warns of clients whose factor that should be common is another; traced values pass."""
+    if found := unequal(side, stacked, weights, initial):
+        client, name = found
+        warnings.warn(
+            f"{function} takes one {side!r} for all clients, but that of client {client} is "
+            f"another in {name!r}: it is not used, and the result is not the mean of the products",
+            UnequalFactors,
+            stacklevel=3,
+        )
+
+
+def unequal(
+    side: str, stacked: PyTree, weights: Any, initial: PyTree | None = None
+) -> tuple[int, str] | None:
+    """A client that does not hold the factor of the others, and a kernel in which it does not.
+
+    Columns of `a` that meet nothing but zeros in the client's `b` do not count, nor such rows of
+    `b`. Values that differ by rounding are the same.
+
+    Args:
+      side: `'a'` or `'b'`, which of them should be common.
+      stacked: Adapter tree with a leading client axis K.
+      weights: `[K]`; a client of weight 0 may hold anything.
+      initial: Adapter tree with the common factor; by default that of the first client present.
+
+    Returns:
+      None if all hold the same, or values are traced.
+    """
+    if not all(map(_concrete, jax.tree.leaves((stacked, weights, initial)))):
+        return None
+    present = np.flatnonzero(np.asarray(weights, np.float64) > 0)
+    if not len(present):
+        return None
+    given = leaves(stacked) if initial is None else leaves(initial)
+    for name, node, other in zip(names(stacked), leaves(stacked), given, strict=True):
+        common = getattr(other, side)
+        common = common[present[0]] if initial is None else common
+        differs = np.asarray(_differs(node, jnp.asarray(common), side=side))[present]
+        if differs.any():
+            return int(present[differs.argmax()]), name
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _differs(clients: Factors, common: jax.Array, *, side: str) -> jax.Array:
+    """Whether the factor of a client is another than the common one, where it counts, `[K]`."""
+    if side == "b":
+        clients, common = Factors(*(jnp.swapaxes(x, 1, 2) for x in clients[::-1])), common.T
+    missing = clients.a.shape[2] - common.shape[1]
+    common = jnp.pad(common, ((0, 0), (0, max(missing, 0))))[:, : clients.a.shape[2]]
+    used = jnp.any(clients.b != 0, axis=2)
+    size = jnp.max(jnp.abs(clients.a), axis=(1, 2), initial=0)
+    distance = jnp.max(jnp.where(used[:, None], jnp.abs(clients.a - common), 0), axis=(1, 2))
+    return distance > _ROUNDING * size
+
+
 def first_present(clients: Factors, weights: jax.Array) -> Factors:
     """The factors of the first client of positive weight, to the bit; zero if there is none."""
     first = jnp.argmax(weights > 0)
     return jax.tree.map(lambda x: jnp.where(jnp.any(weights > 0), x[first], 0), clients)
 
 
-def check_rank(rank: int | None) -> None:
-    """Raises ValueError unless `rank` is None or a positive number."""
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+def check_rank(function: str, rank: int | None, stacked: PyTree) -> None:
+    """Raises ValueError unless `rank` is None, or what each kernel can have."""
+    bounds.check(function, rank=rank)
+    if rank is None:
+        return
+    for name, node in zip(names(stacked), leaves(stacked), strict=True):
+        sizes = *jnp.shape(node.a)[-2:-1], *jnp.shape(node.b)[-1:]
+        if rank > min(sizes):
+            raise ValueError(
+                f"{function}: rank {rank} is impossible for kernel {name!r} {list(sizes)}: "
+                f"expected 1 to {min(sizes)}"
+            )
 
 
 def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:

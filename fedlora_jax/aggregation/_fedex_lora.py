@@ -45,7 +45,7 @@ def fedex_lora(stacked: PyTree, weights: jax.Array, *, rank: int | None = None) 
       Singhal et al., *FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
       Foundation Models*, ACL 2025, arXiv:2410.09432.
     """
-    _base.check_rank(rank)
+    _base.check_rank("fedex_lora", rank, stacked)
     return _base.run(_fedex_lora, stacked, weights, rank=rank)
 
 

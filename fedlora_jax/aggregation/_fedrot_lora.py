@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, lowrank
+from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
 from fedlora_jax.aggregation._fedit import _fedit
@@ -72,11 +72,7 @@ def fedrot_lora(
     References:
       *FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA*, 2026.
     """
-    if not isinstance(strength, jax.core.Tracer) and not 0 <= float(strength) <= 1:
-        raise ValueError(
-            f"strength must be from 0 to 1, got {strength}; what the authors' code does with more "
-            "is reflections=True"
-        )
+    bounds.check("fedrot_lora", strength=strength)
     return _base.run(
         _fedrot_lora,
         stacked,

@@ -47,7 +47,9 @@ def fedsvd(stacked: PyTree, weights: jax.Array, *, initial: PyTree | None = None
       Lee et al., *FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA*,
       arXiv:2505.12805.
     """
-    return _base.run(_fedsvd, stacked, weights, trees=[] if initial is None else [initial])
+    found = _base.run(_fedsvd, stacked, weights, trees=[] if initial is None else [initial])
+    _base.warn_of_unequal("fedsvd", "a", stacked, weights, initial)
+    return found
 
 
 def _fedsvd(clients: Factors, weights: jax.Array, *initial: Factors) -> Aggregated:

@@ -27,8 +27,8 @@ def ffa_lora(stacked: PyTree, weights: jax.Array, *, initial: PyTree | None = No
         comes, to the bit, from the first client that is present.
 
     Returns:
-      `Aggregated(adapters, None)`. Where clients differ in `a` all the same, theirs is ignored, and
-      `aggregation.error` shows it.
+      `Aggregated(adapters, None)`. Where clients differ in `a` all the same, theirs is ignored: a
+      warning says so, and `aggregation.error` shows it.
 
     Raises:
       ValueError: On weights or factors that cannot be used, see `fedlora_jax.aggregation`.
@@ -44,7 +44,9 @@ def ffa_lora(stacked: PyTree, weights: jax.Array, *, initial: PyTree | None = No
       Sun et al., *Improving LoRA in Privacy-preserving Federated Learning*, ICLR 2024,
       arXiv:2403.12313.
     """
-    return _base.run(_ffa_lora, stacked, weights, trees=[] if initial is None else [initial])
+    found = _base.run(_ffa_lora, stacked, weights, trees=[] if initial is None else [initial])
+    _base.warn_of_unequal("ffa_lora", "a", stacked, weights, initial)
+    return found
 
 
 def _ffa_lora(clients: Factors, weights: jax.Array, *initial: Factors) -> Aggregated:

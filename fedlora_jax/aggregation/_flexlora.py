@@ -54,7 +54,7 @@ def flexlora(
       Client Resources*, NeurIPS 2024, arXiv:2402.11505.
     """
     lookup(dict.fromkeys(("right", "balanced", "left")), split, "split")
-    _base.check_rank(rank)
+    _base.check_rank("flexlora", rank, stacked)
     return _base.run(_flexlora, stacked, weights, rank=rank, split=split)
 
 

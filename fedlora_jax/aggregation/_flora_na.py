@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, lowrank
+from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
 from fedlora_jax.lowrank import Factors, einsum
@@ -80,8 +80,7 @@ def flora_na(
       The paper does not state a solver; alternating least squares is ours.
     """
     lookup(dict.fromkeys(get_args(Solver)), solver, "solver")
-    if sweeps < 0:
-        raise ValueError(f"sweeps must not be negative, got {sweeps}")
+    bounds.check("flora_na", sweeps=sweeps)
     if not shared:
         return _base.run(_alone, stacked, weights, solver=solver, sweeps=sweeps)
     grams, sizes, shares = zip(*_base.each_kernel(_measured, stacked, weights), strict=True)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, lowrank
+from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
 from fedlora_jax.lowrank import Factors, einsum, matmul
@@ -121,6 +121,9 @@ def lora_fair(
     }
     for option, (value, kind) in choices.items():
         lookup(dict.fromkeys(get_args(kind)), value, option)
+    bounds.check(
+        "lora_fair", regularization=regularization, steps=steps, learning_rate=learning_rate
+    )
     if solver == "closed_form" and similarity != "frobenius":
         raise ValueError(
             f"solver='closed_form' solves similarity='frobenius', not {similarity!r}: "

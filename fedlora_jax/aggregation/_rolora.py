@@ -47,9 +47,11 @@ def rolora(
       Chen et al., *Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA*,
       arXiv:2502.01755.
     """
-    return _base.run(
-        _rolora, stacked, weights, arrays={"b_trained": is_b(trained, "trained factor")}
-    )
+    b_trained = is_b(trained, "trained factor")
+    found = _base.run(_rolora, stacked, weights, arrays={"b_trained": b_trained})
+    if not isinstance(b_trained, jax.core.Tracer):
+        _base.warn_of_unequal("rolora", "a" if b_trained else "b", stacked, weights)
+    return found
 
 
 def is_b(side: str | jax.Array | bool, kind: str) -> jax.Array:

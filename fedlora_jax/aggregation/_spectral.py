@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lowrank
+from fedlora_jax import bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
 from fedlora_jax.lowrank import Factors
@@ -78,7 +78,8 @@ def spectral(
       MSE-optimal singular value thresholding in correlated noise*, Annals of Statistics 2023.
     """
     lookup(dict.fromkeys(get_args(Selection)), selection, "selection")
-    _base.check_rank(rank)
+    _base.check_rank("spectral", rank, stacked)
+    bounds.check("spectral", threshold=threshold)
     key = jax.random.key(0) if key is None else key
     return _base.run(
         _spectral,

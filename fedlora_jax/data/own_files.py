@@ -8,6 +8,7 @@ from fedlora_jax.data import record_files, text
 from fedlora_jax.data.bad_records import read_each
 from fedlora_jax.data.held_out import split_of
 from fedlora_jax.data.record_files import Record
+from fedlora_jax.foreign import reading
 from fedlora_jax.names import lookup
 
 SPLITS = ("federated", "validation", "test")
@@ -75,7 +76,8 @@ def read(
         )
         return Example(record.name, values, owner, kind)
 
-    return read_each(records, example, on_bad_record)
+    with reading(path, "a file of such examples"):
+        return read_each(records, example, on_bad_record)
 
 
 def read_splits(

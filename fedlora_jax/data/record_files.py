@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlora_jax.data.bad_records import read_each
+from fedlora_jax.foreign import reading
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -42,6 +43,11 @@ def read(
         whole.
     """
     path = Path(path).expanduser()
+    with reading(path, "a file of records"):
+        return _read(path, on_bad_record, kind)
+
+
+def _read(path: Path, on_bad_record: str, kind: str | None) -> list[Record]:
     try:
         entries, fields_of = _open(path, (kind or path.suffix).lower())
 
@@ -108,6 +114,8 @@ def _object_in(line: str) -> dict[str, Any]:
         value = json.loads(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError as error:
+        raise ValueError(f"not JSON that can be read: {error}") from None
     return _object(value)
 
 
@@ -130,6 +138,8 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}"
         ) from None
+    except RecursionError as error:
+        raise ValueError(f"{path}: not JSON that can be read: {error}") from None
     for number, value in enumerate(values, start=1):
         yield f"{path}[{number}]", value
 

@@ -263,7 +263,8 @@ def _builders(name: str, data_dir: Directory) -> dict[str, tfds.core.DatasetBuil
 def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
     base = name.partition("/")[0].partition(":")[0]
     if name in EMBEDDED:
-        _prepare(builders.BUILDERS[name], directory)
+        with _named_damage(name, directory):
+            _prepare(builders.BUILDERS[name], directory)
     found = _found(name, directory)
     try:
         known = builders.get(base)
@@ -294,13 +295,34 @@ def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
 
 
 def _found(name: str, directory: Path) -> tfds.core.DatasetBuilder | None:
+    with _named_damage(name, directory):
+        try:
+            return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
+        except tfds.core.DatasetNotFoundError:
+            return None
+        except ValueError:
+            if name and _place(name, directory).is_dir():
+                raise
+            return None  # no name of a data set
+
+
+def _place(name: str, directory: Path) -> Path:
+    return directory / name.partition(":")[0]
+
+
+@contextlib.contextmanager
+def _named_damage(name: str, directory: Path) -> Iterator[None]:
+    """Names the data set whose description TFDS cannot read, on which it raises what comes."""
     try:
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=directory)
-    except (tfds.core.DatasetNotFoundError, ValueError):  # no data set, or no name of one
-        return None
-    except tfds.core.dataset_info.DatasetInfoFileError as error:
+        yield
+    except Exception as error:
+        known = isinstance(error, tfds.core.dataset_info.DatasetInfoFileError)
+        place = _place(name, directory)
+        if not place.is_dir() or (isinstance(error, OSError) and not known):
+            raise
         raise ValueError(
-            f"data set {name!r} is damaged: {error}. Make it anew with\n{_command(name, directory)}"
+            f"data set {name!r} is damaged: {error}. Remove {place}, and make it anew with\n"
+            f"{_command(name, directory)}"
         ) from error
 
 

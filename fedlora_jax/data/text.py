@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from fedlora_jax.foreign import reading
+
 _ALL = "all"
 # Texts that are encoded at once: an encoding takes much more room than its ids.
 AT_ONCE = 2048
@@ -126,12 +128,8 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Any:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError("text needs a tokenizer: pip install 'fedlora-jax[text]'") from error
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:
-        # The library raises a bare Exception.
-        raise ValueError(f"{path} is not a tokenizer: {error}") from error
+    with reading(path, "a tokenizer"):
+        tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

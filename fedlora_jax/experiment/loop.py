@@ -147,9 +147,9 @@ def _first(tree: Any, count: int) -> Any:
 def _stop_or_warn(excluded: int, cohort_size: int, index: int, workdir: Path) -> None:
     if excluded == cohort_size:
         raise FloatingPointError(
-            f"round {index}: every client of the cohort diverged (its values are not finite). The "
-            f"state after round {index - 1} is kept in {workdir}; try a smaller "
-            "config.local.learning_rate or config.local.clip_norm"
+            f"round {index}: every client of the cohort diverged (its values are not finite). "
+            + (f"The state after round {index - 1} is kept in {workdir}; try" if index else "Try")
+            + " a smaller config.local.learning_rate or config.local.clip_norm"
         )
     if excluded:
         warnings.warn(

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import ml_collections
 import numpy as np
+from jax.typing import ArrayLike
 
 from fedlora_jax.aggregation import Diagnostics
 from fedlora_jax.experiment.program import Program, epsilon
@@ -44,7 +44,7 @@ def make_measure(
 ) -> Measure:
     """Builds `(round, who took part, server after it, panel's states, measured) -> metrics`.
 
-    They are all plain numbers.
+    They are all plain numbers, with None for what is not finite, which JSON does not have.
 
     Args:
       config: As in `configs/`.
@@ -73,20 +73,21 @@ def make_measure(
         here = slice(len(who.cohort))
         ranks = np.asarray(measured.ranks)[here].tolist()
         found = program.evaluate(server, judged, start.test)
+        spent = epsilon(config, num_clients, index + 1)
         return {
             "round": index,
             "method": config.method,
             "seed": config.seed,
             **in_words(program.metrics, found, domains),
-            "loss": float(measured.loss),
+            "loss": _number(measured.loss),
             "aggregation_error": _number(measured.aggregation_error),
             **_described(measured.diagnostics),
             "excluded_clients": int(measured.excluded),
             **megabytes(index, server, ranks, who.absent.tolist()),
-            "epsilon": epsilon(config, num_clients, index + 1),
+            "epsilon": None if spent is None else _number(spent),
             "cohort": who.cohort.tolist(),
             "rank": ranks,
-            "client_loss": np.asarray(measured.client_loss)[here].tolist(),
+            "client_loss": _jsonable(np.asarray(measured.client_loss, np.float64)[here]),
         }
 
     return measure
@@ -140,11 +141,11 @@ def _quantiles_of_known(values: np.ndarray) -> np.ndarray:
 
 
 def _jsonable(values: np.ndarray) -> Any:
-    """Floats in lists, None for what is not finite, which JSON does not have."""
+    """Floats in lists, None for what is not finite."""
     known = np.array(values, object)
     known[~np.isfinite(values)] = None
     return known.tolist()
 
 
-def _number(x: jax.Array) -> float | None:
+def _number(x: ArrayLike) -> float | None:
     return _jsonable(np.asarray(x, np.float64))

@@ -9,7 +9,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from fedlora_jax import methods, transforms
+from fedlora_jax import bounds, lora, methods, transforms
 from fedlora_jax.data import partition
 from fedlora_jax.experiment import chunking
 from fedlora_jax.experiment.setting import Setting, dtype_of
@@ -48,23 +48,12 @@ class Program(NamedTuple):
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError on what can be known to be wrong before any work is done."""
-    for name, value in {
-        "rounds": config.rounds,
-        "clients_per_round": config.clients_per_round,
-        "lora.rank": config.lora.rank,
-        "local.steps or config.local.epochs": max(config.local.steps, config.local.epochs),
-        "local.batch_size": config.local.batch_size,
-        "evaluation_batch_size": config.evaluation_batch_size,
-        "judged_clients": config.judged_clients,
-    }.items():
-        if value < 1:
-            raise ValueError(f"config.{name} must be at least 1, got {value}")
-    for name, value in {
-        "local.epochs": config.local.epochs,
-        "privacy.clip": config.privacy.clip,
-    }.items():
-        if value < 0:
-            raise ValueError(f"config.{name} must not be negative, got {value}")
+    bounds.check_config(config.to_dict())
+    if not max(config.local.steps, config.local.epochs):
+        raise ValueError("config.local.steps or config.local.epochs must be at least 1")
+    lora.compile_patterns(config.lora.targets)
+    for pattern in (config.lora.head, config.get("pretrained", {}).get("new")):
+        lora.compile_patterns(pattern or ".")
     chunking.parse(config.clients_per_chunk)
     mesh_of(config)
     metrics_of(config.task, config.metrics)
@@ -200,7 +189,10 @@ def steps(config: ml_collections.ConfigDict) -> bool:
 
 
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-    """The clients' optimiser from `config.local`, of learning rate 1, gradients clipped."""
+    """The clients' optimiser from `config.local`, of learning rate 1.
+
+    Gradients are clipped to a norm of `clip_norm`, unless that is 0.
+    """
     decay = config.weight_decay
     makers = {
         "sgd": lambda: optax.chain(
@@ -209,6 +201,8 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
         "adamw": lambda: optax.adamw(1.0, weight_decay=decay),
     }
     chosen = lookup(makers, config.optimizer, "optimizer")()
+    if not config.clip_norm:
+        return chosen
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
 
 

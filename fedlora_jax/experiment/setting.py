@@ -54,20 +54,77 @@ class Setting(NamedTuple):
 
 
 def prepare(config: ml_collections.ConfigDict) -> Setting:
-    """Reads the data and the pretrained backbone, which is made and kept on first use."""
+    """Reads the data and the pretrained backbone, which is made and kept on first use.
+
+    Raises:
+      ValueError: If data and configuration do not fit each other, such as labels that the model
+        has no class for; before anything is trained.
+    """
     model = _model(config)
     if config.data.name in texts.SOURCES:
         texts.check(config, model)
     stored = _stored(config) if is_streamed(config) else None
     train, domains = _training_examples(config, stored)
-    test, _ = _load(config, config.data.splits.test)
+    test = _examples(_load(config, config.data.splits.test)[0])
+    for split, examples in ((config.data.splits.train, train), (config.data.splits.test, test)):
+        _check_values(config, model, split, examples)
+    _check_domains(config, train, test, domains)
     inputs = _tokens if "tokens" in train else _images(config)
     first = {key: x[:1] for key, x in train.items()}
     if stored is not None:
         first["image"] = stored.image(0)[None]
     params = _backbone(config, model, inputs(jax.tree.map(jnp.asarray, first)))
     task = _task(config, model.clone(dtype=dtype_of(config.precision.compute)), inputs)
-    return Setting(task, params, train, _examples(test), domains, stored)
+    return Setting(task, params, train, test, domains, stored)
+
+
+def _check_values(
+    config: ml_collections.ConfigDict,
+    model: nn.Module,
+    split: str,
+    examples: dict[str, np.ndarray],
+) -> None:
+    """Raises ValueError on numbers that are not finite, and labels that are no class."""
+
+    def refuse(name: str, wrong: np.ndarray, why: str) -> None:
+        if wrong.any():
+            first = int(wrong.argmax())
+            raise ValueError(
+                f"{name!r} of example {first} of the split {split!r}, and of {wrong.sum() - 1} "
+                f"more, {why}"
+            )
+
+    for name, values in examples.items():
+        if np.issubdtype(values.dtype, np.floating):
+            sums = values.reshape(len(values), -1).astype(np.float64).sum(1)
+            refuse(name, ~np.isfinite(sums), "is not finite")
+    classes = getattr(model, "num_classes", None)
+    if config.task == "classification" and classes is not None and "label" in examples:
+        labels = examples["label"]
+        why = f"is no class 0 to {classes - 1}: config.model.options.num_classes is {classes}"
+        refuse("label", (labels < 0) | (labels >= classes), why)
+
+
+def _check_domains(
+    config: ml_collections.ConfigDict,
+    train: dict[str, np.ndarray],
+    test: dict[str, np.ndarray],
+    domains: tuple[str, ...],
+) -> None:
+    """Raises ValueError if clients have a domain on which nothing can be judged, or no name."""
+    for examples in (train, test):
+        if (last := int(examples["domain"].max())) >= len(domains):
+            raise ValueError(
+                f"config.data.name={config.data.name!r} has {len(domains)} names of domains, but "
+                f"there is an example of domain {last}: the data set is damaged"
+            )
+    missing = np.setdiff1d(train["domain"], test["domain"]).tolist()
+    if missing:
+        raise ValueError(
+            f"the split {config.data.splits.test!r}, on which models are judged, has no example of "
+            f"the domain {', '.join(domains[place] for place in missing)}, of which clients have; "
+            "hold out more, or leave that domain out of the data"
+        )
 
 
 def training_examples(
@@ -196,10 +253,12 @@ def _backbone(
         return pretrained.load(
             model, wanted.source, *inputs, new=wanted.new, key=key, dtype=storage
         )
+    examples = _load(config, config.pretraining.split)[0]
+    _check_values(config, model, config.pretraining.split, examples)
     made = pretrain.cached(
         _backbone_path(config),
         model,
-        _load(config, config.pretraining.split)[0],
+        examples,
         statistics=config.data.statistics,
         **config.pretraining.options,
     )

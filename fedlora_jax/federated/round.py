@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from fedlora_jax import aggregation, lowrank
+from fedlora_jax import aggregation, bounds, lowrank
 from fedlora_jax.data.clients import ClientData, CohortExamples, local_batch
 from fedlora_jax.federated import local, placement, precision, randomness, visits
 from fedlora_jax.federated.local import BatchOf, LocalTraining
@@ -532,7 +532,16 @@ def make_cohort_round(
 
     The server's state and the metrics come back as `placement.server` puts them, the clients'
     states as `placement.rows`, so that one round is compiled for all.
+
+    Raises:
+      ValueError: If a number in `training` is out of its bounds.
     """
+    bounds.check(
+        "training",
+        batch_size=training.batch_size,
+        steps=training.steps,
+        epochs=training.epochs,
+    )
 
     @functools.partial(jax.jit, compiler_options=_compiler_options())
     def round_function(

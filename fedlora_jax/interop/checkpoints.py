@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ import numpy as np
 
 from fedlora_jax import aggregation, lowrank
 from fedlora_jax.aggregation import Aggregated
+from fedlora_jax.foreign import read_object
 from fedlora_jax.interop import peft
 from fedlora_jax.interop.peft import Checkpoint
 from fedlora_jax.lora import Adapters
@@ -72,7 +75,8 @@ def combine(
 
     Raises:
       ValueError: If checkpoints do not belong together (it names the difference), the method or an
-        option is unknown, or the method needs what checkpoints do not have.
+        option is unknown, or the method needs what checkpoints do not have, such as one `a` for
+        all (`ffa_lora`, `fedsvd`, `rolora`).
     """
     function = _function(method, options or {})
     if len(sources) != len(weights):
@@ -83,7 +87,7 @@ def combine(
     scale = clients[0].scale
     trees = [_at_scale(client, scale) for client in clients]
     stacked, shares = aggregation.stack(trees), jnp.asarray(weights, jnp.float32)
-    aggregated = function(stacked, shares, **(options or {}))
+    aggregated = _aggregated(function, stacked, shares, options or {})
     adapters = _whole(aggregated, method)
     layer_errors = aggregation.error(stacked, shares, aggregated, per_kernel=True)
     layer_errors = {name: float(layer_errors[name]) for name in adapters}
@@ -94,6 +98,40 @@ def combine(
         layer_errors,
         {name: singular_values(factors) for name, factors in adapters.items()},
     )
+
+
+def _aggregated(
+    function: Any, stacked: Adapters, weights: jax.Array, options: Mapping[str, Any]
+) -> Aggregated:
+    """The function's result; clients that it would leave aside in part are refused."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", aggregation.UnequalFactors)
+        try:
+            return function(stacked, weights, **options)
+        except aggregation.UnequalFactors as error:
+            raise ValueError(
+                f"{error}. Clients are numbered from 0, in the order of the adapters. Another "
+                "method, such as fedit or flexlora, takes both factors of each"
+            ) from None
+
+
+def check_out(out: PathLike, sources: Sequence[PathLike]) -> None:
+    """Checks that a result will not take the place of what it is made from.
+
+    Args:
+      out: Directory for the result.
+      sources: Files, directories, or names on the hub.
+
+    Raises:
+      ValueError: If `out` is one of them, or the directory of a file among them.
+    """
+    for source in sources:
+        path = Path(source)
+        if not path.exists() or not Path(out).exists():
+            continue
+        directory = path.parent if path.is_file() else path
+        if os.path.samefile(directory, out):
+            raise ValueError(f"the result would overwrite {source}: choose another directory")
 
 
 def singular_values(factors: Factors) -> np.ndarray:
@@ -223,9 +261,10 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
       out: A directory, made if it is not there.
 
     Raises:
-      ValueError: If the backbone has no such layer, or it has other dimensions.
+      ValueError: If the backbone has no such layer, it has other dimensions, or lies in `out`.
     """
     source, out = pretrained.locate(base), Path(out)
+    check_out(out, [source])
     tensors, files = open_tensors(source), files_of(source)
     changed = {
         _name_in(tensors, name): (name, factors) for name, factors in checkpoint.adapters.items()
@@ -283,6 +322,6 @@ def _copy_the_rest(source: Path, out: Path, last: str, saved: Mapping[str, Any])
         if path.suffix in (".json", ".txt", ".model") and path.is_file():
             shutil.copy(path, out / path.name)
     for path in out.glob("*.safetensors.index.json"):
-        index = json.loads(path.read_text())
+        index = read_object(path, "an index of shards")
         index["weight_map"] = dict.fromkeys(saved, last) | index["weight_map"]
         path.write_text(json.dumps(index, indent=2))

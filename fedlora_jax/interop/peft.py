@@ -22,6 +22,8 @@ import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
+from fedlora_jax import bounds, lora
+from fedlora_jax.foreign import read_object, reading
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.models import pretrained
@@ -85,7 +87,7 @@ def load(
     adapters = {}
     for name, (lora_a, lora_b) in pairs.items():
         a, b = lora_a.read(dtype).T, lora_b.read(dtype).T
-        ratio = module_scale(config, name, a.shape[1]) / scale if scale else 1.0
+        ratio = module_scale(config, name, a.shape[1]) / scale
         adapters[name] = Factors(jnp.asarray(a), jnp.asarray(b if ratio == 1 else b * ratio))
     saved = {name: jnp.asarray(tensor.read(dtype)) for name, tensor in others.items()}
     if model is None:
@@ -99,13 +101,26 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{directory} is no adapter checkpoint: there is no {CONFIG_FILE}")
-    config = json.loads(path.read_text())
+    config = read_object(path, "a configuration of PEFT")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}, not 'LORA'")
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
         raise ValueError(f"{path}: {', '.join(used)} is set; only plain LoRA can be read")
+    with reading(path, "a configuration of LoRA"):
+        _check_numbers(config)
     return config
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    """Checks rank and alphas, which make the scale."""
+    missing = [name for name in ("r", "lora_alpha") if name not in config]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    bounds.check("adapters", r=config["r"], lora_alpha=config["lora_alpha"])
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+        lora.compile_patterns(pattern)
+        bounds.check("adapters", lora_alpha=alpha)
 
 
 def module_scale(config: Mapping[str, Any], name: str, rank: int) -> float:
@@ -128,9 +143,14 @@ def _sorted_out(
     for full_name, tensor in stored.items():
         name = full_name.removeprefix(_ROOT)
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
-            if len(tensor.shape) != 2:
+            if len(tensor.shape) != 2 or not min(tensor.shape):
                 raise ValueError(
                     f"{full_name} {list(tensor.shape)}: only linear layers can be read"
+                )
+            if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                raise ValueError(
+                    f"{full_name} is of {tensor.dtype.name}: quantised factors cannot be read, for "
+                    "nothing says by what they are to be multiplied"
                 )
             sides.setdefault(match[1], {})[match[2]] = tensor
         elif "lora_" in name:
@@ -143,6 +163,8 @@ def _sorted_out(
             raise ValueError(
                 f"{name}: lora_A [r, d_in] and lora_B [d_out, r] expected, got {shapes}"
             )
+    if not sides:
+        raise ValueError("there is no adapter among the tensors")
     return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}, others
 
 
@@ -217,8 +239,12 @@ def save(
         has for the model, without its prefix if the model has no head.
 
     Raises:
-      ValueError: If a path has no name of its own in the format.
+      ValueError: If a path has no name of its own in the format, there are no adapters, or the
+        scale is out of its bounds.
     """
+    bounds.check("adapters", scale=scale)
+    if not adapters:
+        raise ValueError("there are no adapters to write")
     whole = set((config or {}).get("modules_to_save") or _modules(head or {}))
     if model is not None:
         form = _format_to_write(model, names)

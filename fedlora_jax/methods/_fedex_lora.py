@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, bounds
 from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
@@ -15,6 +15,7 @@ def fedex_lora(**hyperparameters: Any) -> Method:
     References:
       Singhal et al., *FedEx-LoRA*, ACL 2025, arXiv:2410.09432.
     """
+    bounds.check("fedex_lora", **hyperparameters)
     return averaging(
         lambda stacked, weights, server: aggregation.fedex_lora(
             stacked, weights, **hyperparameters

@@ -1,6 +1,6 @@
 """FedRot-LoRA: clients' factors rotated to the last global ones before they are averaged."""
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, bounds
 from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
@@ -14,6 +14,7 @@ def fedrot_lora(*, strength: float = 1.0, reflections: bool = False) -> Method:
     References:
       *FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA*, 2026.
     """
+    bounds.check("fedrot_lora", strength=strength)
     return averaging(
         lambda stacked, weights, server: aggregation.fedrot_lora(
             stacked,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, aggregation, lowrank
+from fedlora_jax import _linalg, aggregation, bounds, lowrank
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.lowrank import Factors, Split
@@ -124,6 +124,14 @@ def fedsmooth_lora(
         ("split", split, Split),
     ):
         lookup(dict.fromkeys(get_args(kind)), value, name)
+    bounds.check(
+        "fedsmooth_lora",
+        zeta=zeta,
+        zeta_min=zeta_min,
+        rounds=rounds,
+        gamma=gamma,
+        calibration_batches=calibration_batches,
+    )
     falls = zeta_min < zeta
     if falls and rounds is None:
         raise ValueError("fedsmooth_lora: zeta_min needs rounds, over which zeta falls to it")

@@ -2,8 +2,12 @@
 
 from typing import Any
 
-from fedlora_jax import aggregation
-from fedlora_jax.methods._base import OTHER_BASIS, READS_EACH_CLIENT, Method, averaging
+import jax
+
+from fedlora_jax import aggregation, bounds
+from fedlora_jax.aggregation import Aggregated
+from fedlora_jax.lora import Adapters
+from fedlora_jax.methods._base import OTHER_BASIS, READS_EACH_CLIENT, Method, Server, averaging
 
 
 def flexlora(**hyperparameters: Any) -> Method:
@@ -16,8 +20,20 @@ def flexlora(**hyperparameters: Any) -> Method:
       Bai et al., *Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
       Client Resources*, NeurIPS 2024, arXiv:2402.11505.
     """
+    bounds.check("flexlora", **hyperparameters)
+
+    def aggregate(stacked: Adapters, weights: jax.Array, server: Server) -> Aggregated:
+        rank = hyperparameters.get("rank")
+        for path, factors in server.trainable.adapters.items():
+            if rank not in (None, factors.rank):
+                raise ValueError(
+                    f"flexlora: clients go on with the rank {factors.rank} of {path!r}; the option "
+                    f"rank, here {rank}, is for a single aggregation: leave it out"
+                )
+        return aggregation.flexlora(stacked, weights, **hyperparameters)
+
     return averaging(
-        lambda stacked, weights, server: aggregation.flexlora(stacked, weights, **hyperparameters),
+        aggregate,
         refuses={
             "scaffold": OTHER_BASIS,
             "server_optimizer": OTHER_BASIS,

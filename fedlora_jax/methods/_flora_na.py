@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, bounds
 from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
@@ -15,6 +15,7 @@ def flora_na(**hyperparameters: Any) -> Method:
     References:
       *FLoRA-NA*, arXiv:2509.26399.
     """
+    bounds.check("flora_na", **hyperparameters)
     return averaging(
         lambda stacked, weights, server: aggregation.flora_na(stacked, weights, **hyperparameters),
         refuses={"privacy": READS_EACH_CLIENT},

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, bounds
 from fedlora_jax.aggregation._hetlora import Per, pruned_rank
 from fedlora_jax.methods._base import (
     READS_EACH_CLIENT,
@@ -42,6 +42,7 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
       Cho et al., *Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models*,
       EMNLP 2024, arXiv:2401.06432.
     """
+    bounds.check("hetlora", pruning=pruning, decay=decay)
     method = averaging(
         lambda stacked, weights, server: aggregation.hetlora(stacked, weights, per=per),
         refuses={"privacy": READS_EACH_CLIENT},

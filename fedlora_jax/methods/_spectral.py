@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from fedlora_jax import aggregation
+from fedlora_jax import aggregation, bounds
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.aggregation._spectral import Selection
 from fedlora_jax.lowrank import Factors
@@ -27,6 +27,7 @@ def spectral(*, selection: Selection = "energy", threshold: float = 0.99) -> Met
     References:
       *FLoRIST*, arXiv:2506.09199.
     """
+    bounds.check("spectral", threshold=threshold)
     method = averaging(
         lambda stacked, weights, server: aggregation.spectral(
             stacked, weights, selection=selection, threshold=threshold

@@ -1,11 +1,13 @@
 """Backbones by name: `models.get("vit_digits", num_classes=10)`."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 
+from fedlora_jax import bounds
 from fedlora_jax.models.bert import Bert
 from fedlora_jax.models.llama import Llama, RopeScaling
 from fedlora_jax.models.mixer import Mixer
@@ -95,9 +97,24 @@ def get(name: str, **overrides: Any) -> nn.Module:
       An unbound Linen module.
 
     Raises:
-      ValueError: If there is no such backbone; the message lists those there are.
+      ValueError: If there is no such backbone or field (the message lists those there are), or a
+        number is out of its bounds.
     """
-    return lookup(_MODELS, name, "model")(**overrides)
+    make = lookup(_MODELS, name, "model")
+    check_fields(make, name, overrides)
+    return make(**overrides)
+
+
+def check_fields(kind: Callable[..., nn.Module], name: str, fields: Mapping[str, Any]) -> None:
+    """Checks fields of a module before it is made.
+
+    Raises:
+      ValueError: If it has no such field, or a number is out of its bounds.
+    """
+    known = inspect.signature(kind).parameters
+    for field in fields:
+        lookup(known, field, f"option of the model {name!r}:")
+    bounds.check("model", **fields)
 
 
 def lora_targets(model: nn.Module) -> tuple[str, ...]:

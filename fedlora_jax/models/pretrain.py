@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 from tqdm.auto import tqdm
 
+from fedlora_jax import bounds
 from fedlora_jax.data import images
 
 Params: TypeAlias = dict[str, Any]
@@ -49,7 +50,13 @@ def pretrain(
 
     Returns:
       The parameters, a nested dict of float32 arrays.
+
+    Raises:
+      ValueError: If a number is out of its bounds.
     """
+    bounds.check(
+        "pretrain", steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed
+    )
     images_, labels = jnp.asarray(examples["image"]), jnp.asarray(examples["label"])
     init_key, train_key = jax.random.split(jax.random.key(seed))
     params = jax.jit(model.init)(init_key, images.normalize(images_[:1], statistics))["params"]

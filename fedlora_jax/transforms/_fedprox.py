@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from fedlora_jax import bounds
 from fedlora_jax.methods import Method, Server, Start, Trainable, check_combination
 from fedlora_jax.methods._base import PyTree
 
@@ -26,8 +27,7 @@ def fedprox(method: Method, *, mu: float) -> Method:
       Li et al., *Federated Optimization in Heterogeneous Networks*, MLSys 2020, arXiv:1812.06127.
     """
     check_combination(method, "fedprox", "FedProx")
-    if not mu >= 0:
-        raise ValueError(f"fedprox: mu must not be negative, got {mu}")
+    bounds.check("fedprox", mu=mu)
 
     def penalty(server: Server, client: PyTree, start: Start, trainable: Trainable) -> jax.Array:
         squares = jax.tree.map(lambda x, y: jnp.sum((x - y) ** 2), trainable, start.trainable)

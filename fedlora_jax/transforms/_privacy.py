@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from optax.contrib import differentially_private_aggregate
 
+from fedlora_jax import bounds
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.methods import Method, Server, Trainable, check_combination
 from fedlora_jax.methods._base import PyTree
@@ -51,10 +52,7 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
       arXiv:1710.06963. Sun et al. (FFA-LoRA), ICLR 2024, arXiv:2403.12313.
     """
     check_combination(method, "privacy", "differential privacy")
-    if not clip > 0:
-        raise ValueError(f"private: the clip must be positive, got {clip}")
-    if not noise_multiplier >= 0:
-        raise ValueError(f"private: the noise multiplier must not be negative: {noise_multiplier}")
+    bounds.check("private", clip=clip, noise_multiplier=noise_multiplier)
 
     def init(key: jax.Array, server: Server) -> tuple[Server, PyTree]:
         server, client = method.init(key, server)
@@ -114,11 +112,20 @@ def epsilon(
 
     Raises:
       ImportError: If the extra `privacy` is not installed.
+      ValueError: If a number is out of its bounds.
 
     References:
       Wang, Balle, Kasiviswanathan, *Subsampled Rényi Differential Privacy and Analytical Moments
       Accountant*, AISTATS 2019, arXiv:1808.00087.
     """
+    bounds.check(
+        "epsilon",
+        noise_multiplier=noise_multiplier,
+        num_clients=num_clients,
+        cohort_size=cohort_size,
+        rounds=rounds,
+        delta=delta,
+    )
     if noise_multiplier == 0:
         return float("inf")
     library = _library()

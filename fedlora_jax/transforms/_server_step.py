@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedlora_jax import lora, lowrank
+from fedlora_jax import bounds, lora, lowrank
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
@@ -84,12 +84,7 @@ def server_step(
       arXiv:1909.06335 (FedAvgM), both of parameters. In the space of products it is ours.
     """
     check_combination(method, "server_step", "a server's step in the space of products")
-    if not 0 < rate < float("inf"):
-        raise ValueError(f"server_step: the rate must be positive and finite, got {rate}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"server_step: the momentum must be from 0 to below 1, got {momentum}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"server_step: the rank must be at least 1, got {rank}")
+    bounds.check("server_step", rate=rate, momentum=momentum, rank=rank)
     moves_on = momentum > 0
 
     def head_optimizer(step: _Step) -> optax.GradientTransformation:

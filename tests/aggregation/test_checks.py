@@ -1,5 +1,6 @@
 """What is refused, and in which words."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,3 +128,29 @@ def test_any_pytree_of_factors_will_do():
         tree, cases.WEIGHTS, aggregation.fedit(tree, cases.WEIGHTS), per_kernel=True
     )
     assert list(names) == ["0", "1/deep/0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "side"),
+    [
+        ("ffa_lora", {}, "a"),
+        ("fedsvd", {}, "a"),
+        ("rolora", {"trained": "b"}, "a"),
+        ("rolora", {"trained": "a"}, "b"),
+    ],
+)
+def test_clients_that_differ_in_a_common_factor_are_warned_of(name, options, side, recwarn):
+    stacked, weights = cases.clients(), np.array([0.0, 1.0, 2.0], np.float32)
+    function = aggregation.get(name)
+    with pytest.warns(aggregation.UnequalFactors, match=f"{name} takes one '{side}'.*client 2"):
+        function(stacked, weights, **options)
+    recwarn.clear()
+    for node in stacked.values():
+        getattr(node, side)[1:] = getattr(node, side)[1]
+    function(stacked, weights, **options)
+    # Of a smaller rank: what meets zeros does not count.
+    for node in stacked.values():
+        node.a[2, :, 1:], node.b[2, 1:] = 0, 0
+    function(stacked, weights, **options)
+    jax.jit(lambda x: function(x, weights, **options))(cases.clients())
+    assert not recwarn.list

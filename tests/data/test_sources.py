@@ -1,5 +1,6 @@
 import io
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -201,3 +202,15 @@ def test_an_image_in_its_file_that_is_of_another_shape_is_refused(tmp_path):
     assert stored.image(0).shape == (4, 4, 3)
     with pytest.raises(ValueError, match=r"\(5, 5, 3\) and \(4, 4, 3\)"):
         stored.image(1)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b"\xff\xfe"])
+def test_damaged_descriptions_of_a_data_set_are_named(data_dir, tmp_path, name, content):
+    sources.info("digits_domains", data_dir)  # made, if it is not there
+    new = tmp_path / "digits_domains"
+    shutil.copytree(data_dir / "digits_domains", new)
+    (found,) = new.glob(f"*/{name}")
+    found.write_bytes(content)
+    with pytest.raises(ValueError, match=f"'digits_domains' is damaged.*Remove {new}"):
+        sources.load("digits_domains", "test", tmp_path)

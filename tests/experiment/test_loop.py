@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedlora_jax import experiment, transforms
-from fedlora_jax.experiment import chunking, loop, partitions, program
+from fedlora_jax.experiment import chunking, loop, partitions, program, setting
 from fedlora_jax.federated import ranks
 from tests.tiny import tiny_digits
 
@@ -269,3 +269,50 @@ def test_adapters_are_put_in_order_for_unequal_ranks_alone(make, monkeypatch):
 def test_equal_and_listed_ranks():
     assert ranks.assign("equal", 4, 3, seed=0) == [4, 4, 4]
     assert ranks.assign("4, 2,1", 4, 3, seed=0) == [4, 2, 1]
+
+
+def test_values_that_cannot_be_learned_from_are_refused_before_any_work(base, make, monkeypatch):
+    config, ours = make(), base[1]
+    changes = {
+        "'label' of example 3 of the split 'test', and of 1 more, is no class 0 to 9": {
+            "label": np.where(np.isin(np.arange(len(ours.test["label"])), (3, 5)), 10, 0)
+        },
+        "'image' of example 0 of the split 'test', and of .* more, is not finite": {
+            "image": np.full(ours.test["image"].shape, np.nan, np.float32)
+        },
+        "the split 'test', on which models are judged, has no example of the domain .*noisy": {
+            "domain": np.zeros_like(ours.test["domain"])
+        },
+    }
+    load = setting._load
+    monkeypatch.setattr(setting, "_backbone", lambda *_: pytest.fail("work was done"))
+    for message, change in changes.items():
+
+        def changed(config, split, change=change):
+            arrays, domains = load(config, split)
+            return (arrays | change if split == "test" else arrays), domains
+
+        monkeypatch.setattr(setting, "_load", changed)
+        with pytest.raises(ValueError, match=message):
+            experiment.prepare(config)
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(base, make, tmp_path, monkeypatch):
+    """Of clients that are left out, or of a loss that overflows."""
+    config = make(rounds=1)
+    program = experiment.compile_program(config, base[1])
+
+    def sick(*arguments):
+        server, states, measured = program.make_round(None)(*arguments)
+        losses = measured.client_loss.at[0].set(jnp.nan)
+        return server, states, measured._replace(loss=jnp.float32(jnp.inf), client_loss=losses)
+
+    monkeypatch.setattr(chunking, "of_run", lambda *_: sick)
+    (row,) = experiment.run(config, base[1], program, tmp_path)
+    assert row["loss"] is None and row["client_loss"][0] is None and row["client_loss"][1] > 0
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)

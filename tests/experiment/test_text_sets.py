@@ -121,7 +121,7 @@ def test_instructions_by_their_kind(here, tmp_path, monkeypatch):
     source = str(tmp_path / "model.gguf")
     config.data.update(tokenizer=source, end_token="<|end|>", template="{prompt}={response}")
     config.data.length = 100
-    config.data.held_out.update(validation=0.0, test=0.3)
+    config.data.held_out.update(validation=0.0, test=0.6)
     config.model.name = "pretrained"
     config.pretrained.source = source
     setting = one_round(config, tmp_path)

@@ -33,6 +33,8 @@ def test_command(program, tmp_path):
     code, _, err = program.run("aggregate", clients, f"--out={tmp_path}/out")
     assert code == 1 and "the scale is 1 (alpha 2, r 2)" in err
     assert "Traceback" not in err
+    code, _, err = program.run("aggregate", clients, f"--out={tmp_path}/client_1", "--rescale")
+    assert code == 1 and "client_1: choose another directory" in err
 
     done = run(
         clients,

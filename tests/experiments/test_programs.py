@@ -118,8 +118,13 @@ def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken
     ("arguments", "message"),
     [
         (["--methods=fedit,lorafair"], "Did you mean 'lora_fair'"),
-        (["--config.roundz=3"], "rounds"),
-        (["--config.options.lora_fair.stepz=3"], "steps"),
+        (["--config.roundz=3"], "unknown field of config: 'roundz'. Did you mean 'rounds'?"),
+        (["--config.options.lora_fair.stepz=3"], "Did you mean 'steps'?"),
+        (["--config.locl.steps=3"], "unknown field of config: 'locl'. Did you mean 'local'?"),
+        (["--config.rounds=three"], "flag --config.rounds=three: invalid literal for int()"),
+        (["--config.lora.head=["], "'[' is no regular expression"),
+        (["--config.model.options.num_classes=5"], "'label' of example"),
+        (["--workdir=pyproject.toml"], "pyproject.toml/local/seed_0: Not a directory"),
         (["--config.lora.targets=('quary',)"], "matches no layer"),
         (["--config.lora.rank=40"], "rank 40 is impossible"),
         (["--config.clients_per_round=31"], "only 30 clients"),
@@ -127,7 +132,7 @@ def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken
         (["--config.data.name=digit_domains"], "digits_domains"),
         (["--config.data.partition=diriclet"], "dirichlet"),
         (["--config.local.optimizer=sdg"], "sgd"),
-        (["--config.local.learning_rate=1e30", "--config.local.clip_norm=1e30"], "diverged"),
+        (["--config.seed=-1"], "config.seed must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_mistakes_end_with_a_message(program, tmp_path, arguments, message):
@@ -136,4 +141,19 @@ def test_mistakes_end_with_a_message(program, tmp_path, arguments, message):
     )
     assert code != 0
     assert message in err, err
-    assert "Traceback" not in err or "config." in arguments[0]
+    assert err.startswith("error: ") and "Traceback" not in err
+
+
+def test_a_method_that_diverges_is_left_out_and_reported(program, tmp_path):
+    rates = tmp_path / "rates.json"
+    rates.write_text('{"learning_rates": {"fedit": 1e30, "local": 0.02}}')
+    arguments = (f"--config={program.config}", f"--workdir={tmp_path}", METHODS, "--seeds=1")
+    code, out, err = program.run(
+        "compare", *arguments, f"--learning_rates={rates}", "--config.local.clip_norm=1e30"
+    )
+    assert code == 1 and "Traceback" not in err
+    assert "error: training diverged for fedit\nfedit: under seed 0, round 0: every client" in err
+    assert "after round -1" not in err
+    report = (tmp_path / "report.md").read_text()
+    assert "| local" in report and "Left out: training diverged for fedit" in report
+    assert len((tmp_path / "local" / "seed_0" / "metrics.jsonl").read_text().splitlines()) == 4

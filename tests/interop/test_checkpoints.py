@@ -164,3 +164,37 @@ def test_merge_into_another_backbone(two, tmp_path):
     write_safetensors(tmp_path / "x.safetensors", wrong)
     with pytest.raises(ValueError, match=r"for a weight \[6, 7\], the backbone has \[2, 2\]"):
         checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["ffa_lora", "rolora", "fedsvd"])
+def test_methods_with_a_common_factor_refuse_clients_that_have_none(two, method):
+    sources, trees = two
+    message = f"{method} takes one 'a' for all clients, but that of client 1 is another in 'model"
+    with pytest.raises(ValueError, match=message):
+        checkpoints.combine(sources, [1, 1], method)
+    checkpoints.combine(sources, [1, 0], method)
+    peft.save(
+        sources[1],
+        {n: trees[0][n]._replace(b=2 * f.b) for n, f in trees[1].items()},
+        scale=1.5,
+        head={"classifier.weight": np.ones((2, 6), np.float32)},
+    )
+    assert checkpoints.combine(sources, [1, 1], method).error < 1e-5
+
+
+def test_a_result_does_not_take_the_place_of_what_it_is_made_from(tmp_path, two):
+    sources, _ = two
+    merged = checkpoints.combine(sources, [1, 1], "fedit").checkpoint
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "link").symlink_to(base)
+    weights = {f"{name}.weight": np.zeros((d_out, d_in)) for name, (d_in, d_out) in LAYERS.items()}
+    write_safetensors(base / "model.safetensors", weights)
+    before = (base / "model.safetensors").read_bytes()
+    for out in (base, tmp_path / "link", base / "x" / ".."):
+        for source in (base, base / "model.safetensors"):
+            (base / "x").mkdir(exist_ok=True)
+            with pytest.raises(ValueError, match="would overwrite .*base.*another directory"):
+                checkpoints.merge(source, merged, out)
+    assert (base / "model.safetensors").read_bytes() == before
+    checkpoints.check_out(tmp_path / "new", [base, "owner/name"])

@@ -315,9 +315,15 @@ def test_epsilon_is_that_of_the_library_and_behaves():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: transforms.fedprox(methods.fedit(), mu=-1.0), "must not be negative"),
-        (lambda: transforms.private(methods.fedit(), clip=0, noise_multiplier=1), "positive"),
-        (lambda: transforms.private(methods.fedit(), clip=1, noise_multiplier=-1), "negative"),
+        (lambda: transforms.fedprox(methods.fedit(), mu=-1.0), "fedprox: mu must be at least 0"),
+        (
+            lambda: transforms.private(methods.fedit(), clip=0, noise_multiplier=1),
+            "private: clip must be above 0",
+        ),
+        (
+            lambda: transforms.private(methods.fedit(), clip=1, noise_multiplier=-1),
+            "at least 0, got -1",
+        ),
         (
             lambda: transforms.scaffold(COMBINE["privacy"](methods.fedit())),
             "unprotected",

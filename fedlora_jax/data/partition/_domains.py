@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from fedlora_jax import bounds
 from fedlora_jax.data.partition._common import Parts
 from fedlora_jax.data.partition._labels import dirichlet
 from fedlora_jax.data.partition._sizes import iid
@@ -23,6 +24,7 @@ def by_domain(domains: np.ndarray, clients_per_domain: int, seed: int) -> Parts:
     Raises:
       ValueError: If a domain has fewer examples than clients.
     """
+    bounds.check("by_domain", clients_per_domain=clients_per_domain)
     return _within_domains(
         domains, seed, lambda members, seed: iid(len(members), clients_per_domain, seed)
     )
@@ -56,6 +58,12 @@ def domain_dirichlet(
     Raises:
       ValueError: If labels and domains differ in length, or as `dirichlet`.
     """
+    bounds.check(
+        "domain_dirichlet",
+        clients_per_domain=clients_per_domain,
+        alpha=alpha,
+        min_examples=min_examples,
+    )
     labels, domains = np.asarray(labels), np.asarray(domains)
     if labels.shape != domains.shape:
         raise ValueError(f"{labels.shape} labels but {domains.shape} domains")

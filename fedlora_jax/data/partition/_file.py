@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedlora_jax.data.partition._common import Parts
+from fedlora_jax.foreign import read_json
 
 FORMAT = 1
 
@@ -59,7 +60,7 @@ def file(
         if theirs["digest"] != mine:
             raise ValueError(
                 f"{path} is a partition of other data: of {theirs['num_examples']} examples of "
-                f"{theirs['name']} with the digest {theirs['digest'][:12]}, and there are "
+                f"{theirs['name']} with the digest {str(theirs['digest'])[:12]}, and there are "
                 f"{num_examples} with the digest {mine[:12]} here. Write it anew for these"
             )
     return parts_of(content, path, num_examples)
@@ -108,10 +109,7 @@ def load(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no partition file {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON of a partition: {error}") from None
+    return read_json(path, "a partition", _distinct)
 
 
 def parts_of(content: Any, path: Path, num_examples: int) -> Parts:
@@ -177,6 +175,9 @@ def _check_written(content: dict[str, Any], path: Path) -> None:
         raise ValueError(
             f"{path} is in format {content['format']}, and this version reads format {FORMAT}"
         )
+    wanted = {"name", "num_examples", "digest"}
+    if not isinstance(content["data"], dict) or wanted - content["data"].keys():
+        raise ValueError(f"{path}: data must say {', '.join(sorted(wanted))}: {_SHAPES}")
     text = json.dumps(content["parts"], separators=(",", ":"))
     if hashlib.sha256(text.encode()).hexdigest() != content["sha256"]:
         raise ValueError(

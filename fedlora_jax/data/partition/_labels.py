@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlora_jax.data.partition._common import Parts, apportion, check_positive, check_sizes
+from fedlora_jax import bounds
+from fedlora_jax.data.partition._common import Parts, apportion, check_sizes
 
 _ATTEMPTS = 1000
 # Added to a client's proportions, so that it has some where all its own labels are used up.
@@ -45,7 +46,7 @@ def dirichlet(
       ValueError: If alpha is not positive, or no draw gives every client that many examples.
     """
     labels = np.asarray(labels)
-    check_positive("alpha", alpha)
+    bounds.check("dirichlet", num_clients=num_clients, alpha=alpha, min_examples=min_examples)
     check_sizes(len(labels), num_clients, min_examples)
     generator = np.random.default_rng(seed)
     if balanced:
@@ -80,8 +81,7 @@ def shards(labels: np.ndarray, num_clients: int, shards_per_client: int, seed: i
       ValueError: If there are more shards than examples.
     """
     labels = np.asarray(labels)
-    if shards_per_client < 1:
-        raise ValueError(f"shards_per_client must be at least 1, not {shards_per_client}")
+    bounds.check("shards", num_clients=num_clients, shards_per_client=shards_per_client)
     check_sizes(len(labels), num_clients, shards_per_client)
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(labels))

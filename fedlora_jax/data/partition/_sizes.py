@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from fedlora_jax.data.partition._common import Parts, apportion, check_positive, check_sizes
+from fedlora_jax import bounds
+from fedlora_jax.data.partition._common import Parts, apportion, check_sizes
 
 
 def iid(num_examples: int, num_clients: int, seed: int) -> Parts:
@@ -19,6 +20,7 @@ def iid(num_examples: int, num_clients: int, seed: int) -> Parts:
     Raises:
       ValueError: If there are more clients than examples, or no client.
     """
+    bounds.check("iid", num_clients=num_clients)
     check_sizes(num_examples, num_clients, 1)
     shuffled = np.random.default_rng(seed).permutation(num_examples)
     return [part.astype(np.int32) for part in np.array_split(shuffled, num_clients)]
@@ -44,9 +46,9 @@ def quantity_skew(
       N int32 arrays of positions in `0 .. M - 1`.
 
     Raises:
-      ValueError: If alpha is not positive, or there are too few examples.
+      ValueError: If a number is out of its bounds, or there are too few examples.
     """
-    check_positive("alpha", alpha)
+    bounds.check("quantity_skew", num_clients=num_clients, alpha=alpha, min_examples=min_examples)
     check_sizes(num_examples, num_clients, min_examples)
     generator = np.random.default_rng(seed)
     shares = generator.dirichlet(np.full(num_clients, alpha))
@@ -73,10 +75,9 @@ def power_law(
       N int32 arrays of positions in `0 .. M - 1`.
 
     Raises:
-      ValueError: If the exponent is negative, or there are too few examples.
+      ValueError: If a number is out of its bounds, or there are too few examples.
     """
-    if not 0 <= exponent < float("inf"):
-        raise ValueError(f"exponent must not be negative, and is {exponent}")
+    bounds.check("power_law", num_clients=num_clients, exponent=exponent, min_examples=min_examples)
     check_sizes(num_examples, num_clients, min_examples)
     generator = np.random.default_rng(seed)
     shares = (1.0 + generator.permutation(num_clients)) ** -exponent
@@ -96,6 +97,7 @@ def natural(clients: np.ndarray, min_examples: int = 1) -> Parts:
     Raises:
       ValueError: If no client has that many examples.
     """
+    bounds.check("natural", min_examples=min_examples)
     clients = np.asarray(clients)
     names, counts = np.unique(clients, return_counts=True)
     if not (counts >= min_examples).any():

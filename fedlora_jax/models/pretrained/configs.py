@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 
+from fedlora_jax import bounds
 from fedlora_jax.models.bert import Bert
 from fedlora_jax.models.llama import Llama, RopeScaling
 from fedlora_jax.models.vit import ViT
@@ -25,12 +27,17 @@ def model_from_config(config: Mapping[str, Any], **overrides: Any) -> nn.Module:
     if "architecture" in config:
         return _timm_model(config, overrides)
     kind = config.get("model_type")
-    if kind not in _FROM_CONFIG:
+    if not isinstance(kind, str) or kind not in _FROM_CONFIG:
         raise ValueError(f"model type {kind!r} is none of {', '.join(sorted(_FROM_CONFIG))}")
     activation, make = _FROM_CONFIG[kind]
     if config.get("hidden_act", activation) != activation:
         raise ValueError(f"{kind} with hidden_act={config['hidden_act']!r}; ours is {activation!r}")
-    return make(config, overrides)
+    try:
+        model = make(config, overrides)
+    except KeyError as error:
+        raise ValueError(f"the configuration of a {kind} lacks {error}") from None
+    bounds.check("model", **{field.name: getattr(model, field.name) for field in fields(model)})
+    return model
 
 
 def _timm_model(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> nn.Module:

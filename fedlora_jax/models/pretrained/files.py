@@ -15,12 +15,14 @@ import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+from fedlora_jax.foreign import read_object, reading
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -112,8 +114,18 @@ def files_of(source: PathLike) -> list[Path]:
     path = find_file(source)
     if not path.name.endswith(".index.json"):
         return [path]
-    shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    return [path.parent / shard for shard in shards]
+    with reading(path, "an index of shards"):
+        shards = sorted(set(read_object(path, "an index of shards")["weight_map"].values()))
+        return [path.parent / _checked_name(shard) for shard in shards]
+
+
+def _checked_name(shard: str) -> str:
+    """The name of a shard, which lies beside its index and nowhere else."""
+    if shard != PureWindowsPath(shard).name or shard in ("", ".", ".."):
+        raise ValueError(f"a shard {shard!r} would lie outside of its directory")
+    if not shard.endswith(".safetensors"):
+        raise ValueError(f"a shard {shard!r} is no safetensors file")
+    return shard
 
 
 def locate(source: PathLike) -> Path:
@@ -195,17 +207,16 @@ def _torch_hint(listing: str) -> str:
 
 def _open_safetensors(path: Path) -> Tensors:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with path.open("rb") as file, reading(path, "a safetensors file"):
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(size - 8, _LONGEST_HEADER):
             raise ValueError(f"{path} is not a safetensors file, or is cut short")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
+        header = json.loads(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError(f"its header is a {type(header).__name__}, not an object")
+        header.pop("__metadata__", None)
+        return {name: _entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
 
 
 def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int, size: int) -> StoredTensor:
@@ -213,6 +224,8 @@ def _entry(path: Path, name: str, entry: Mapping[str, Any], base: int, size: int
         raise ValueError(f"{path}: tensor {name!r} has the unknown type {entry['dtype']!r}")
     dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
     start, stop = entry["data_offsets"]
+    if any(type(x) is not int or x < 0 for x in (*shape, start, stop)):
+        raise ValueError(f"{path}: shape and place of tensor {name!r} must be whole numbers")
     if stop - start != math.prod(shape) * dtype.itemsize or not 0 <= start <= stop <= size - base:
         raise ValueError(f"{path}: tensor {name!r} does not fit its place; the file is damaged")
 
@@ -239,8 +252,8 @@ def chunks(out: np.ndarray, row_bytes: int) -> Iterator[tuple[np.ndarray, int]]:
 def _open_npz(path: Path) -> Tensors:
     """The arrays of an `.npz`, one zip entry each; `opt/target/` of old releases is dropped."""
     tensors = {}
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
+    with reading(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
             with archive.open(entry) as file:
                 version = np.lib.format.read_magic(file)
                 read_header = (
@@ -249,14 +262,19 @@ def _open_npz(path: Path) -> Tensors:
                     else np.lib.format.read_array_header_2_0
                 )
                 shape, _, dtype = read_header(file)
-            key = entry.removesuffix(".npy")
+                size = entry.file_size - file.tell()
+            if dtype.hasobject:
+                raise ValueError(f"{entry.filename!r} holds Python objects, which are not read")
+            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
+                raise ValueError(f"{entry.filename!r} {list(shape)} does not fill its place")
+            key = entry.filename.removesuffix(".npy")
             tensors[key.removeprefix("opt/target/")] = _npz_tensor(path, key, shape, dtype)
     return tensors
 
 
 def _npz_tensor(path: Path, key: str, shape: tuple[int, ...], dtype: np.dtype) -> StoredTensor:
     def read_into(out: np.ndarray, first: int) -> None:
-        with np.load(path, allow_pickle=False) as arrays:
+        with reading(path, "an .npz file"), np.load(path, allow_pickle=False) as arrays:
             values = arrays[key]
         out[...] = values[first : first + len(out)] if shape else values
 

@@ -5,12 +5,15 @@ float32 a few rows at a time, so that memory is bounded as for the other formats
 `gguf`.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from fedlora_jax.foreign import reading
 from fedlora_jax.models.llama import RopeScaling, rotary_frequencies
 from fedlora_jax.models.pretrained.files import PathLike, StoredTensor, Tensors, chunks
 
@@ -38,7 +41,21 @@ _LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
 _SPLITTERS = ("smollm", "gpt-2", "default")
 _CONTROL, _USER_DEFINED = 3, 4
 
+T = TypeVar("T")
 
+
+def _named(function: Callable[[PathLike], T]) -> Callable[[PathLike], T]:
+    """Makes errors that name the file of all that `function` meets in it."""
+
+    @functools.wraps(function)
+    def named(path: PathLike) -> T:
+        with reading(path, "a GGUF file"):
+            return function(path)
+
+    return named
+
+
+@_named
 def read_config(path: PathLike) -> dict[str, Any]:
     """What a `config.json` of Hugging Face would say of the model.
 
@@ -96,6 +113,7 @@ def _rope_scaling(reader: Any) -> dict[str, Any] | None:
     }
 
 
+@_named
 def open_gguf(path: PathLike) -> Tensors:
     """Lists the tensors of a file by their Hugging Face names, without reading them.
 
@@ -140,12 +158,13 @@ def _stored(path: PathLike, tensor: Any, heads: int | None) -> StoredTensor:
         raise ValueError(message) from error
 
     def read_into(out: np.ndarray, first: int) -> None:
-        for rows, start in chunks(out, int(np.prod(shape[1:])) * 4):
-            index = np.arange(first + start, first + start + len(rows))
-            if heads is not None:
-                index = _turned(index, shape[0] // heads)
-            stored = tensor.data[index]
-            rows[...] = stored if plain else quants.dequantize(stored, kind).reshape(rows.shape)
+        with reading(path, "a GGUF file"):
+            for rows, start in chunks(out, int(np.prod(shape[1:])) * 4):
+                index = np.arange(first + start, first + start + len(rows))
+                if heads is not None:
+                    index = _turned(index, shape[0] // heads)
+                stored = tensor.data[index]
+                rows[...] = stored if plain else quants.dequantize(stored, kind).reshape(rows.shape)
 
     return StoredTensor(shape, np.dtype(np.float32), read_into)
 
@@ -157,6 +176,7 @@ def _turned(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return head * head_dim + 2 * i + half
 
 
+@_named
 def read_tokenizer(path: PathLike) -> Any:
     """The tokenizer of a file, a `tokenizers.Tokenizer`; it adds no special tokens by itself.
 
@@ -196,11 +216,13 @@ def read_tokenizer(path: PathLike) -> Any:
     return tokenizer
 
 
+@_named
 def chat_template(path: PathLike) -> str | None:
     """The Jinja template of a conversation, if the file has one."""
     return _value(_open(path), "tokenizer.chat_template")
 
 
+@_named
 def special_tokens(path: PathLike) -> dict[str, str]:
     """The tokens that begin and end a text, by Hugging Face's names, as far as the file says."""
     reader = _open(path)
@@ -210,20 +232,24 @@ def special_tokens(path: PathLike) -> dict[str, str]:
     return {name: tokens[index] for name, index in ids.items() if index is not None}
 
 
+@_named
 def end_token(path: PathLike) -> int | None:
     """The token id that ends a text, if the file says which."""
     return _value(_open(path), "tokenizer.ggml.eos_token_id")
 
 
 def _open(path: PathLike) -> Any:
-    gguf = _library()
-    try:
-        return gguf.GGUFReader(Path(path))
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        # The reader trusts the file: a damaged one gives errors of any kind.
-        raise ValueError(f"{path} is not a GGUF file, or is damaged: {error}") from error
+    gguf: Any = _library()
+
+    class Reader(gguf.GGUFReader):
+        """Does not go on behind the end of a file, which would take as long as a file says."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, **options: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it is cut short")
+            return super()._get(offset, dtype, count, **options)
+
+    return Reader(Path(path))
 
 
 def _value(reader: Any, name: str, default: Any = None) -> Any:

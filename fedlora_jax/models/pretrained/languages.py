@@ -1,11 +1,11 @@
 """How a language model reads and writes: what its files say of tokens and conversations."""
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedlora_jax.data.text import read_tokenizer
+from fedlora_jax.foreign import read_object, reading
 from fedlora_jax.models.pretrained import gguf_files
 from fedlora_jax.models.pretrained.files import PathLike, find_file, is_gguf, locate
 
@@ -42,7 +42,8 @@ def read_language(source: PathLike) -> Language:
     if path.is_dir() and (path / "tokenizer.json").is_file():
         path = path / "tokenizer.json"
     if path.suffix == ".json" and path.is_file():
-        return _beside(path)
+        with reading(path.parent, "a directory with a tokenizer"):
+            return _beside(path)
     if path.is_dir() or not is_gguf(path):
         try:
             path = find_file(path)
@@ -77,7 +78,7 @@ def _beside(file: Path) -> Language:
 
     def entries(name: str) -> dict[str, Any]:
         path = file.parent / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_object(path, "settings of a tokenizer") if path.is_file() else {}
 
     known, special = entries("tokenizer_config.json"), {}
     for name, token in known.items():

@@ -1,7 +1,6 @@
 """Parameters of a model, planned tensor by tensor and read."""
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from fedlora_jax import lora
+from fedlora_jax.foreign import read_object, reading
 from fedlora_jax.models.mixer import Mixer
 from fedlora_jax.models.pretrained import gguf_files, naming
 from fedlora_jax.models.pretrained.configs import model_from_config
@@ -94,13 +94,15 @@ def model_of(source: PathLike, **overrides: Any) -> nn.Module:
     Raises:
       ValueError: On a configuration that is not one of our backbones.
     """
-    return model_from_config(_read_config(locate(source)), **overrides)
+    path = locate(source)
+    with reading(path, "a model of a kind that is known here"):
+        return model_from_config(_read_config(path), **overrides)
 
 
 def _read_config(source: Path) -> dict[str, Any]:
     file = source / "config.json"
     if file.exists() or not is_gguf(find_file(source)):
-        return json.loads(file.read_text())
+        return read_object(file, "a configuration of a model")
     return gguf_files.read_config(find_file(source))
 
 
