@@ -1,6 +1,6 @@
 """One process at a time where two would spoil each other's files.
 
-A lock is held through a file `.NAME.lock` by the operating system, which frees it when the process
+A lock is held on a file by the operating system, which frees it when the process
 ends, however it ends. Who holds it is written beside it, for those who find it held.
 """
 
@@ -23,22 +23,21 @@ class Held(OSError):
 
 
 @contextlib.contextmanager
-def held(directory: Path, name: str, *, wait: bool = False) -> Iterator[None]:
+def held(what: Path, lock: Path, *, wait: bool = False) -> Iterator[None]:
     """Lets no other process come here meanwhile.
 
     Args:
-      directory: Where the lock is; made if it is not there.
-      name: What is locked.
+      what: What is locked, for messages.
+      lock: The file; its directory is made if it is not there.
       wait: Wait until it is free, instead of raising an error.
 
     Raises:
       Held: If another process holds it; the message says which.
       OSError: If nothing can be written in the directory.
     """
-    check_writable(directory)
-    lock = filelock.FileLock(directory / f".{name}.lock")
-    note = directory / f".{name}.holder"
-    with _acquired(lock, directory / name, note, wait):
+    check_writable(lock.parent)
+    note = lock.with_name(lock.name + ".holder")
+    with _acquired(filelock.FileLock(lock), what, note, wait):
         note.write_text(_myself())
         try:
             yield

@@ -158,7 +158,7 @@ def cached(
     found = _restored(path, like)
     if found is not None:
         return found
-    with locks.held(path.parent, path.name, wait=True):
+    with locks.held(path, path.with_name(f".{path.name}.lock"), wait=True):
         found = _restored(path, like)  # Another process may have made it meanwhile.
         if found is None:
             shutil.rmtree(path, ignore_errors=True)
