@@ -7,9 +7,10 @@
 
 Prints tables; leaves `report.md` with plots in the work directory, and a directory for each
 method and seed as `experiments.train` does. Run again after a kill, it goes on from the last
-finished round.
+finished round. Run twice at the same time, the two share the runs that are left.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,9 +24,11 @@ from experiments.shared.apps import (
     progress_bar,
     read_learning_rates,
     run,
+    shared_work,
+    whole_rounds,
 )
 from experiments.shared.plots import Rounds, Runs
-from fedlora_jax import experiment
+from fedlora_jax import experiment, locks
 from fedlora_jax.experiment import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -73,30 +76,30 @@ def compare(
         mine.method = name
         mine.local.learning_rate = learning_rates[name]
         experiment.check(mine)
+    locks.check_writable(workdir)
     with hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)
     metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
-    runs: dict[str, list[Rounds]] = {}
-    with progress_bar(len(configs) * num_seeds * config.rounds) as bar:
-        for name, mine in configs.items():
-            program = experiment.compile_program(mine, setting)
-            runs[name] = []
-            for seed in range(num_seeds):
-                mine.seed = seed
-                bar.set_description(f"{name}, seed {seed}")
-                rounds = experiment.run(
-                    mine,
-                    setting,
-                    program,
-                    workdir / name / f"seed_{seed}",
-                    bar.update,
-                    tqdm.write if seed == 0 and hosts.is_first() else None,
-                )
-                runs[name].append(rounds)
-                if bar.disable and hosts.is_first():
-                    print(
-                        f"{name}, seed {seed}: {metric.show(rounds[-1][metric.name])}", flush=True
-                    )
+    jobs = [(name, seed) for name in configs for seed in range(num_seeds)]
+    program = functools.lru_cache(1)(
+        lambda name: experiment.compile_program(configs[name], setting)
+    )
+    with progress_bar(len(jobs) * config.rounds) as bar, whole_rounds(bar) as advance:
+
+        def train(job: tuple[str, int]) -> Rounds:
+            name, seed = job
+            mine = configs[name]
+            mine.seed = seed
+            bar.set_description(f"{name}, seed {seed}")
+            say = tqdm.write if seed == 0 and hosts.is_first() else None
+            directory = workdir / name / f"seed_{seed}"
+            rounds = experiment.run(mine, setting, program(name), directory, advance, say)
+            if bar.disable and hosts.is_first():
+                print(f"{name}, seed {seed}: {metric.show(rounds[-1][metric.name])}", flush=True)
+            return rounds
+
+        found = shared_work(jobs, train)
+    runs = {name: [found[name, seed] for seed in range(num_seeds)] for name in configs}
     first = workdir / next(iter(runs)) / "seed_0"
     if hosts.is_first():
         report.finish(config, setting, workdir, runs, learning_rates, untouched, first=first)

@@ -23,8 +23,8 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.shared import plots, report
-from experiments.shared.apps import command, method_names, progress_bar, run
-from fedlora_jax import experiment
+from experiments.shared.apps import command, method_names, progress_bar, run, whole_rounds
+from fedlora_jax import experiment, locks
 from fedlora_jax.experiment import records
 from fedlora_jax.experiment.finished import judged_on
 from fedlora_jax.federated.metrics import Metric
@@ -80,16 +80,20 @@ def tune(
     for name, mine in configs.items():
         mine.method = name
         experiment.check(mine)
+    locks.check_writable(workdir)
     setting = experiment.prepare(config)
     found: dict[str, Values] = {}
-    with progress_bar(len(names) * len(rates) * num_seeds * config.rounds) as bar:
+    total = len(names) * len(rates) * num_seeds * config.rounds
+    with progress_bar(total) as bar, whole_rounds(bar) as advance:
         for name, mine in configs.items():
             program = experiment.compile_program(mine, setting)
             found[name] = {}
             for rate in rates:
                 mine.local.learning_rate = rate
                 directory, before = workdir / name / f"rate_{rate}", bar.n
-                found[name][rate] = _values(mine, setting, program, directory, num_seeds, bar)
+                found[name][rate] = _values(
+                    mine, setting, program, directory, num_seeds, bar, advance
+                )
                 bar.update(num_seeds * config.rounds - (bar.n - before))  # of a rate given up
     metric = setting.task.metrics[0]
     chosen = choose(found, metric)
@@ -122,6 +126,7 @@ def _values(
     workdir: Path,
     num_seeds: int,
     bar: tqdm,
+    advance: experiment.Progress,
 ) -> list[float] | None:
     """The final value under each seed; None as soon as training diverges under one."""
     metric, values = setting.task.metrics[0], []
@@ -129,7 +134,7 @@ def _values(
         config.seed = seed
         title = f"{config.method}, learning rate {config.local.learning_rate:g}, seed {seed}"
         bar.set_description(title)
-        final = _value(config, setting, program, workdir / f"seed_{seed}", bar.update)
+        final = _value(config, setting, program, workdir / f"seed_{seed}", advance)
         if bar.disable:
             print(f"{title}: {'diverged' if final is None else metric.show(final)}", flush=True)
         if final is None:

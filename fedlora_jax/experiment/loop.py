@@ -121,8 +121,10 @@ def _held(workdir: Path) -> Iterator[None]:
                 stack.enter_context(locks.held(workdir, workdir / ".lock"))
             except OSError as error:
                 refusal = error
+        if hosts.any_of_all(isinstance(refusal, locks.Held)):
+            raise refusal or locks.Held(f"{workdir} is in use, says the first host")
         if hosts.any_of_all(refusal is not None):
-            raise refusal or locks.Held(f"the first host cannot have {workdir} for itself")
+            raise refusal or OSError(f"the first host cannot write in {workdir}")
         yield
 
 
