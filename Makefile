@@ -5,7 +5,11 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test devices parity lint format clean
+# Of `make faults`: how often runs are killed, and after how many seconds no further method begins.
+KILLS ?= 50
+SECONDS ?= 1200
+
+.PHONY: help demo test devices parity faults faults-short lint format clean
 
 help:
 	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
@@ -13,6 +17,8 @@ help:
 	@echo "make devices set up, then check that several devices and hosts find what one finds"
 	@echo "make parity  set up, then check backbones and adapters against torch, transformers and peft,"
 	@echo "             and prepare small public data sets"
+	@echo "make faults  set up, then kill runs of every method, fill their disk, start them twice"
+	@echo "             (20 minutes at most; make faults-short: one minute)"
 	@echo "make format  format the code"
 	@echo "make clean   remove the environment and all runs"
 
@@ -20,13 +26,19 @@ demo: $(VENV)/.core
 	$(BIN)/python -m experiments.compare --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/devices
+	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/devices --ignore=tests/faults
 
 devices: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/devices
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+
+faults: $(VENV)/.test
+	FAULTS_KILLS=$(KILLS) FAULTS_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/faults
+
+faults-short: $(VENV)/.test
+	FAULTS_KILLS=1 $(BIN)/python -m pytest tests/faults -k 'killed or signal or full_disk'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

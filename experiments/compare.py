@@ -8,9 +8,10 @@
 Prints tables; leaves `report.md` with plots in the work directory, and a directory for each
 method and seed as `experiments.train` does. A method that diverges under a seed is given up: the
 report says so, and has the others. Run again after a kill, it goes on from the last
-finished round.
+finished round. Run twice at the same time, the two share the runs that are left.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -27,9 +28,11 @@ from experiments.shared.apps import (
     read_server_steps,
     run,
     set_step,
+    shared_work,
+    whole_rounds,
 )
 from experiments.shared.plots import Rounds, Runs
-from fedlora_jax import experiment
+from fedlora_jax import experiment, locks
 from fedlora_jax.experiment import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -89,39 +92,44 @@ def compare(
         if name in server_steps:
             set_step(mine, server_steps[name])
         experiment.check(mine)
+    locks.check_writable(workdir)
     with hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)
     metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
-    runs: dict[str, list[Rounds]] = {}
+    jobs = [(name, seed) for name in configs for seed in range(num_seeds)]
+    program = functools.lru_cache(1)(
+        lambda name: experiment.compile_program(configs[name], setting)
+    )
     diverged: dict[str, str] = {}
-    with progress_bar(len(configs) * num_seeds * config.rounds) as bar:
-        for name, mine in configs.items():
-            program, before = experiment.compile_program(mine, setting), bar.n
-            runs[name] = []
-            for seed in range(num_seeds):
-                mine.seed = seed
-                bar.set_description(f"{name}, seed {seed}")
-                try:
-                    rounds = experiment.run(
-                        mine,
-                        setting,
-                        program,
-                        workdir / name / f"seed_{seed}",
-                        bar.update,
-                        tqdm.write if seed == 0 and hosts.is_first() else None,
-                    )
-                except FloatingPointError as error:
-                    diverged[name] = f"under seed {seed}, {error}"
-                    del runs[name]
-                    bar.update(num_seeds * config.rounds - (bar.n - before))
-                    break
-                runs[name].append(rounds)
-                if bar.disable and hosts.is_first():
-                    shown = "-" if (last := rounds[-1][metric.name]) is None else metric.show(last)
-                    print(f"{name}, seed {seed}: {shown}", flush=True)
+    with progress_bar(len(jobs) * config.rounds) as bar, whole_rounds(bar) as advance:
+
+        def train(job: tuple[str, int]) -> Rounds:
+            name, seed = job
+            if name in diverged:
+                bar.update(config.rounds)
+                return []
+            mine, before = configs[name], bar.n
+            mine.seed = seed
+            bar.set_description(f"{name}, seed {seed}")
+            say = tqdm.write if seed == 0 and hosts.is_first() else None
+            directory = workdir / name / f"seed_{seed}"
+            try:
+                rounds = experiment.run(mine, setting, program(name), directory, advance, say)
+            except FloatingPointError as error:
+                diverged[name] = f"under seed {seed}, {error}"
+                bar.update(config.rounds - (bar.n - before))
+                return []
+            if bar.disable and hosts.is_first():
+                shown = "-" if (last := rounds[-1][metric.name]) is None else metric.show(last)
+                print(f"{name}, seed {seed}: {shown}", flush=True)
+            return rounds
+
+        found = shared_work(jobs, train)
+    kept = [name for name in configs if name not in diverged]
+    runs = {name: [found[name, seed] for seed in range(num_seeds)] for name in kept}
     if runs and hosts.is_first():
         first = workdir / next(iter(runs)) / "seed_0"
-        steps = {name: report.step_of(mine) for name, mine in configs.items() if name in runs}
+        steps = {name: report.step_of(configs[name]) for name in kept}
         study = (config, setting, workdir, runs, learning_rates, untouched, diverged)
         report.finish(*study, first=first, steps=steps)
     if diverged:

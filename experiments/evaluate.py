@@ -14,6 +14,7 @@ again after a kill it goes on, and other tasks are added. `docs/evaluate.md` has
 """
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from absl import flags
@@ -23,6 +24,7 @@ from experiments.shared import targets
 from experiments.shared.apps import run
 from experiments.shared.judging import METRICS, Asking, Record, parse_tasks, score
 from experiments.shared.targets import Adapter, Target
+from fedlora_jax import locks
 from fedlora_jax.scoring import benchmarks
 from fedlora_jax.scoring.completions import Sampling
 
@@ -82,7 +84,7 @@ _PRECISION = flags.DEFINE_enum(
 
 
 def main() -> None:
-    """Scores, records, prints."""
+    """Checks what is asked for, then does it."""
     tasks = parse_tasks(_TASKS.value)
     # All that can be wrong, before any weights are read.
     asked = {
@@ -105,10 +107,21 @@ def main() -> None:
     out = _OUT.value or (_WORKDIR.value and Path(_WORKDIR.value, "evaluation"))
     if out is None:
         raise ValueError("--out must name a directory for what is written")
+    with locks.held(Path(out), Path(out, ".lock")):
+        evaluate(tasks, asked, asking, Path(out))
+
+
+def evaluate(
+    tasks: Mapping[str, str | None],
+    asked: Mapping[str, benchmarks.Benchmark],
+    asking: Asking,
+    out: Path,
+) -> None:
+    """Scores the tasks, records and prints."""
     target = read_target()
     if METRICS in tasks and target.measure is None:
         raise ValueError("metrics need data: give --workdir or --config")
-    record = Record(Path(out))
+    record = Record(out)
     for name in tasks:
         began = time.perf_counter()
         if target.measure and name == METRICS:

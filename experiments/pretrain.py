@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from experiments.shared.apps import run
-from fedlora_jax import models
+from fedlora_jax import locks, models
 from fedlora_jax.data import sources
 from fedlora_jax.models import pretrain
 
@@ -28,6 +28,7 @@ def main() -> None:
     output = Path(_OUTPUT.value)
     if output.exists():
         raise ValueError(f"there is something at {output} already")
+    locks.check_writable(output.absolute().parent)
     examples = sources.load(_DATASET.value, _SPLIT.value)
     num_classes = int(np.max(examples["label"])) + 1
     model = models.get(_MODEL.value, num_classes=num_classes)

@@ -13,8 +13,8 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from experiments.shared import report
-from experiments.shared.apps import progress_bar, run
-from fedlora_jax import experiment
+from experiments.shared.apps import progress_bar, run, whole_rounds
+from fedlora_jax import experiment, locks
 from fedlora_jax.experiment import hosts
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,12 +27,13 @@ def main() -> None:
     """Runs the configuration."""
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     experiment.check(config)
+    locks.check_writable(workdir)
     with hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)
-    with progress_bar(config.rounds, config.method) as bar:
+    with progress_bar(config.rounds, config.method) as bar, whole_rounds(bar) as advance:
         program = experiment.compile_program(config, setting)
         say = tqdm.write if hosts.is_first() else None
-        rounds = experiment.run(config, setting, program, workdir, bar.update, say)
+        rounds = experiment.run(config, setting, program, workdir, advance, say)
     rates = {config.method: config.local.learning_rate}
     if hosts.is_first():
         report.finish(config, setting, workdir, {config.method: [rounds]}, rates, first=workdir)

@@ -28,8 +28,16 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from experiments.shared import plots, report
-from experiments.shared.apps import command, has_step, method_names, progress_bar, run, set_step
-from fedlora_jax import experiment
+from experiments.shared.apps import (
+    command,
+    has_step,
+    method_names,
+    progress_bar,
+    run,
+    set_step,
+    whole_rounds,
+)
+from fedlora_jax import experiment, locks
 from fedlora_jax.experiment import records
 from fedlora_jax.experiment.finished import judged_on
 from fedlora_jax.federated.metrics import Metric
@@ -176,13 +184,14 @@ def tune(
     """
     config = judged_on_validation(config)
     grids = {name: _grid(config, name, rates, steps) for name in names}
+    locks.check_writable(workdir)
     setting = experiment.prepare(config)
     metric, found, spent = setting.task.metrics[0], {}, {}
     total = sum(_rounds(plan(len(grid), config.rounds, halving)) for grid in grids.values())
-    with progress_bar(num_seeds * total) as bar:
+    with progress_bar(num_seeds * total) as bar, whole_rounds(bar) as advance:
         for name, grid in grids.items():
             rungs = plan(len(grid), config.rounds, halving)
-            runs = _Runs(grid, setting, workdir / name, num_seeds, bar)
+            runs = _Runs(grid, setting, workdir / name, num_seeds, bar, advance)
             before = bar.n
             found[name] = search(list(grid), rungs, runs.to, metric)
             bar.update(num_seeds * _rounds(rungs) - (bar.n - before))  # Of points given up.
@@ -240,7 +249,8 @@ class _Runs:
       setting: Of all methods.
       workdir: Of the method.
       num_seeds: How many runs a point has.
-      bar: To be advanced by finished rounds.
+      bar: Of all runs.
+      advance: Called for each finished round.
     """
 
     def __init__(
@@ -250,9 +260,10 @@ class _Runs:
         workdir: Path,
         num_seeds: int,
         bar: tqdm,
+        advance: experiment.Progress,
     ):
         self._grid, self._setting, self._workdir = grid, setting, workdir
-        self._seeds, self._bar = range(num_seeds), bar
+        self._seeds, self._bar, self._advance = range(num_seeds), bar, advance
         self._programs: dict[bool, experiment.Program] = {}
         self._shown: dict[Path, int] = {}
 
@@ -307,7 +318,7 @@ class _Runs:
             shown = self._shown.get(workdir, 0)
             if shown < next(finished) <= rounds:
                 self._shown[workdir] = shown + 1
-                self._bar.update()
+                self._advance()
 
         try:
             rows = experiment.run(

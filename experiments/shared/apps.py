@@ -1,5 +1,6 @@
 """What the command-line programs share."""
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -7,18 +8,30 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fedlora_jax import methods
+from fedlora_jax import locks, methods
 from fedlora_jax.experiment import hosts
 from fedlora_jax.names import lookup
+
+# Exit statuses after signals, as shells have them.
+_INTERRUPTED = 130
+_TERMINATED = 143
+# Before a directory that another process uses is tried again, in seconds.
+_PAUSE = 1.0
+
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -44,7 +57,7 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
     Compiled programs are kept, see `keep_compiled`.
 
     What the user has to mend ends the program with its message alone; `--verbosity=0` adds
-    where it comes from.
+    where it comes from. So does an interrupt by the keyboard, with exit status 130.
 
     Args:
       main: The program.
@@ -56,6 +69,8 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
             raise app.UsageError(f"unexpected arguments: {argv[1:]}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
+            # It logs at length what it then raises.
+            logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
         keep_compiled(_COMPILATION_CACHE.value)
         try:
             if _COORDINATOR.value is not None:
@@ -66,6 +81,9 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
             logging.info("Where it comes from:", exc_info=True)
             sys.exit(f"error: {_reason(error)}")
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from what is finished", file=sys.stderr)
+            sys.exit(_INTERRUPTED)
 
     app.run(quietly, flags_parser=_parse)
 
@@ -107,6 +125,68 @@ def _reason(error: BaseException) -> str:
         wanted = ": a directory is wanted" * isinstance(error, FileExistsError)
         return f"{error.filename}: {error.strerror}{wanted}"
     return str(error)
+
+
+@contextlib.contextmanager
+def whole_rounds(bar: tqdm) -> Iterator[Callable[[], None]]:
+    """Counts rounds; after a SIGTERM the round that runs is finished and saved, then all ends.
+
+    A second SIGTERM ends the program at once. Several hosts end after the same round.
+
+    Args:
+      bar: Of `progress_bar`.
+
+    Yields:
+      What is to be called after each round; it may raise SystemExit, with status 143.
+    """
+    asked: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        if asked:
+            sys.exit(_TERMINATED)
+        asked.append(number)
+
+    def advance() -> None:
+        bar.update()
+        if hosts.any_of_all(bool(asked)):
+            print(
+                "terminated after a whole round; the same command goes on from there",
+                file=sys.stderr,
+            )
+            sys.exit(_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, on_signal)
+    try:
+        yield advance
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shared_work(jobs: Iterable[Job], do: Callable[[Job], Done]) -> dict[Job, Done]:
+    """Does all jobs; one that another process is at is taken up again when the rest is done.
+
+    Args:
+      jobs: In the order in which they are to be done.
+      do: Does one; raises `locks.Held` while another process does it.
+
+    Returns:
+      What came of each, in the order of the jobs.
+    """
+    jobs = list(jobs)
+    left, found = jobs, {}
+    while left:
+        held = []
+        for job in left:
+            try:
+                found[job] = do(job)
+            except locks.Held as error:
+                held.append(job)
+                if left is jobs:
+                    logging.warning("%s; it is left to that process for now", error)
+        if len(held) == len(left):
+            time.sleep(_PAUSE)
+        left = held
+    return {job: found[job] for job in jobs}
 
 
 def keep_compiled(wanted: str | None) -> None:

@@ -201,7 +201,7 @@ class Record:
     def __init__(self, out: Path):
         out.mkdir(parents=True, exist_ok=True)
         self.path, self._generations = out / "evaluation.json", out / "generations.jsonl"
-        self._tasks = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self._tasks = records.read_sealed(self.path) if self.path.exists() else {}
         # A line cut short by a kill is left out.
         kept = "".join(json.dumps(row) + "\n" for row in self._rows())
         records.write_atomically(self._generations, kept)

@@ -237,7 +237,7 @@ def _automatic(
     directory = jax.config.values["jax_compilation_cache_dir"]
     if directory and "://" not in directory:
         path = Path(directory) / "clients_per_chunk" / f"{key}.json"
-    known = _read(path) if path else _number(_found.get(key))
+    known = _read_cache(path) if path else _number(_found.get(key))
     if known in candidates:
         # Found with another method, maybe: if this one needs more memory, fewer.
         fewer = [size for size in candidates if size <= known]
@@ -277,14 +277,24 @@ def _key(config: ml_collections.ConfigDict, arguments: Sequence[Any], cohort_siz
 def _write(path: Path, choice: Choice) -> None:
     record = {"clients_per_chunk": choice.size, "seconds": choice.seconds}
     if jax.process_index() == 0:
-        records.write_atomically(path, json.dumps(record) + "\n")
+        records.write_sealed(path, record)
 
 
 def _read(path: Path) -> int | None:
-    """The number in a record, as the first process finds it; None if there is none."""
+    """The number in a record, as the first process finds it; None if there is none.
+
+    Raises:
+      Damaged: If the record is not what was written.
+    """
+    found = records.read_sealed(path).get("clients_per_chunk") if path.exists() else None
+    return _number(found)
+
+
+def _read_cache(path: Path) -> int | None:
+    """The same of a record that can be made again."""
     try:
-        return _number(int(json.loads(path.read_text())["clients_per_chunk"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return _read(path)
+    except (ValueError, OSError):
         return _number(None)
 
 

@@ -5,21 +5,27 @@ identity and its state, field by field, as NumPy reads it. A client's state is t
 is; a client that never took part has the first state, which all have in common. Nothing is ever
 changed, so a kill leaves either a whole round or none, and what was true after any round can be
 read again. A file of which every record has a newer one is removed once no checkpoint needs it.
+After the records, where NumPy does not look, a file has their SHA-256, which is compared when a run
+goes on.
 """
 
+import hashlib
+import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
+from fedlora_jax.checksums import Damaged
 from fedlora_jax.experiment import hosts
-from fedlora_jax.experiment.records import replacing
+from fedlora_jax.experiment.records import NOT_NUMPY, replacing
 
 PyTree: TypeAlias = Any
 
 DIRECTORY = "clients"
 _IDENTITY = "identity"
+_PIECE = 2**24  # bytes
 
 
 class ClientStore:
@@ -31,6 +37,10 @@ class ClientStore:
       num_clients: N.
       rounds: How many rounds are finished. What is there of later ones is not read, and written
         again.
+
+    Raises:
+      Damaged: If a file of those rounds is not what was written.
+      ValueError: If one is of another model or method.
     """
 
     def __init__(self, workdir: Path, first: PyTree, num_clients: int, rounds: int = 0):
@@ -48,7 +58,18 @@ class ClientStore:
         self._dead: dict[int, int] = {}
         for index in range(rounds if self._fields else 0):
             if self._path(index).exists():
+                self._check(index)
                 self._enter(index, self._open(index)[_IDENTITY])
+
+    def expect(self, rounds: np.ndarray) -> None:
+        """Raises Damaged unless the newest states are of these rounds, `[N]`; -1 for the first."""
+        other = np.flatnonzero(self._round != rounds)
+        if self._fields and len(other):
+            lost = ", ".join(str(index) for index in np.unique(rounds[other]).tolist())
+            raise Damaged(
+                f"{self._directory} lacks the states that {len(other)} clients had after round "
+                f"{lost}"
+            )
 
     def read(self, identities: np.ndarray) -> PyTree:
         """The states of these clients, stacked along `[K]`, on the host; of -1 the first state."""
@@ -94,6 +115,10 @@ class ClientStore:
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as file:
             np.save(file, rows)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").digest()
+            file.seek(0, os.SEEK_END)
+            file.write(digest)
 
     def _enter(self, index: int, identities: np.ndarray) -> None:
         before = self._round[identities]
@@ -106,6 +131,18 @@ class ClientStore:
 
     def _path(self, index: int) -> Path:
         return self._directory / f"{index:06d}.npy"
+
+    def _check(self, index: int) -> None:
+        """Raises Damaged if a file is not what was written; older versions wrote no checksum."""
+        path = self._path(index)
+        if _has_its_checksum(path):
+            return
+        try:
+            records = np.load(path, mmap_mode="r", allow_pickle=False)
+        except NOT_NUMPY as error:
+            raise Damaged(f"{path} is damaged: {error}") from None
+        if records.offset + records.nbytes != path.stat().st_size:
+            raise Damaged(f"{path} is damaged: it is not what was written")
 
     def _open(self, index: int) -> np.ndarray:
         path = self._path(index)
@@ -121,3 +158,14 @@ class ClientStore:
 def _stored(dtype: np.dtype) -> np.dtype:
     """The type itself where NumPy knows it, else an unsigned integer of the same bits."""
     return dtype if dtype.isbuiltin == 1 else np.dtype(f"u{dtype.itemsize}")
+
+
+def _has_its_checksum(path: Path) -> bool:
+    """Whether the end of a file is the SHA-256 of what is before."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END) - digest.digest_size
+        file.seek(0)
+        while file.tell() < end:
+            digest.update(file.read(min(_PIECE, end - file.tell())))
+        return file.read() == digest.digest()

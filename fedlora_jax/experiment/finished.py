@@ -1,12 +1,13 @@
 """What a run has come to, read back from its work directory, or what it starts from."""
 
-import json
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_collections
 
-from fedlora_jax.experiment import partitions, records
+from fedlora_jax.experiment import partitions, records, resuming
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
@@ -74,21 +75,19 @@ def restore(workdir: Path, split: str = "test") -> Finished:
         data are others than then.
     """
     config = judged_on(read_config(workdir), split)
-    if not (workdir / "checkpoints").is_dir():
+    if not records.checkpoints(workdir):
         raise FileNotFoundError(f"{workdir}: no round of this run is finished")
     setting = prepare(config)
     program = compile_program(config, setting)
     parts = partitions.of_run(config, setting.train, workdir).parts
     start = first_state(config, setting, program.method, parts, program.mesh)
-    checkpoints = records.Checkpoints(workdir)
-    try:
-        server, rounds = checkpoints.restore(start.server)
-    finally:
-        checkpoints.close()
-    if not rounds:
-        raise FileNotFoundError(f"{workdir}: no round of this run is finished")
-    clients = ClientStore(workdir, start.client, len(start.ranks), rounds)
-    return Finished(config, setting, program, start._replace(server=server), clients, rounds)
+    found = resuming.newest(config, start, workdir)
+    for why in found.damaged.values():
+        warnings.warn(f"{why}. The state after {found.rounds} rounds is taken", stacklevel=2)
+    with contextlib.closing(records.Checkpoints(workdir, read_only=True)) as checkpoints:
+        server = checkpoints.restore(found.rounds, start.server)
+    start = start._replace(server=server)
+    return Finished(config, setting, program, start, found.clients, found.rounds)
 
 
 def read_config(workdir: Path) -> ml_collections.ConfigDict:
@@ -96,11 +95,12 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
 
     Raises:
       FileNotFoundError: If there is no run.
+      Damaged: If its configuration is not what was written.
     """
     path = workdir / records.CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"there is no run in {workdir}: no {records.CONFIG}")
-    stored = json.loads(path.read_text())
+    stored = records.read_sealed(path)
     # Of the methods' options only those of its own are kept.
     stored["options"] = {stored["method"]: stored["options"]}
     return ml_collections.ConfigDict(stored)

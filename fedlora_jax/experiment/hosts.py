@@ -55,6 +55,13 @@ def first_before_others(what: str) -> Iterator[None]:
         wait(what)
 
 
+def any_of_all(value: bool) -> bool:
+    """Whether it is so on any host; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
 def gathered(tree: PyTree) -> PyTree:
     """Whole arrays in the memory of each host."""
     if jax.process_count() == 1:

@@ -1,27 +1,31 @@
 """One method trained under one seed, from its first state to its last record."""
 
+import contextlib
 import functools
 import json
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fedlora_jax.experiment import chunking, hosts, partitions, records
+from fedlora_jax import locks
+from fedlora_jax.experiment import chunking, hosts, partitions, records, resuming
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
+from fedlora_jax.experiment.resuming import Resumed
 from fedlora_jax.experiment.setting import Setting
-from fedlora_jax.experiment.state import everywhere, first_state, rows
+from fedlora_jax.experiment.state import State, everywhere, first_state, rows
 from fedlora_jax.experiment.streaming import Stream
 from fedlora_jax.federated import cohort, communication, placement
 from fedlora_jax.federated.evaluation import panel_states
+from fedlora_jax.methods import Server
 
 Progress = Callable[[], Any]
 
@@ -44,9 +48,11 @@ def run(
     * `partition.json`: whose the training examples are. One that is there is used.
     * `clients_per_chunk.json`: how many clients train at once, if that was left open.
     * `metrics.jsonl`: one line a round, see `docs/outputs.md`, and the same as TensorBoard events.
-    * `checkpoints/`: the last two states of the server, by Orbax.
+    * `metrics.backup`: the same lines with checksums, from which damaged ones are mended.
+    * `checkpoints/`: the last two states of the server, by Orbax, with checksums.
     * `clients/`: the states of clients that keep one, see `client_store`.
     * `adapters.npz`: the final adapters.
+    * `damaged/`: what was found not to be as it was written, for a look; it is never read.
 
     Args:
       config: As in `configs/`.
@@ -65,78 +71,137 @@ def run(
     Raises:
       ValueError: If `workdir` holds a run of another configuration or a partition of other data, or
         if a round cannot fit the memory.
+      Damaged: If what is needed to go on is not what was written, and nothing else has it.
+      Held: If another process runs in `workdir`.
+      OSError: If nothing can be written there.
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
-    mesh, last_round = program.mesh, min(until or config.rounds, config.rounds)
+    rounds = min(until or config.rounds, config.rounds)
     found = partitions.of_run(config, setting.train, workdir)
-    start = first_state(config, setting, program.method, found.parts, mesh)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with hosts.first_before_others("claimed"):
-        _claim(config, workdir)
-        partitions.write(found, workdir)
-    checkpoints = records.Checkpoints(workdir)
-    server, first = checkpoints.restore(start.server)
-    store = ClientStore(workdir, start.client, len(start.ranks), first)
-    for _ in range(first):
-        advance()
+    start = first_state(config, setting, program.method, found.parts, program.mesh)
+    with _held(workdir):
+        with hosts.first_before_others("claimed"):
+            _claim(config, workdir)
+            partitions.write(found, workdir)
+        resumed = _resume(config, start, workdir)
+        with contextlib.ExitStack() as stack:
+            checkpoints = stack.enter_context(contextlib.closing(records.Checkpoints(workdir)))
+            server = start.server
+            if resumed.rounds:
+                server = checkpoints.restore(resumed.rounds, server)
+            writer = None
+            if hosts.is_first():
+                writer = records.MetricsWriter(workdir, resumed.rounds)
+                stack.callback(writer.close)
+            for _ in range(resumed.rounds):
+                advance()
+            if resumed.rounds < rounds:
+                kept = _Kept(workdir, resumed.clients, writer, checkpoints)
+                inputs = (config, setting, program, start, server, resumed, rounds)
+                server = _train(*inputs, kept, advance, announce)
+        with hosts.first_before_others("finished"):
+            if hosts.is_first():
+                records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
+        return records.read_metrics(workdir, max(rounds, resumed.rounds))
+
+
+class _Kept(NamedTuple):
+    """Where the results of rounds are kept; the writer on the first host alone."""
+
+    workdir: Path
+    clients: ClientStore
+    writer: records.MetricsWriter | None
+    checkpoints: records.Checkpoints
+
+
+@contextlib.contextmanager
+def _held(workdir: Path) -> Iterator[None]:
+    """Keeps other processes out of a work directory; of several hosts the first one does it."""
+    refusal: OSError | None = None
+    with contextlib.ExitStack() as stack:
+        if hosts.is_first():
+            try:
+                stack.enter_context(locks.held(workdir, workdir / ".lock"))
+            except OSError as error:
+                refusal = error
+        if hosts.any_of_all(isinstance(refusal, locks.Held)):
+            raise refusal or locks.Held(f"{workdir} is in use, says the first host")
+        if hosts.any_of_all(refusal is not None):
+            raise refusal or OSError(f"the first host cannot write in {workdir}")
+        yield
+
+
+def _resume(config: ml_collections.ConfigDict, start: State, workdir: Path) -> Resumed:
+    """Where the run goes on; what is damaged is moved out of the way when all is known."""
+    resumed = resuming.newest(config, start, workdir)
+    records.read_metrics(workdir, resumed.rounds)
+    hosts.wait("checked")
+    with hosts.first_before_others("set aside"):
+        for line in resuming.set_aside(resumed, workdir) if hosts.is_first() else ():
+            warnings.warn(line, stacklevel=4)
+    return resumed
+
+
+def _train(
+    config: ml_collections.ConfigDict,
+    setting: Setting,
+    program: Program,
+    start: State,
+    server: Server,
+    resumed: Resumed,
+    rounds: int,
+    kept: _Kept,
+    advance: Progress,
+    announce: Callable[[str], Any] | None,
+) -> Server:
+    """Runs what is left of so many rounds; the state after the last one."""
+    mesh, first, last = program.mesh, resumed.rounds, resumed.last
     seed = jax.random.key(config.seed)
     sizes = {"num_clients": len(start.data.counts), "cohort_size": start.cohort_size}
     draw = functools.partial(cohort.sample, seed, **sizes)
-    last = cohort.last_rounds(seed, first, **sizes)
     measure = make_measure(config, program, setting.domains, start)
     rate_of = schedule(config)
-    stream = Stream(setting.stored, start, program, seed)
 
     def inputs(index: int, chosen: np.ndarray) -> tuple[Any, ...]:
         """What a round of these clients gets besides the server's state."""
         members = placement.padded(chosen, mesh)
-        states = rows(store.read(members), mesh)
+        states = rows(kept.clients.read(members), mesh)
         shared = everywhere((seed, jnp.float32(rate_of(index))), mesh)
         data = stream.data(index, members)
         return states, start.ranks, data, rows(members, mesh), *shared
 
-    if first < last_round:
+    with contextlib.closing(Stream(setting.stored, start, program, seed)) as stream:
         chosen, devices = np.asarray(draw(first)), placement.devices(mesh)
         some = chosen[: chunking.MOST * devices]
         trial, arguments = ((server, *inputs(first, who)) for who in (some, chosen))
         each = -(-len(chosen) // devices)
         round_function = chunking.of_run(
-            config, program.make_round, arguments, trial, each, workdir, announce
+            config, program.make_round, arguments, trial, each, kept.workdir, announce
         )
         del arguments, trial  # They hold the examples of a round.
-    writer = records.MetricsWriter(workdir, first) if hosts.is_first() else None
-    try:
-        for index in range(first, last_round):
+        for index in range(first, rounds):
             chosen = np.asarray(draw(index))
             who = Participation(chosen, communication.absences(last, chosen, index))
             last[chosen] = index
             began = time.perf_counter()
             given = inputs(index, chosen)
-            if index + 1 < last_round:
+            if index + 1 < rounds:
                 stream.begin(index + 1, placement.padded(np.asarray(draw(index + 1)), mesh))
             server, states, measured = round_function(server, *given)
             states, measured = hosts.gathered(states), jax.device_get(measured)
             seconds = time.perf_counter() - began
-            _stop_or_warn(int(measured.excluded), start.cohort_size, index, workdir)
+            _stop_or_warn(int(measured.excluded), start.cohort_size, index, kept.workdir)
             with hosts.first_before_others("states written"):
-                store.write(index, chosen, _first(states, start.cohort_size))
-            judged = panel_states(program.method, store.read, start.test)
+                kept.clients.write(index, chosen, _first(states, start.cohort_size))
+            judged = panel_states(program.method, kept.clients.read, start.test)
             row = {**measure(index, who, server, judged, measured), **stream.waited()}
-            if writer is not None:
-                writer.write({**row, "seconds": seconds})
-            checkpoints.save(index + 1, server)
-            store.forget(checkpoints.oldest())
+            if kept.writer is not None:
+                kept.writer.write({**row, "seconds": seconds})
+            kept.checkpoints.save(index + 1, server)
+            kept.clients.forget(kept.checkpoints.oldest())
             advance()
-    finally:
-        stream.close()
-        if writer is not None:
-            writer.close()
-        checkpoints.close()
-    with hosts.first_before_others("finished"):
-        if hosts.is_first():
-            records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
-    return records.read_metrics(workdir)
+    return server
 
 
 def _first(tree: Any, count: int) -> Any:
@@ -167,11 +232,11 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
     mine = {**config.to_dict(), "options": config.options[config.method].to_dict()}
     # The same run, on whatever devices.
     mine.pop("mesh", None)
-    text = json.dumps(mine, indent=2, sort_keys=True, default=list) + "\n"
+    mine = json.loads(json.dumps(mine, default=list))
     path = workdir / records.CONFIG
     if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = records.differences(json.loads(text), theirs, "config")
+        theirs = records.read_sealed(path)
+        changed = records.differences(mine, theirs, "config")
         if _same_rounds(config) and config.rounds >= theirs["rounds"]:
             changed = [line for line in changed if not line.startswith(_LENGTHS)]
         # The same run, wherever its data wait.
@@ -181,9 +246,9 @@ def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
                 f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
                 "another work directory, or remove this one"
             )
-        if text == path.read_text():
+        if mine == theirs:
             return
-    records.write_atomically(path, text)
+    records.write_sealed(path, mine)
 
 
 _LENGTHS = ("config.rounds ", "config.options.rounds ")

@@ -1,12 +1,17 @@
 """What a run leaves behind: metrics, TensorBoard events, checkpoints and adapters."""
 
 import contextlib
+import hashlib
+import io
+import itertools
 import json
 import os
+import tokenize
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +19,96 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
+from fedlora_jax import checksums
+from fedlora_jax.checksums import Damaged
+from fedlora_jax.experiment import hosts
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
 
 METRICS = "metrics.jsonl"
+BACKUP = "metrics.backup"
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"
+_SHA256 = "sha256"
+# What NumPy may raise on a file that is not its own.
+NOT_NUMPY = (
+    *(ValueError, TypeError, KeyError, EOFError, SyntaxError, NotImplementedError),
+    *(tokenize.TokenError, zipfile.BadZipFile),
+)
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The rounds recorded in a work directory; a line cut short by a kill is left out."""
-    return read_lines(workdir / METRICS)
+def read_metrics(workdir: Path, rounds: int = 0) -> list[dict[str, Any]]:
+    """The rounds recorded in a work directory; a line cut short by a kill is left out.
+
+    A line that is damaged or missing in `metrics.jsonl` is taken from `metrics.backup`.
+
+    Args:
+      workdir: Of a run.
+      rounds: How many there must be at least.
+
+    Raises:
+      Damaged: If a round is missing in both; the message says which.
+    """
+    rows = _sound_rows(workdir)
+    expected = range(max(rounds, max(rows, default=-1) + 1))
+    missing = [index for index in expected if index not in rows]
+    if missing:
+        first, last = missing[0], missing[-1]
+        which = f"round {first}" if first == last else f"{len(missing)} of rounds {first} to {last}"
+        raise Damaged(
+            f"{workdir / METRICS} is damaged: the line of {which} is missing or cannot be read, "
+            f"and {BACKUP} does not have it. Bring it back from a copy, or choose another work "
+            "directory to begin anew; nothing was changed here"
+        )
+    return [rows[index] for index in expected]
+
+
+def _sound_rows(workdir: Path) -> dict[int, dict[str, Any]]:
+    """By round: lines of `metrics.jsonl` that are as they were written, and else their backup."""
+    lines, sealed = _lines(workdir / METRICS), _lines(workdir / BACKUP)
+    pairs = [line.partition(b" ")[::2] for line in sealed]
+    known = {seal for seal, _ in pairs}
+    rows = {}
+    for line in [line for seal, line in pairs if seal == _seal(line)]:
+        row = json.loads(line)
+        rows[row["round"]] = row
+    for line in lines:
+        try:
+            row = json.loads(line)
+            index = row["round"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        # One without a seal is of an older version, or damaged, and then its backup is there.
+        if isinstance(index, int) and (_seal(line) in known or index not in rows):
+            rows[index] = row
+    return rows
+
+
+def _seal(line: bytes) -> bytes:
+    return hashlib.sha256(line).hexdigest()[:16].encode()
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The lines that have an end."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSON file up to one that was cut short; none if there is no file."""
+    """The lines of a JSON file but one that was cut short; none if there is no file.
+
+    Raises:
+      Damaged: If a line is no JSON object; the message says which.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(_lines(path), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise Damaged(
+                f"line {number} of {path} is damaged: {error}. Bring it back from a copy, or "
+                "remove this line to have its work done again"
+            ) from None
     return rows
 
 
@@ -42,30 +117,61 @@ class MetricsWriter:
 
     A line is on disk before the round's checkpoint is begun, so that what is lost in a kill is
     never a line but at most a checkpoint; `first_round` then drops the lines of the rounds that
-    are to be run again.
+    are to be run again. `metrics.backup` has the same lines, each after a checksum.
 
     Args:
       workdir: Where to write.
       first_round: The first round to be written.
+
+    Raises:
+      Damaged: If a line of a round before is lost.
     """
 
     def __init__(self, workdir: Path, first_round: int):
-        kept = [row for row in read_metrics(workdir) if row["round"] < first_round]
-        write_atomically(workdir / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        kept = [json.dumps(row) for row in read_metrics(workdir, first_round)[:first_round]]
+        _mend(workdir / METRICS, [line.encode() for line in kept])
+        _mend(workdir / BACKUP, [_sealed(line).encode() for line in kept])
         self._file = open(workdir / METRICS, "a", buffering=1)
+        self._backup = open(workdir / BACKUP, "a", buffering=1)
         self._events = SummaryWriter(str(workdir), purge_step=first_round)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes a round's metrics: numbers, strings, and lists and dicts of them."""
-        self._file.write(json.dumps(row) + "\n")
+        line = json.dumps(row)
+        self._file.write(line + "\n")
+        self._backup.write(_sealed(line) + "\n")
         for name, value in _numbers(row):
             self._events.add_scalar(name, value, row["round"])
         self._events.flush()
 
     def close(self) -> None:
-        """Closes both files."""
+        """Closes all files."""
         self._file.close()
+        self._backup.close()
         self._events.close()
+
+
+def _sealed(line: str) -> str:
+    return f"{_seal(line.encode()).decode()} {line}"
+
+
+def _mend(path: Path, lines: list[bytes]) -> None:
+    """Has a file begin with these lines and end there; what was damaged is kept elsewhere."""
+    there = _lines(path)
+    if path.exists() and there[: len(lines)] != lines:
+        kept = set_aside(path.parent, path.name)
+        warnings.warn(f"{path} was damaged and is mended; as it was it is {kept}", stacklevel=4)
+    write_atomically(path, b"".join(line + b"\n" for line in lines).decode())
+
+
+def set_aside(workdir: Path, name: str) -> Path:
+    """Moves what is damaged into `damaged/`, where nothing is read; returns where it is then."""
+    path, directory = workdir / name, workdir / DAMAGED
+    directory.mkdir(exist_ok=True)
+    kept = name.replace("/", "_")
+    paths = (directory / f"{kept}.{number}" for number in itertools.count(1))
+    target = next(each for each in paths if not each.exists())
+    return path.rename(target)
 
 
 def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -78,31 +184,62 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
     return found
 
 
+def checkpoints(workdir: Path) -> list[int]:
+    """The checkpoints of a run by number of finished rounds, ascending."""
+    directory = workdir / CHECKPOINTS
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def check_checkpoint(workdir: Path, rounds: int) -> None:
+    """Raises Damaged if the checkpoint after so many rounds is not what was written."""
+    checksums.check(workdir / CHECKPOINTS / str(rounds))
+
+
 class Checkpoints:
-    """The last states of a run by number of finished rounds, written while the next one runs."""
+    """The last states of a run by number of finished rounds, written while the next one runs.
 
-    def __init__(self, workdir: Path):
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(workdir.absolute() / "checkpoints", options=options)
+    Each holds the checksums of its files from the moment on at which it is there.
 
-    def restore(self, like: Any) -> tuple[Any, int]:
-        """The newest state and its number of finished rounds; `(like, 0)` if there is none.
+    Args:
+      workdir: Of a run.
+      read_only: Nothing is to be written, nor is what another process has not finished removed.
+    """
+
+    def __init__(self, workdir: Path, read_only: bool = False):
+        self._directory = workdir.absolute() / CHECKPOINTS
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True)
+        else:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=2,
+                enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
+            )
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
+
+    def _add_checksums(self) -> None:
+        """Called when all is written and not yet in its place."""
+        if not hosts.is_first():
+            return
+        for each in self._directory.iterdir():
+            if each.is_dir() and not (each / checksums.CHECKSUMS).exists():
+                checksums.write(each)
+
+    def restore(self, rounds: int, like: Any) -> Any:
+        """The state after so many rounds.
 
         Raises:
-          ValueError: If the newest checkpoint has another structure or other shapes than `like`.
+          ValueError: If the checkpoint has another structure or other shapes than `like`.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return like, 0
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(rounds, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint in {self._manager.directory} is of another model or method: "
+                f"the checkpoint in {self._directory} is of another model or method: "
                 "choose another work directory, or remove this one"
             ) from error
-        return state, step
 
     def oldest(self) -> int:
         """The number of finished rounds of the oldest state that is there for good; 0 without."""
@@ -137,12 +274,14 @@ def load_adapters(path: Path) -> Adapters:
     """
     layers: dict[str, dict[str, Any]] = {}
     try:
-        with np.load(path) as arrays:
-            for name in arrays:
-                layer, _, side = name.rpartition(".")
-                layers.setdefault(layer, {})[side] = jnp.asarray(arrays[name])
+        with zipfile.ZipFile(path) as file:
+            for name in file.namelist():
+                layer, _, side = name.removesuffix(".npy").rpartition(".")
+                # Read to its end, for there its checksum is compared.
+                content = io.BytesIO(file.read(name))
+                layers.setdefault(layer, {})[side] = jnp.asarray(np.lib.format.read_array(content))
         return {layer: Factors(**sides) for layer, sides in layers.items()}
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except NOT_NUMPY as error:
         raise ValueError(f"{path} holds no adapters: {error}") from error
 
 
@@ -153,12 +292,43 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[io.BufferedRandom]:
     """A file to write to, which takes its place when all is written."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    with open(temporary, "w+b") as file:
         yield file
     os.replace(temporary, path)
+
+
+def write_sealed(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record as JSON, with its `sha256`, atomically."""
+    plain = json.loads(json.dumps(record, default=list))
+    text = json.dumps({**plain, _SHA256: _digest(plain)}, indent=2, sort_keys=True)
+    write_atomically(path, text + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Reads what `write_sealed` wrote, or a JSON object without `sha256` as it is.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      Damaged: If it is not what was written.
+    """
+    try:
+        record = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise Damaged(f"{path} is damaged: {error}. Bring it back from a copy") from None
+    seal = record.pop(_SHA256, None)
+    if seal not in (None, _digest(record)):
+        raise Damaged(
+            f"{path} is not what was written: its {_SHA256} is another. Bring it back from a copy; "
+            f"or, if you changed it on purpose, remove its field {_SHA256}"
+        )
+    return record
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def differences(mine: Any, theirs: Any, path: str) -> list[str]:

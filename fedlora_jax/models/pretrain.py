@@ -1,7 +1,9 @@
 """Ordinary training of a whole image classifier: a backbone where none can be downloaded."""
 
 import os
+import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,7 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from tqdm.auto import tqdm
 
-from fedlora_jax import bounds
+from fedlora_jax import bounds, checksums, locks
 from fedlora_jax.data import images
 
 Params: TypeAlias = dict[str, Any]
@@ -96,18 +98,28 @@ def save(path: str | os.PathLike[str], params: Params) -> None:
 
     Raises:
       ValueError: If there is something at `path` already.
+      OSError: If it cannot be written.
     """
-    with _checkpointer() as checkpointer:
-        checkpointer.save(Path(path).absolute(), params)
+    path = Path(path).absolute()
+    if path.exists():
+        raise ValueError(f"{path} already exists")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    # One that is written in the background waits for ever where there is no place for it.
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+    with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
+        checkpointer.save(unfinished, args=ocp.args.StandardSave(params))
+    checksums.write(unfinished)
+    unfinished.rename(path)
 
 
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """One that waits for no other host: each has all parameters."""
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """No other host is waited for: each has all parameters."""
     me = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
+    return ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"host_{me}"
     )
-    return ocp.StandardCheckpointer(multiprocessing_options=alone)
 
 
 def restore(path: str | os.PathLike[str], like: Params) -> Params:
@@ -119,6 +131,7 @@ def restore(path: str | os.PathLike[str], like: Params) -> Params:
 
     Raises:
       FileNotFoundError: If there is no checkpoint at `path`.
+      checksums.Damaged: If it is not what was written.
       ValueError: If it holds another tree.
     """
 
@@ -126,7 +139,8 @@ def restore(path: str | os.PathLike[str], like: Params) -> Params:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
 
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with _checkpointer() as checkpointer:
+    checksums.check(Path(path))
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         return checkpointer.restore(Path(path).absolute(), jax.tree.map(here, like))
 
 
@@ -138,10 +152,34 @@ def cached(
 ) -> Params:
     """Restores the backbone at `path`, or pretrains it with these options and saves it there.
 
-    The path should name what the parameters depend on: nothing but the shapes is checked.
+    The path should name what the parameters depend on: nothing but the shapes is checked. One that
+    is damaged is made anew. Of several processes one makes it, and the others wait for it.
+
+    Raises:
+      OSError: If it is to be made, and cannot be written there; before any training.
     """
-    if not Path(path).exists():
-        save(path, pretrain(model, examples, **options))
+    path = Path(path).absolute()
     image = jax.ShapeDtypeStruct((1, *examples["image"].shape[1:]), jnp.float32)
     like = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    return restore(path, like)
+    found = _restored(path, like)
+    if found is not None:
+        return found
+    with locks.held(path, path.with_name(f".{path.name}.lock"), wait=True):
+        found = _restored(path, like)  # Another process may have made it meanwhile.
+        if found is None:
+            shutil.rmtree(path, ignore_errors=True)
+            save(path, pretrain(model, examples, **options))
+            found = restore(path, like)
+    return found
+
+
+def _restored(path: Path, like: Params) -> Params | None:
+    """What is at `path`; None if there is nothing, or nothing of use."""
+    if not path.exists():
+        return None
+    try:
+        return restore(path, like)
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+        why = error if isinstance(error, checksums.Damaged) else f"{path} cannot be read"
+        warnings.warn(f"{why}. The backbone is made anew", stacklevel=3)
+        return None

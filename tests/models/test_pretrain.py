@@ -1,3 +1,6 @@
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import numpy as np
@@ -5,6 +8,7 @@ import pytest
 
 from fedlora_jax.data import images
 from fedlora_jax.models import pretrain
+from tests.damage import cut, flip
 
 
 class Linear(nn.Module):
@@ -78,3 +82,34 @@ def test_cached_trains_once(examples, tmp_path, monkeypatch):
 def test_no_progress_bar_in_a_log_file(examples, capfd):
     pretrain.pretrain(MODEL, examples, steps=1)
     assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_backbone_is_made_anew(examples, tmp_path):
+    path = tmp_path / "params"
+    first = pretrain.cached(path, MODEL, examples, steps=2)
+    largest = max(path.rglob("d/*"), key=lambda file: file.stat().st_size)
+    for damage in (flip, cut, Path.unlink):
+        damage(largest)
+        with pytest.warns(UserWarning, match="made anew"):
+            assert _equal(pretrain.cached(path, MODEL, examples, steps=2), first)
+        largest = max(path.rglob("d/*"), key=lambda file: file.stat().st_size)
+    assert _equal(pretrain.cached(path, MODEL, examples, steps=2), first)
+
+
+def test_nothing_is_trained_for_a_place_that_cannot_be_written(examples, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(pretrain, "pretrain", None)
+    with pytest.raises(OSError, match=r"cannot write in .*file/backbones: Not a directory"):
+        pretrain.cached(tmp_path / "file" / "backbones" / "params", MODEL, examples, steps=2)
+
+
+def test_of_two_at_once_one_makes_the_backbone(examples, tmp_path, monkeypatch):
+    made, train = [], pretrain.pretrain
+    monkeypatch.setattr(pretrain, "pretrain", lambda *x, **y: made.append(1) or train(*x, **y))
+    with ThreadPoolExecutor() as pool:
+        futures = [
+            pool.submit(pretrain.cached, tmp_path / "params", MODEL, examples, steps=2)
+            for _ in range(2)
+        ]
+        one, two = (future.result() for future in futures)
+    assert _equal(one, two) and len(made) == 1
