@@ -175,7 +175,7 @@ def test_with_many_clients_a_panel_is_listed_and_all_are_summed_up(base, make, t
         ({"server.optimizer": "fedadm"}, "'fedadam'"),
         ({"method": "local", "server.step": 2.0}, "local: .* a server's step .* learns nothing"),
         ({"server.optimizer": "fedadam", "server.step": 2.0}, "in that of factors"),
-        ({"server.step_momentum": 1.0}, "momentum must be from 0 to below 1, got 1.0"),
+        ({"server.step_momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"),
         ({"lora.ranks": "heavytail_light"}, "'heavy_tail_light'"),
         ({"lora.ranks": "heavy_tail_light,3"}, "unknown distribution of ranks"),
         ({"local.steps": 0}, "local.steps or config.local.epochs must be at least 1"),

@@ -294,9 +294,12 @@ def test_without_a_model_for_all_there_is_no_step(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: transforms.server_step(m, rate=0), "rate must be positive and finite, got 0"),
-        (lambda m: transforms.server_step(m, rate=float("nan")), "rate must be positive"),
-        (lambda m: transforms.server_step(m, rate=1, momentum=1), "momentum must be from 0"),
+        (lambda m: transforms.server_step(m, rate=0), "rate must be above 0, got 0"),
+        (lambda m: transforms.server_step(m, rate=float("nan")), "rate must be a finite number"),
+        (
+            lambda m: transforms.server_step(m, rate=1, momentum=1),
+            "momentum must be at least 0 and below 1",
+        ),
         (lambda m: transforms.server_step(m, rate=1, rank=0), "rank must be at least 1"),
         (
             lambda m: transforms.server_step(transforms.server_step(m, rate=2), rate=2),
