@@ -28,7 +28,7 @@ def reading(path: str | os.PathLike[str], what: str) -> Iterator[None]:
     except ImportError:
         raise
     except Exception as error:
-        named = isinstance(error, ValueError) and str(path) in str(error)
+        named = isinstance(error, ValueError | FileNotFoundError) and str(path) in str(error)
         if named or (isinstance(error, OSError) and error.filename):
             raise
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -124,7 +124,7 @@ def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken
         (["--config.rounds=three"], "flag --config.rounds=three: invalid literal for int()"),
         (["--config.lora.head=["], "'[' is no regular expression"),
         (["--config.model.options.num_classes=5"], "'label' of example"),
-        (["--workdir=pyproject.toml"], "pyproject.toml/local/seed_0: Not a directory"),
+        (["--workdir=pyproject.toml"], "cannot write in pyproject.toml: it is no directory"),
         (["--config.lora.targets=('quary',)"], "matches no layer"),
         (["--config.lora.rank=40"], "rank 40 is impossible"),
         (["--config.clients_per_round=31"], "only 30 clients"),
