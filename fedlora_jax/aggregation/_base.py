@@ -336,12 +336,14 @@ def unequal(
     if not len(present):
         return None
     given = leaves(stacked) if initial is None else leaves(initial)
-    for name, node, other in zip(names(stacked), leaves(stacked), given, strict=True):
-        common = getattr(other, side)
-        common = common[present[0]] if initial is None else common
-        differs = np.asarray(_differs(node, jnp.asarray(common), side=side))[present]
-        if differs.any():
-            return int(present[differs.argmax()]), name
+    common = [jnp.asarray(getattr(node, side)) for node in given]
+    if initial is None:
+        common = [factor[present[0]] for factor in common]
+    apart = [_differs(*pair, side=side) for pair in zip(leaves(stacked), common, strict=True)]
+    # All at once, so that no kernel is waited for before the next one is begun.
+    for name, differs in zip(names(stacked), jax.device_get(apart), strict=True):
+        if differs[present].any():
+            return int(present[differs[present].argmax()]), name
     return None
 
 
