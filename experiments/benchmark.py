@@ -10,7 +10,8 @@
     python -m experiments.benchmark streaming --clients=5000 --folder=/tmp/jpegs
     python -m experiments.benchmark clients
     python -m experiments.benchmark mesh
-    python -m experiments.benchmark tree --tree_seeds=3
+    python -m experiments.benchmark engines
+    python -m experiments.benchmark tree
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -32,8 +33,10 @@ may hold less memory than they take: how many images the cores decode in a secon
 a round that the device waits for them. `clients` runs whole rounds of the experiment loop against
 the number of clients and of the cohort's, each point in a process of its own. `mesh` compiles a
 round of every method for four devices, with the local training under `shard_map` and left to the
-compiler, and counts what devices compute and send. `tree` trains clients of the digits demo, and
-aggregates what they send along trees and from sketches.
+compiler, and counts what devices compute and send. `engines` counts the same of parts of a round
+that are written in other ways: left to the compiler, with collectives written out, in DrJAX
+(`pip install drjax`) and as here. `tree` trains clients of the digits demo, and aggregates what
+they send along trees and from sketches.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -61,6 +64,7 @@ from absl import app, flags
 from experiments.benchmarks import (
     aggregation,
     clients,
+    engines,
     growth,
     memory,
     mesh,
@@ -82,7 +86,7 @@ _IMAGES = flags.DEFINE_integer("images", 25, "Images of a client of `streaming`.
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of `streaming`.", lower_bound=2)
 _MEMORY = flags.DEFINE_float("memory_gb", 2.5, "What `streaming` may hold; 0 for no bound.")
 _FOLDER = flags.DEFINE_string("folder", "", "Where `streaming` writes its images, to be kept.")
-_SEEDS = flags.DEFINE_integer("tree_seeds", 3, "Seeds of `tree`.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("tree_seeds", 5, "Seeds of `tree`.", lower_bound=1)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
@@ -267,6 +271,16 @@ def mesh_table() -> None:
     write("mesh", results, mesh.page(results))
 
 
+def engines_table() -> None:
+    """Counts what other ways to spread a round make devices send, prints the table, writes it."""
+    results: dict[str, Any] = {"environment": environment(), "drjax": engines.version(), "rows": {}}
+    devices = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
+    for name in rows_of(engines.names()):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results["rows"][name] = worker(f"engines:{name}", **devices)
+    write("engines", results, engines.page(results))
+
+
 def tree_table() -> None:
     """Aggregates in trees, prints the table and writes it and a picture."""
     results: dict[str, Any] = {"environment": environment(), "methods": {}}
@@ -306,6 +320,7 @@ def main(argv: list[str]) -> None:
             "streaming": measure_streaming,
             "clients": lambda: clients.measure(*clients.point_of(name)),
             "mesh": lambda: mesh.measure(name),
+            "engines": lambda: engines.measure(name),
             "tree": lambda: tree.measure(*tree.task_of(name)),
         }
         print(json.dumps(tasks[kind]()))
@@ -313,6 +328,7 @@ def main(argv: list[str]) -> None:
     commands = {
         "aggregation": aggregation_table,
         "clients": clients_table,
+        "engines": engines_table,
         "growth": growth_table,
         "memory": memory_table,
         "mesh": mesh_table,

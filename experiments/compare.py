@@ -91,9 +91,11 @@ def compare(
         mine.local.learning_rate = learning_rates[name]
         if name in server_steps:
             set_step(mine, server_steps[name])
-        experiment.check(mine)
-    locks.check_writable(workdir)
-    with hosts.first_before_others("prepared"):
+    with hosts.all_or_none():
+        for mine in configs.values():
+            experiment.check(mine)
+        locks.check_writable(workdir)
+    with hosts.all_or_none(), hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)
     metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
     jobs = [(name, seed) for name in configs for seed in range(num_seeds)]

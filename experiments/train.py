@@ -26,9 +26,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is writt
 def main() -> None:
     """Runs the configuration."""
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    experiment.check(config)
-    locks.check_writable(workdir)
-    with hosts.first_before_others("prepared"):
+    with hosts.all_or_none():
+        experiment.check(config)
+        locks.check_writable(workdir)
+    with hosts.all_or_none(), hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)
     with progress_bar(config.rounds, config.method) as bar, whole_rounds(bar) as advance:
         program = experiment.compile_program(config, setting)

@@ -29,7 +29,7 @@ class Sent(NamedTuple):
     num_bytes: int
 
 
-def collectives(text: str) -> dict[str, Sent]:
+def collectives(text: str, *, only_in_loops: bool = False) -> dict[str, Sent]:
     """The collectives that a device takes part in, by kind, in one run of a compiled program.
 
     What is in a loop counts as often as the loop turns, where the compiler knows that, else once;
@@ -37,6 +37,7 @@ def collectives(text: str) -> dict[str, Sent]:
 
     Args:
       text: Of a compiled program, from `compiled.as_text()`.
+      only_in_loops: Those alone that are in the body of a loop: a wait in each of its turns.
 
     Raises:
       ValueError: If it has no entry: it is not the text of a compiled program.
@@ -44,14 +45,14 @@ def collectives(text: str) -> dict[str, Sent]:
     bodies, entry = _computations(text)
     found: dict[str, Sent] = {}
 
-    def walk(name: str, times: int) -> None:
+    def walk(name: str, times: int, counted: bool) -> None:
         for line in bodies[name]:
             matched = _INSTRUCTION.match(line)
             if matched is None:
                 continue
             shape, operation, rest = matched.groups()
             kind = operation.removesuffix("-done")
-            if kind in KINDS:
+            if kind in KINDS and counted:
                 before = found.get(kind, Sent(0, 0))
                 found[kind] = Sent(
                     before.times + times, before.num_bytes + times * num_bytes(shape)
@@ -59,9 +60,10 @@ def collectives(text: str) -> dict[str, Sent]:
             trips = _TRIPS.search(rest) if operation == "while" else None
             for called in _called(rest):
                 if called in bodies:
-                    walk(called, times * int(trips[1]) if trips else times)
+                    inside = counted or operation == "while"
+                    walk(called, times * int(trips[1]) if trips else times, inside)
 
-    walk(entry, 1)
+    walk(entry, 1, not only_in_loops)
     return found
 
 

@@ -3,7 +3,8 @@
 Clients of the digits demo train. The mean of their products is then found along a tree of nodes,
 each of which adds up what its children send and passes on no more than a rank of q r; or from
 random sketches, which are sums and so know nothing of a tree. All in float64, beside the mean of
-the products formed and decomposed as a matrix.
+the products formed and decomposed as a matrix. For `flora_na` each node fits its children, by
+their Gram blocks, and passes on one pair of factors.
 """
 
 import functools
@@ -162,6 +163,35 @@ def in_two_passes(
     return basis @ np.einsum("k,ksr,kro->so", weights, basis.T @ a, b)
 
 
+@jax.jit
+@jax.vmap
+def _fits(clients: Factors, weights: jax.Array) -> tuple[Factors, jax.Array]:
+    fitted = aggregation.flora_na({"": clients}, weights).adapters
+    assert fitted is not None
+    return fitted[""], jnp.sum(weights)
+
+
+def by_fits(a: np.ndarray, b: np.ndarray, weights: np.ndarray, fan_out: int) -> np.ndarray:
+    """The product of what `flora_na` fits in a tree: to what its children send, at each node.
+
+    Float32, as the library computes it. Arguments as those of `by_tree`; the number of clients is
+    a power of `fan_out`.
+    """
+    level, heavy = jax.tree.map(jnp.float32, (Factors(a, b), weights))
+    while len(heavy) > 1:
+        level, heavy = jax.tree.map(lambda x: x.reshape(-1, fan_out, *x.shape[1:]), (level, heavy))
+        level, heavy = _fits(level, heavy)
+    return multiply((np.asarray(level.a[0], np.float64), np.asarray(level.b[0], np.float64)))
+
+
+def by_sums(x: np.ndarray, weights: np.ndarray, fan_out: int) -> np.ndarray:
+    """The mean of factors `[K, ...]` along a tree of sums."""
+    level = list(np.tensordot(np.diag(weights), x, 1))
+    while len(level) > 1:
+        level = [sum(level[i : i + fan_out]) for i in range(0, len(level), fan_out)]
+    return level[0]
+
+
 def distance(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     """Relative Frobenius distance over all kernels."""
     pairs = zip(found, wanted, strict=True)
@@ -195,6 +225,12 @@ def errors(kernels: Kernels, weights: np.ndarray, seed: int) -> dict[str, Any]:
             }
     means = [np.einsum("k,k...->...", weights, a) for a, _ in kernels]
     others = [np.einsum("k,k...->...", weights, b) for _, b in kernels]
+    fan_outs = [n for n in FAN_OUTS if _is_power(len(weights), n)]
+    fitted = {
+        n: distance([by_fits(a, b, weights, n) for a, b in kernels], known.ideal)
+        for n in (*fan_outs, len(weights))
+    }
+    sums = [by_sums(a, weights, 2) for a, _ in kernels]
     stacked = {str(i): Factors(*map(jnp.asarray, pair)) for i, pair in enumerate(kernels)}
     ours = aggregation.flexlora(stacked, jnp.asarray(weights)).adapters
     assert ours is not None
@@ -204,7 +240,13 @@ def errors(kernels: Kernels, weights: np.ndarray, seed: int) -> dict[str, Any]:
         "flat": flat,
         "fedit": distance([x @ y for x, y in zip(means, others, strict=True)], known.ideal),
         "library": distance(library, known.best),
+        "flora_na": fitted,
+        "means": distance(sums, means),
     }
+
+
+def _is_power(number: int, base: int) -> bool:
+    return number == 1 or (number % base == 0 and _is_power(number // base, base))
 
 
 def measure(method: str, seed: int) -> dict[str, Any]:
@@ -234,7 +276,8 @@ def page(results: dict[str, Any]) -> str:
         "`sum`: relative distance of what the root has, of rank q r, from the mean product. "
         "`sent`: distance of its best of rank r from that of the mean product. `farther`: by how "
         "much it is farther from the mean product than that. Means over seeds, and the range of "
-        "`sent`.",
+        "`sent`. `flexlora` and `fedsmooth_lora` continue from what is sent; of the whole mean "
+        "product, which `fedex_lora` wants, `sum` is missed.",
     ]
     return "\n".join(lines)
 
@@ -255,9 +298,15 @@ def _flat(found: list[dict[str, Any]]) -> str:
     flat, fedit, library = (
         np.mean([one[k] for one in found]) for k in ("flat", "fedit", "library")
     )
+    fits = {n: float(np.mean([one["flora_na"][n] for one in found])) for n in found[0]["flora_na"]}
+    *trees, (_, alone) = fits.items()
+    means = max(one["means"] for one in found)
     return (
         f"Without a tree the best of rank r is {flat:.2f} from the mean product, the product of "
-        f"the means {fedit:.2f}; `aggregation.flexlora` in float32 is {library:.0e} from the best."
+        f"the means {fedit:.2f}; `aggregation.flexlora` in float32 is {library:.0e} from the best. "
+        f"`flora_na` is {alone:.3f} from the mean product without a tree, and "
+        + ", ".join(f"{value:.3f} in a tree of {n}" for n, value in trees)
+        + f". Means of factors come out of a tree of 2 but {means:.0e} from themselves."
     )
 
 

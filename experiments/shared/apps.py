@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -80,12 +80,27 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
             main()
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
             logging.info("Where it comes from:", exc_info=True)
-            sys.exit(f"error: {_reason(error)}")
+            _end(f"error: {_reason(error)}")
+        except jax.errors.JaxRuntimeError as error:
+            if not hosts.are_several():
+                raise
+            _end(f"error: another host has ended, or cannot be reached: {error}")
         except KeyboardInterrupt:
             print("interrupted; the same command goes on from what is finished", file=sys.stderr)
-            sys.exit(_INTERRUPTED)
+            _end(_INTERRUPTED)
 
     app.run(quietly, flags_parser=_parse)
+
+
+def _end(status: str | int) -> NoReturn:
+    """As `sys.exit`; but one of several hosts does not wait for the others, who wait for it."""
+    if hosts.are_several():
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)
+    sys.exit(status)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -143,7 +158,7 @@ def whole_rounds(bar: tqdm) -> Iterator[Callable[[], None]]:
 
     def on_signal(number: int, _: object) -> None:
         if asked:
-            sys.exit(_TERMINATED)
+            _end(_TERMINATED)
         asked.append(number)
 
     def advance() -> None:

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fedlora_jax import bounds, lowrank
-from fedlora_jax._batching import over_rows
+from fedlora_jax import _batching, bounds, lowrank
 from fedlora_jax.lowrank import Factors
 
 PyTree: TypeAlias = Any
 Core: TypeAlias = Callable[..., "Aggregated"]
+Options: TypeAlias = tuple[tuple[str, Hashable], ...]
+# What all kernels share: weights, whose uploads are finite, and arrays of the core.
+_Common: TypeAlias = tuple[jax.Array, jax.Array | None, dict[str, Any]]
 
 # Bytes of the stacked factors of one kernel up to which kernels of a kind are copied together.
 _LARGEST_BATCHED = 1 << 20
@@ -184,7 +186,7 @@ def each_kernel(
 
 def _run_rows(
     core: Callable[..., Any],
-    options: tuple[tuple[str, Hashable], ...],
+    options: Options,
     rows: list[tuple[Factors, ...]],
     arrays: dict[str, Any],
     shares: jax.Array,
@@ -200,29 +202,67 @@ def _run_rows(
         kinds.setdefault((index, kind) if large else kind, []).append(index)
     results: list[Any] = [None] * len(rows)
     found: list[jax.Array] = [jnp.asarray(True)] * len(rows)
+    common = shares, finite, arrays
     for indices in kinds.values():
         batch = [rows[index] for index in indices]
-        outputs = _run_batch(batch, shares, finite, arrays, core=core, options=options)
+        outputs = _run_kind(batch, common, core=core, options=options)
         for index, (result, healthy) in zip(indices, outputs, strict=True):
             results[index], found[index] = result, healthy
     return results, found
 
 
+def _run_kind(
+    batch: list[tuple[Factors, ...]], common: _Common, **fixed: Any
+) -> list[tuple[Any, jax.Array]]:
+    dealer = _batching.dealer()
+    if dealer is None:
+        return _run_batch(batch, common, **fixed)
+    # What is as large as the uploads, as sums that are written by stacking, is not sent to all.
+    sizes = jax.eval_shape(functools.partial(_run_batch, **fixed), batch[:1], common)[0]
+    if 2 * _num_bytes(sizes) > _num_bytes(batch[0]):
+        return _run_undealt(batch, common, **fixed)
+    outputs = _run_dealt(dealer.deal(batch), common, devices=dealer.devices, **fixed)
+    return [jax.tree.map(lambda x, i=i: x[i], outputs) for i in range(len(batch))]
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 @functools.partial(jax.jit, static_argnames=("core", "options"))
 def _run_batch(
-    batch: list[tuple[Factors, ...]],
-    shares: jax.Array,
-    finite: jax.Array | None,
-    arrays: dict[str, Any],
+    batch: list[tuple[Factors, ...]], common: _Common, *, core: Callable[..., Any], options: Options
+) -> list[tuple[Any, jax.Array]]:
+    return _batching.over_rows(_one_kernel(core, options), common, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("core", "options"))
+def _run_undealt(
+    batch: list[tuple[Factors, ...]], common: _Common, *, core: Callable[..., Any], options: Options
+) -> list[tuple[Any, jax.Array]]:
+    return _batching.over_batch(_one_kernel(core, options), common, batch)
+
+
+@functools.partial(jax.jit, static_argnames=("core", "options", "devices"))
+def _run_dealt(
+    batch: tuple[Factors, ...],
+    common: _Common,
     *,
     core: Callable[..., Any],
-    options: tuple[tuple[str, Hashable], ...],
-) -> list[tuple[Any, jax.Array]]:
-    storage = jnp.result_type(*jax.tree.leaves(batch[0][0]))
-    compute = jnp.promote_types(storage, jnp.float32)
-    back = storage if jnp.issubdtype(storage, jnp.floating) else compute
+    options: Options,
+    devices: _batching.Devices,
+) -> tuple[Any, jax.Array]:
+    return _batching.over_dealt(_one_kernel(core, options), common, batch, devices)
 
-    def one(clients: Factors, *nodes: Factors) -> tuple[Any, jax.Array]:
+
+def _one_kernel(core: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """The core on `(common, clients, *nodes)`, and whether all that the clients sent is finite."""
+
+    def one(common: _Common, clients: Factors, *nodes: Factors) -> tuple[Any, jax.Array]:
+        shares, finite, arrays = common
+        storage = jnp.result_type(*clients)
+        compute = jnp.promote_types(storage, jnp.float32)
+        back = storage if jnp.issubdtype(storage, jnp.floating) else compute
         # The fastest way to read everything: a sum is finite only if its terms are. That of finite
         # terms may overflow; doubts are looked into outside.
         healthy = jnp.all(jnp.isfinite(jnp.stack([jnp.sum(x) for x in clients])))
@@ -234,7 +274,7 @@ def _run_batch(
             result = jax.tree.map(lambda x: x.astype(back), result)
         return result, healthy
 
-    return over_rows(one, batch)
+    return one
 
 
 def check(stacked: PyTree, weights: np.ndarray | jax.Array) -> None:

@@ -4,6 +4,7 @@ All of them see one file system. With one host every function here does nothing.
 """
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -32,6 +33,13 @@ def join(coordinator: str, count: int, index: int) -> None:
         raise ValueError(f"--host must be less than --num_hosts={count}, got {index}")
     else:
         jax.distributed.initialize(coordinator, count, index)
+    # The service that has just been started catches the signal, and goes on.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def are_several() -> bool:
+    """Whether this is one of several hosts; false before `join`."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
@@ -47,12 +55,30 @@ def wait(what: str) -> None:
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Lets the first host do it alone, and the others when it is done."""
+    """Lets the first host do it alone, and the others when it is done, or has failed."""
     if not is_first():
         wait(what)
-    yield
-    if is_first():
-        wait(what)
+    try:
+        yield
+    finally:
+        if is_first():
+            wait(what)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """Goes on if nothing was raised on any host; all hosts must come here.
+
+    Raises:
+      ValueError: If another host cannot go on. Where something was raised, that is.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if any_of_all(failure is not None):
+        raise failure or ValueError("another host cannot go on; its own message says why")
 
 
 def any_of_all(value: bool) -> bool:

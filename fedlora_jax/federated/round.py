@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from fedlora_jax import aggregation, bounds, lowrank
+from fedlora_jax import _batching, aggregation, bounds, lowrank
 from fedlora_jax.data.clients import ClientData, CohortExamples, local_batch
 from fedlora_jax.federated import local, placement, precision, randomness, visits
 from fedlora_jax.federated.local import BatchOf, LocalTraining
@@ -245,18 +245,25 @@ def _train(
     steps = training.steps_of(members.num_examples)
     longest = jnp.max(steps) if training.epochs else jnp.int32(training.steps)
 
-    def each(shared: _Shared, longest: jax.Array, members: _Members) -> CohortResult:
-        one = functools.partial(_of_client, task, method, training, shared, longest)
+    layout: list[tuple[Any, list[int]]] = []
+
+    def each(shared: _Shared, longest: jax.Array, members: _Members) -> list[jax.Array]:
+        def one(member: _Members) -> list[jax.Array]:
+            result = _of_client(task, method, training, shared, longest, member)
+            arrays, where = _distinct(result)
+            layout.append(where)
+            return arrays
+
         if clients_per_chunk is None or clients_per_chunk >= len(members.identity):
             return jax.vmap(one)(members)
         return jax.lax.map(one, members, batch_size=clients_per_chunk)
 
     if mesh is None:
-        return each(shared, longest, members)
+        return _together(each(shared, longest, members), layout[0])
     # Clients have nothing to say to each other while they train. Said so, no device waits for
     # another; left to find out, the compiler gathers what decompositions and loops work on.
     rows = PartitionSpec(placement.CLIENTS)
-    return jax.shard_map(
+    found = jax.shard_map(
         each,
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(), rows),
@@ -264,6 +271,20 @@ def _train(
         axis_names={placement.CLIENTS},
         check_vma=False,
     )(shared, longest, members)
+    return _together(found, layout[0])
+
+
+def _distinct(tree: PyTree) -> tuple[list[jax.Array], tuple[Any, list[int]]]:
+    """The arrays of a tree, each once: most of what a client sends is what it has trained."""
+    leaves, structure = jax.tree.flatten(tree)
+    first = {id(x): x for x in leaves}
+    places = {key: index for index, key in enumerate(first)}
+    return list(first.values()), (structure, [places[id(x)] for x in leaves])
+
+
+def _together(arrays: list[jax.Array], where: tuple[Any, list[int]]) -> Any:
+    structure, places = where
+    return jax.tree.unflatten(structure, [arrays[i] for i in places])
 
 
 def _of_client(
@@ -431,15 +452,18 @@ def run_cohort(
     equal = equal_weights or method.equal_weights
     shares = 1 / len(data.counts) if equal else members.num_examples / data.total
     weights = jnp.where(finite, shares, 0)
-    changed, aggregated = method.aggregate(server, result.uploads, weights)
+    with _batching.dealt_to(mesh, placement.CLIENTS):
+        changed, aggregated = method.aggregate(server, result.uploads, weights)
+        error = _error(result, weights, aggregated)
+        described = _diagnostics(server, result, weights, aggregated) if method.diagnosed else None
     server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
     metrics = RoundMetrics(
         loss=mean(result.loss, weights),
         client_loss=result.loss,
-        aggregation_error=_error(result, weights, aggregated),
+        aggregation_error=error,
         ranks=result.rank,
         excluded=jnp.sum(~finite & present, dtype=jnp.int32),
-        diagnostics=_diagnostics(server, result, weights, aggregated) if method.diagnosed else None,
+        diagnostics=described,
     )
     return server, _kept(states, result.clients, finite), metrics, result
 

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import benchmark
-from experiments.benchmarks import clients, hlo, mesh, tree
+from experiments.benchmarks import clients, engines, hlo, mesh, tree
+from fedlora_jax import Factors, aggregation
 from fedlora_jax.federated import placement
 
 needs_four = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -38,8 +39,11 @@ def test_what_is_in_a_loop_counts_as_often_as_it_turns():
     def function(x):
         return jax.lax.fori_loop(0, 5, lambda _, y: jnp.sin(x * y.sum()).sum(0), jnp.ones(16))
 
-    found = hlo.collectives(compiled(function, (8, 16)))
-    assert found["all-reduce"] == hlo.Sent(5, 5 * 4 * 16)
+    text = compiled(function, (8, 16))
+    assert hlo.collectives(text)["all-reduce"] == hlo.Sent(5, 5 * 4 * 16)
+    assert hlo.collectives(text, only_in_loops=True)["all-reduce"] == hlo.Sent(5, 5 * 4 * 16)
+    outside = compiled(lambda x: x.sum(0), (8, 16))
+    assert not hlo.collectives(outside, only_in_loops=True)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,18 @@ def test_wide_enough_every_way_is_exact(sent):
         np.testing.assert_allclose(tree.by_sketches(a, b, weights, 12, generator), ideal, atol=1e-9)
 
 
+def test_a_tree_of_one_node_fits_as_the_library_does(sent):
+    kernels, weights = sent
+    found = tree.errors(kernels, weights, seed=0)
+    assert set(found["flora_na"]) == {2, 8} and found["means"] < 1e-12
+    stacked = {str(i): Factors(*pair) for i, pair in enumerate(kernels)}
+    fitted = aggregation.flora_na(stacked, jnp.asarray(weights)).adapters
+    products = [np.asarray(fitted[path].a @ fitted[path].b) for path in stacked]
+    alone = tree.distance(products, tree.truth(kernels, weights).ideal)
+    assert found["flora_na"][8] == pytest.approx(alone, rel=1e-3)
+    assert alone < found["fedit"] and alone <= found["flora_na"][2] * 1.001
+
+
 def test_errors_fall_with_the_width_and_the_library_finds_the_best(sent):
     found = tree.errors(*sent, seed=0)
     assert found["library"] < 1e-5 and 0 < found["flat"] < found["fedit"]
@@ -111,6 +127,9 @@ def test_the_pages(sent):
     of_mesh = {"fedit": dict.fromkeys(("one", "shard_map", "compiler"), ways)}
     page = mesh.page({"environment": environment, "methods": of_mesh})
     assert "3 all-reduce" in page and "| fedit" in page
+    rows = {"fedit": {"compiler": {**ways, "in_loops": 0}, "drjax": None}}
+    page = engines.page({"environment": environment, "drjax": None, "rows": rows})
+    assert "3 all-reduce" in page and "no words for it" in page
     errors = tree.errors(*sent, seed=0)
     results = {"environment": environment, "methods": {"flexlora": {"0": {"4": errors}}}}
     assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
