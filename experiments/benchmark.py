@@ -91,6 +91,7 @@ _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
 _CHUNKS = flags.DEFINE_list("chunks", ["all", "1", "2"], "Of `round`: clients side by side.")
+_FOUR_DEVICES = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
 _OUTPUT = flags.DEFINE_string("output", "experiments/benchmarks", "Directory for the results.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the program itself: what to measure here.")
 
@@ -263,21 +264,15 @@ def clients_table() -> None:
 
 def mesh_table() -> None:
     """Counts what devices compute and send, prints the table and writes it."""
-    results: dict[str, Any] = {"environment": environment(), "methods": {}}
-    devices = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
-    for name in rows_of(mesh.names()):
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        results["methods"][name] = worker(f"mesh:{name}", **devices)
+    found = worker(f"mesh:{','.join(rows_of(mesh.names()))}", **_FOUR_DEVICES)
+    results = {"environment": environment(), "methods": found}
     write("mesh", results, mesh.page(results))
 
 
 def engines_table() -> None:
     """Counts what other ways to spread a round make devices send, prints the table, writes it."""
-    results: dict[str, Any] = {"environment": environment(), "drjax": engines.version(), "rows": {}}
-    devices = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
-    for name in rows_of(engines.names()):
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        results["rows"][name] = worker(f"engines:{name}", **devices)
+    found = worker(f"engines:{','.join(rows_of(engines.names()))}", **_FOUR_DEVICES)
+    results = {"environment": environment(), "drjax": engines.version(), "rows": found}
     write("engines", results, engines.page(results))
 
 
@@ -319,8 +314,8 @@ def main(argv: list[str]) -> None:
             "memory": lambda: memory.measure(name, blocks=_BLOCKS.value, rank=_RANK.value),
             "streaming": measure_streaming,
             "clients": lambda: clients.measure(*clients.point_of(name)),
-            "mesh": lambda: mesh.measure(name),
-            "engines": lambda: engines.measure(name),
+            "mesh": lambda: {each: mesh.measure(each) for each in name.split(",")},
+            "engines": lambda: {each: engines.measure(each) for each in name.split(",")},
             "tree": lambda: tree.measure(*tree.task_of(name)),
         }
         print(json.dumps(tasks[kind]()))

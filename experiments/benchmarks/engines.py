@@ -218,7 +218,7 @@ def _drjax(name: str, mesh: Mesh) -> Way:
     def mean(values: Tree, weights: jax.Array) -> Tree:
         shares = weights / jnp.sum(weights)
         weighted = drjax.map_fn(
-            lambda each: jax.tree.map(lambda x: each[1] * x, each[0]), (values, shares), mesh=mesh
+            lambda tree, share: jax.tree.map(lambda x: share * x, tree), (values, shares), mesh=mesh
         )
         return drjax.reduce_sum(weighted)
 

@@ -123,11 +123,11 @@ def test_the_pages(sent):
     points = [{**point, "num_clients": n, "cohort_size": k} for n, k in clients.points()]
     results = {"environment": environment, "points": points}
     assert "1,000,000" in clients.page(results) and len(clients.draw(results).axes) == 4
-    ways = {"flops": 2e6, "collectives": {"all-reduce": [3, 5000]}}
-    of_mesh = {"fedit": dict.fromkeys(("one", "shard_map", "compiler"), ways)}
+    ways = {"flops": 2e6, "collectives": {"all-reduce": [3, 5000]}, "in_loops": 0}
+    of_mesh = {"fedit": dict.fromkeys(("one", "library", "compiler"), ways)}
     page = mesh.page({"environment": environment, "methods": of_mesh})
     assert "3 all-reduce" in page and "| fedit" in page
-    rows = {"fedit": {"compiler": {**ways, "in_loops": 0}, "drjax": None}}
+    rows = {"fedit": {"compiler": ways, "drjax": None}}
     page = engines.page({"environment": environment, "drjax": None, "rows": rows})
     assert "3 all-reduce" in page and "no words for it" in page
     errors = tree.errors(*sent, seed=0)
