@@ -28,6 +28,21 @@ class Dealer:
         """The rows `[n, ...]`, each on one device; n is filled up to a multiple of the devices."""
         return jax.tree.map(lambda *arrays: self._once(arrays), *rows)
 
+    def collect(self, dealt: Any, count: int) -> list[Any]:
+        """So many rows of what devices found for theirs, on every device.
+
+        Dealt out again they are where they were.
+        """
+        everywhere = NamedSharding(self.devices.mesh, PartitionSpec())
+        whole = jax.lax.with_sharding_constraint(dealt, everywhere)
+        rows = [jax.tree.map(lambda x, i=i: x[i], whole) for i in range(count)]
+
+        def keep(stacked: jax.Array, *arrays: jax.Array) -> None:
+            self._dealt[tuple(map(id, arrays))] = arrays, stacked
+
+        jax.tree.map(keep, dealt, *rows)
+        return rows
+
     def _once(self, arrays: Sequence[jax.Array]) -> jax.Array:
         key = tuple(map(id, arrays))
         if key not in self._dealt:
@@ -79,18 +94,16 @@ def over_rows(function: Callable[..., Any], common: Any, rows: Sequence[Any]) ->
 
 
 def over_dealt(function: Callable[..., Any], common: Any, rows: Any, devices: Devices) -> Any:
-    """`function(common, *row)` of each row, from `Dealer.deal`; the results on every device."""
+    """`function(common, *row)` of each row, from `Dealer.deal`; the results for `collect`."""
     mesh, axis = devices
-    share = jax.shard_map(
+    return jax.shard_map(
         _batched(function),
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(axis)),
         out_specs=PartitionSpec(axis),
         axis_names={axis},
         check_vma=False,
-    )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.lax.with_sharding_constraint(share(common, rows), everywhere)
+    )(common, rows)
 
 
 def over_batch(function: Callable[..., Any], common: Any, rows: Sequence[Any]) -> list[Any]:

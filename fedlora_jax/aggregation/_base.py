@@ -222,7 +222,7 @@ def _run_kind(
     if 2 * _num_bytes(sizes) > _num_bytes(batch[0]):
         return _run_undealt(batch, common, **fixed)
     outputs = _run_dealt(dealer.deal(batch), common, devices=dealer.devices, **fixed)
-    return [jax.tree.map(lambda x, i=i: x[i], outputs) for i in range(len(batch))]
+    return dealer.collect(outputs, len(batch))
 
 
 def _num_bytes(tree: Any) -> int:
