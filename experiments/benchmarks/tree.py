@@ -177,7 +177,7 @@ def by_fits(a: np.ndarray, b: np.ndarray, weights: np.ndarray, fan_out: int) -> 
     Float32, as the library computes it. Arguments as those of `by_tree`; the number of clients is
     a power of `fan_out`.
     """
-    level, heavy = jax.tree.map(jnp.float32, (Factors(a, b), weights))
+    level, heavy = Factors(jnp.float32(a), jnp.float32(b)), jnp.float32(weights)
     while len(heavy) > 1:
         level, heavy = jax.tree.map(lambda x: x.reshape(-1, fan_out, *x.shape[1:]), (level, heavy))
         level, heavy = _fits(level, heavy)

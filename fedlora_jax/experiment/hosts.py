@@ -35,6 +35,8 @@ def join(coordinator: str, count: int, index: int) -> None:
         jax.distributed.initialize(coordinator, count, index)
     # The service that has just been started catches the signal, and goes on.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # A first exchange on CPUs fails if another host comes half a minute later; others may wait.
+    wait("joined")
 
 
 def are_several() -> bool:
