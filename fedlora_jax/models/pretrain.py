@@ -106,6 +106,9 @@ def save(path: str | os.PathLike[str], params: Params) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
+    if jax.process_count() > 1:
+        # Arrays of one host alone are refused as such.
+        params = jax.device_get(params)
     # One that is written in the background waits for ever where there is no place for it.
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
     with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:

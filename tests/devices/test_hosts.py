@@ -87,8 +87,10 @@ def directory(tmp_path):
 
 
 def test_two_hosts_find_what_one_device_finds_and_it_goes_on_alone(directory):
-    """One round, ended by a signal to one of them; one of images that are read; one alone."""
-    finish(train(directory, "alone", 3, 1))
+    """One round, ended by a signal to one of them; one of images that are read; one alone.
+
+    The first host also pretrains the backbone.
+    """
     hosts = pair(directory, ["together"] * 2)
     while not (directory / "together" / "config.json").exists():
         assert all(host.poll() is None for host in hosts), [finish(host) for host in hosts]
@@ -102,6 +104,7 @@ def test_two_hosts_find_what_one_device_finds_and_it_goes_on_alone(directory):
     assert "report.md" in said[0] and "report.md" not in said[1]
     # What four devices wrote is read on one.
     finish(train(directory, "together", 3, 1))
+    finish(train(directory, "alone", 3, 1))
     alone, together = (
         [json.loads(line) for line in (directory / name / "metrics.jsonl").open()]
         for name in ("alone", "together")
