@@ -177,7 +177,8 @@ def by_fits(a: np.ndarray, b: np.ndarray, weights: np.ndarray, fan_out: int) -> 
     Float32, as the library computes it. Arguments as those of `by_tree`; the number of clients is
     a power of `fan_out`.
     """
-    level, heavy = Factors(jnp.float32(a), jnp.float32(b)), jnp.float32(weights)
+    a_, b_, heavy = (jnp.asarray(x, jnp.float32) for x in (a, b, weights))
+    level = Factors(a_, b_)
     while len(heavy) > 1:
         level, heavy = jax.tree.map(lambda x: x.reshape(-1, fan_out, *x.shape[1:]), (level, heavy))
         level, heavy = _fits(level, heavy)
