@@ -13,7 +13,7 @@ from fedlora_jax import bounds, lora, methods, transforms
 from fedlora_jax.data import partition
 from fedlora_jax.experiment import chunking
 from fedlora_jax.experiment.setting import Setting, dtype_of
-from fedlora_jax.federated import placement, ranks
+from fedlora_jax.federated import faults, placement, ranks
 from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.metrics import Metric
@@ -68,6 +68,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError("config.model.options.dtype is config.precision.compute")
     optimizer(config.local)
     schedule(config)
+    faults_of(config)
 
 
 def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Program:
@@ -78,8 +79,9 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     method = make_method(config)
     # A pooled method sees as many examples a step as the cohort of any other.
     batch_size = config.local.batch_size * (config.clients_per_round if method.pooled else 1)
+    local = config.local
     training = LocalTraining(
-        optimizer(config.local), batch_size, config.local.steps, config.local.epochs
+        optimizer(local), batch_size, local.steps, local.epochs, faults_of(config)
     )
     equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
     mesh, task = mesh_of(config), setting.task
@@ -179,6 +181,12 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
     if config.lora.ranks != ranks.EQUAL:
         method = transforms.ordered(method)
     return method._replace(diagnosed=config.get("diagnostics", False))
+
+
+def faults_of(config: ml_collections.ConfigDict) -> faults.Faults | None:
+    """What a share of the clients does instead of training as it should; None for nothing."""
+    chosen = config.get("faults")
+    return None if chosen is None else faults.make(**chosen)
 
 
 def steps(config: ml_collections.ConfigDict) -> bool:
