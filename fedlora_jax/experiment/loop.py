@@ -219,8 +219,7 @@ def _stop_or_warn(excluded: int, answers: int, index: int, workdir: Path) -> Non
         )
     if excluded:
         warnings.warn(
-            f"round {index}: {excluded} of {answers} clients left out, their values are not "
-            "finite",
+            f"round {index}: {excluded} of {answers} clients left out, their values are not finite",
             stacklevel=3,
         )
 

@@ -9,7 +9,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from fedlora_jax import bounds, lora, methods, transforms
+from fedlora_jax import aggregation, bounds, lora, methods, transforms
 from fedlora_jax.data import partition
 from fedlora_jax.experiment import chunking
 from fedlora_jax.experiment.setting import Setting, dtype_of
@@ -151,6 +151,12 @@ def make_method(config: ml_collections.ConfigDict) -> Method:
 
 def _combined(config: ml_collections.ConfigDict) -> Method:
     method = methods.get(config.method)(**config.options[config.method])
+    if (chosen := config.get("robust")) is not None and chosen.rule != "none":
+        method = transforms.robust(
+            method, rule=chosen.rule, norm=chosen.norm or None, byzantine=chosen.byzantine
+        )
+        if transforms.ROBUST_RULES[chosen.rule] == "robust_selection":
+            aggregation.check_krum(config.clients_per_round, chosen.byzantine)
     if config.lora.ranks != ranks.EQUAL:
         methods.check_combination(method, "unequal_ranks", "unequal ranks")
     if config.privacy.clip:
