@@ -28,7 +28,7 @@ _ROUNDING = 1e-4
 
 def gram(
     stacked: PyTree,
-    weights: ArrayLike,
+    weights: jax.Array,
     *,
     reference: PyTree | None = None,
     scale: ArrayLike = 1.0,
@@ -93,7 +93,7 @@ def gram(
     return jnp.where(jnp.eye(len(total), dtype=bool) & sick, jnp.inf, total)
 
 
-def clip_scales(gram: jax.Array, weights: ArrayLike, *, norm: ArrayLike | None = None) -> jax.Array:
+def clip_scales(gram: jax.Array, weights: jax.Array, *, norm: ArrayLike | None = None) -> jax.Array:
     r"""What each client's change is to be multiplied by, so that no norm exceeds a bound.
 
     .. math:: c_k = \min\left(1, \frac{C}{\lVert \Delta_k \rVert}\right)
@@ -126,7 +126,7 @@ def clip_scales(gram: jax.Array, weights: ArrayLike, *, norm: ArrayLike | None =
 
 
 def krum_weights(
-    gram: jax.Array, weights: ArrayLike, *, byzantine: float, multi: bool = False
+    gram: jax.Array, weights: jax.Array, *, byzantine: float, multi: bool = False
 ) -> jax.Array:
     r"""Weights of the client, or the clients, with the nearest neighbours.
 
@@ -181,7 +181,7 @@ def check_krum(count: int, byzantine: float) -> None:
         )
 
 
-def geometric_median_weights(gram: jax.Array, weights: ArrayLike) -> jax.Array:
+def geometric_median_weights(gram: jax.Array, weights: jax.Array) -> jax.Array:
     r"""Weights whose mean of the changes is their geometric median.
 
     .. math::
@@ -224,7 +224,7 @@ def geometric_median_weights(gram: jax.Array, weights: ArrayLike) -> jax.Array:
     return jax.lax.fori_loop(0, _STEPS, step, nearer(typical))
 
 
-def coordinate_median(stacked: PyTree, weights: ArrayLike) -> PyTree:
+def coordinate_median(stacked: PyTree, weights: jax.Array) -> PyTree:
     """The median of each entry over the clients that are present, each of which counts equally.
 
     Of factors it is the median of each factor's entries, not of products: it makes sense where all
@@ -252,7 +252,7 @@ def coordinate_median(stacked: PyTree, weights: ArrayLike) -> PyTree:
     return _entrywise(stacked, weights, _median)
 
 
-def coordinate_trimmed_mean(stacked: PyTree, weights: ArrayLike, *, byzantine: float) -> PyTree:
+def coordinate_trimmed_mean(stacked: PyTree, weights: jax.Array, *, byzantine: float) -> PyTree:
     """The mean of each entry over clients without its f largest and its f smallest values.
 
     f is the share `byzantine` of the clients that are present, rounded up, and so many hostile ones
@@ -292,13 +292,13 @@ def _parts(
     leaves = jax.tree_util.tree_leaves_with_path(stacked, is_leaf=lowrank.is_factors)
     starts: list[Any] = [None] * len(leaves)
     if reference is not None:
-        kinds = [
-            jax.tree.structure(tree, is_leaf=lowrank.is_factors) for tree in (stacked, reference)
-        ]
-        if kinds[0] != kinds[1]:
+        mine, theirs = (
+            str(jax.tree.structure(tree, is_leaf=lowrank.is_factors))
+            for tree in (stacked, reference)
+        )
+        if mine != theirs:
             raise ValueError(
-                f"what clients send and the reference differ in structure: {kinds[0]} and "
-                f"{kinds[1]}"
+                f"what clients send and the reference differ in structure: {mine} and {theirs}"
             )
         starts = jax.tree.leaves(reference, is_leaf=lowrank.is_factors)
     named: dict[str, Factors] = {}
@@ -347,7 +347,7 @@ def _changes(clients: Factors, start: Factors) -> Factors:
     )
 
 
-def _usable(gram: jax.Array, weights: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def _usable(gram: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The matrix without infinite entries, and the shares of those who have none."""
     known = _base.wide(weights)
     finite = jnp.isfinite(jnp.diagonal(gram))
@@ -367,7 +367,7 @@ def _hostile(count: Any, byzantine: float) -> Any:
     return xp.ceil(byzantine * count - _ROUNDING).astype(int)
 
 
-def _entrywise(stacked: PyTree, weights: ArrayLike, function: Any) -> PyTree:
+def _entrywise(stacked: PyTree, weights: jax.Array, function: Any) -> PyTree:
     known = _base.wide(weights)
     present = jnp.asarray((known > 0) & (known < jnp.inf))
     for x in jax.tree.leaves(stacked):

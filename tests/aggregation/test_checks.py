@@ -73,7 +73,9 @@ def test_a_client_of_wrong_shapes_is_named(a, b):
     with pytest.raises(ValueError, match=r"client 2, adapter 'block/query': expected a \[13, r\]"):
         aggregation.stack(clients)
     del clients[2]["block/query"]
-    with pytest.raises(ValueError, match="client 2 sent kernels .*block/up.*client 0 .*block/query"):
+    with pytest.raises(
+        ValueError, match="client 2 sent kernels .*block/up.*client 0 .*block/query"
+    ):
         aggregation.stack(clients)
 
 

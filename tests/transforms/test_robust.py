@@ -31,7 +31,7 @@ def robust(name, rule):
     return transforms.robust(method_of(name), rule=rule, byzantine=BYZANTINE)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["krum", "median", "norm_clip"])
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_takes_a_rule_or_says_why_not(world, name, rule):
     reason = method_of(name).refuses.get(transforms.ROBUST_RULES[rule])
