@@ -52,8 +52,7 @@ def main() -> None:
         for name in given:
             lookup(dict.fromkeys(known, name), name, what)
     locks.check_writable(out)
-    results = study(config, out, names, rules, kinds, _SEEDS.value)
-    title = experiment.prepare(config).task.metrics[0].sentence
+    title, results = study(config, out, names, rules, kinds, _SEEDS.value)
     text = page(results, title, names, rules, kinds, _SEEDS.value)
     (out / "README.md").write_text(f"# Robust rules\n\n```\n{command()}\n```\n\n{text}")
     print(text)
@@ -66,7 +65,7 @@ def study(
     rules: Sequence[str],
     kinds: Sequence[str],
     num_seeds: int,
-) -> Results:
+) -> tuple[str, Results]:
     """Runs every method with every rule that it can have, against every kind of faults.
 
     Args:
@@ -78,7 +77,7 @@ def study(
       num_seeds: Seeds 0, 1, ...
 
     Returns:
-      The headline metric after the last round, of all that is in `results.json`.
+      What the headline metric is, and its value after the last round, of all in `results.json`.
 
     Raises:
       ValueError: If `out` holds results of another configuration.
@@ -105,7 +104,7 @@ def study(
                         known = [_final(mine, setting, program, step, kind, seed)]
                     results[job] = known[0]
                     _write(path, config, results)
-    return results
+    return setting.task.metrics[0].sentence, results
 
 
 def _with(config: ConfigDict, name: str, rule: str) -> ConfigDict:

@@ -1,33 +1,33 @@
 """`experiments.robustness`: its table, and that it goes on from what is there."""
 
-import json
+import pytest
+
+from experiments import robustness
+from tests.tiny import tiny_digits
+
+KINDS = ["none", "nan", "dropout", "huge"]
 
 
-def test_command(program, tmp_path):
-    options = [f"--config={program.config}", f"--out={tmp_path}", "--seeds=1", "--methods=flora"]
-    options += ["--config.rounds=2", "--kinds=none,nan,dropout,huge"]
-    code, out, err = program.run("robustness", *options, "--rules=none,median")
-    assert code == 0, err
-    page = (tmp_path / "README.md").read_text()
-    assert "experiments.robustness" in page and out.strip() in page
-    cells = {
-        row[1].strip(): [cell.strip() for cell in row[2:4]]
-        for row in (line.split("|") for line in out.splitlines())
-        if len(row) == 5
-    }
-    assert cells["flora"] == ["none", "median"]
+def test_a_study_is_a_table_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
+    config = tiny_digits(tmp_path)
+    config.rounds = 2
+    what = (["flora"], ["none", "median"], KINDS, 1)
+    title, results = robustness.study(config, tmp_path, *what)
+    text = robustness.page(results, title, *what)
+    assert text.startswith("Accuracy (%) after the last round, mean over seeds")
+    cells = [[cell.strip() for cell in row.split("|")[1:4]] for row in text.splitlines()[2:]]
+    assert cells[0] == ["flora", "none", "median"]
+    rows = {name: values for name, *values in cells[2:]}
     # It reads each client's factors, of which there is no median.
-    assert {cells[kind][1] for kind in ("none", "nan", "dropout", "huge")} == {"-"}
-    assert cells["nan"] == cells["dropout"]
-    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert [run["kind"] for run in runs] == ["none", "nan", "dropout", "huge"]
-    # What is there is not run again, and what is of another configuration is not mixed with it.
-    kept = json.loads((tmp_path / "results.json").read_text())
-    kept["runs"][0]["value"] = 12.3
-    (tmp_path / "results.json").write_text(json.dumps(kept))
-    code, out, err = program.run("robustness", *options, "--rules=none")
-    assert code == 0 and "12.3" in out, err
-    code, _, err = program.run("robustness", *options, "--config.faults.share=0.4")
-    assert code == 1 and "another configuration" in err
-    code, _, err = program.run("robustness", *options, "--rules=medain")
-    assert code == 1 and "Did you mean 'median'" in err
+    assert set(rows) == set(KINDS) and {row[1] for row in rows.values()} == {"-"}
+    assert rows["nan"] == rows["dropout"] and all(float(row[0]) >= 0 for row in rows.values())
+
+    def never(*_):
+        raise AssertionError("what is there is run again")
+
+    monkeypatch.setattr(robustness, "_compiled", never)
+    assert robustness.study(config, tmp_path, *what)[1] == results
+    config.faults.share = 0.4
+    with pytest.raises(ValueError, match="another configuration"):
+        robustness.study(config, tmp_path, *what)
