@@ -24,6 +24,12 @@ OTHERS: list[Callable[..., Any]] = [
     aggregation.ordered,
     aggregation.shares,
     aggregation.tail_penalty,
+    aggregation.gram,
+    aggregation.clip_scales,
+    aggregation.krum_weights,
+    aggregation.geometric_median_weights,
+    aggregation.coordinate_median,
+    aggregation.coordinate_trimmed_mean,
 ]
 SECTIONS = ("Args", "Returns", "Raises", "Examples", "References")
 
@@ -115,6 +121,9 @@ _TITLES = {
     "server_optimizer": "server optimiser",
     "server_step": "server step",
     "privacy": "privacy",
+    "robust_selection": "krum, multi_krum",
+    "robust_weights": "norm_clip, geometric_median",
+    "robust_entries": "median, trimmed_mean",
 }
 _COMBINING = """\
 How to ask for it is in [combinations.md](combinations.md). A combination without "yes" is refused

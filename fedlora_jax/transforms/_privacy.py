@@ -12,7 +12,7 @@ from optax.contrib import differentially_private_aggregate
 from fedlora_jax import bounds
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.methods import Method, Server, Trainable, check_combination
-from fedlora_jax.methods._base import PyTree
+from fedlora_jax.methods._base import ROBUST, PyTree
 from fedlora_jax.transforms import _base
 
 _STREAM = zlib.crc32(b"privacy")
@@ -84,6 +84,7 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
         refuses={
             **method.refuses,
             "scaffold": "its control variates would be sent unprotected",
+            **dict.fromkeys(ROBUST, "its server sees a noisy mean alone"),
         },
     )
 

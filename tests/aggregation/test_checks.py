@@ -64,6 +64,21 @@ def test_wrong_shapes(name):
         call(name, {}, cases.WEIGHTS)
 
 
+@pytest.mark.parametrize(
+    ("a", "b"), [((13, 2), (2, 10)), ((12, 2), (2, 11)), ((13, 2), (3, 11)), ((13,), (2, 11))]
+)
+def test_a_client_of_wrong_shapes_is_named(a, b):
+    clients = [cases.extra(seed) for seed in range(3)]
+    clients[2]["block/query"] = Factors(np.ones(a, np.float32), np.ones(b, np.float32))
+    with pytest.raises(ValueError, match=r"client 2, adapter 'block/query': expected a \[13, r\]"):
+        aggregation.stack(clients)
+    del clients[2]["block/query"]
+    with pytest.raises(
+        ValueError, match="client 2 sent kernels .*block/up.*client 0 .*block/query"
+    ):
+        aggregation.stack(clients)
+
+
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(ValueError, match="Did you mean 'lora_fair'.*fedit, fedrot_lora"):
         aggregation.get("lora_fiar")
