@@ -58,9 +58,7 @@ def private(
       arXiv:1710.06963. Sun et al. (FFA-LoRA), ICLR 2024, arXiv:2403.12313.
     """
     check_combination(method, "privacy", "differential privacy")
-    bounds.check(
-        "private", clip=clip, noise_multiplier=noise_multiplier, cohort_size=cohort_size
-    )
+    bounds.check("private", clip=clip, noise_multiplier=noise_multiplier, cohort_size=cohort_size)
 
     def init(key: jax.Array, server: Server) -> tuple[Server, PyTree]:
         server, client = method.init(key, server)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import benchmark
-from experiments.benchmarks import clients, hlo, mesh, tree
+from experiments.benchmarks import clients, endurance, hlo, mesh, tree
 from fedlora_jax.federated import placement
 
 needs_four = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -114,3 +114,38 @@ def test_the_pages(sent):
     errors = tree.errors(*sent, seed=0)
     results = {"environment": environment, "methods": {"flexlora": {"0": {"4": errors}}}}
     assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
+
+
+@pytest.fixture(scope="module")
+def endured(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORA_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        return {
+            f"fedsa_lora:{kind}": endurance.measure(f"fedsa_lora:{kind}", 20)
+            for kind in ("bfloat16", "loop")
+        }
+
+
+def test_rounds_endure(endured):
+    """So few say nothing of the process's memory."""
+    for row in endured.values():
+        assert set(endurance.faults(row)) <= {"more memory"} and row["programs"] == 1
+    assert set(endured) < set(endurance.names())
+    page = endurance.page({"environment": benchmark.environment(), "rounds": 20, "rows": endured})
+    assert "| fedsa_lora | loop" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"finite": False}, "not finite"),
+        ({"excluded": 1}, "not finite"),
+        ({"programs": 2}, "compiled again"),
+        ({"memory_late": {"resident": 100, "arrays": 11, "array_bytes": 10}}, "more arrays"),
+        ({"memory_late": {"resident": 103, "arrays": 10, "array_bytes": 10}}, "more memory"),
+    ],
+)
+def test_what_does_not_endure_is_named(change, fault):
+    held = {"resident": 100, "arrays": 10, "array_bytes": 10}
+    row = {"finite": True, "excluded": 0, "programs": 1, "memory_early": held, "memory_late": held}
+    assert endurance.faults(row) == [] and endurance.faults({**row, **change}) == [fault]

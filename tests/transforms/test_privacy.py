@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from fedlora_jax import methods, transforms
 from fedlora_jax.methods._base import sides
 
-PRIVATE = [name for name in sorted(methods.REGISTRY) if "privacy" not in methods.get(name)().refuses]
+PRIVATE = [
+    name for name in sorted(methods.REGISTRY) if "privacy" not in methods.get(name)().refuses
+]
 CLIP, CLIENTS = 0.5, 4
 
 
