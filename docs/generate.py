@@ -151,10 +151,10 @@ How to ask for it is in [combinations.md](combinations.md). A combination withou
 before training, with the reason below the table."""
 
 _SENDING = """\
-By `Method.sent`, on which alone the server's step depends, as a test checks. `fedsmooth_lora` sends the change
-that it wishes for, of rank r, in factors. Where the mean would do, the server needs no more than a sum over
-clients, and the option for privacy gives it no more; elsewhere its step reads each client's factors. What that
-can tell of a client's data is in [SECURITY.md](../SECURITY.md)."""
+By `Method.sent`, on which alone the server's step depends, as a test checks. `fedsmooth_lora` sends
+the change that it wishes for, of rank r, in factors. Where the mean would do, the server needs no
+more than a sum over clients, and the option for privacy gives it no more; elsewhere its step reads
+each client's factors. What that can tell of a client's data is in [SECURITY.md](../SECURITY.md)."""
 
 
 def pages() -> dict[str, str]:
