@@ -116,8 +116,8 @@ class MetricsWriter:
     """Appends one line a round to `metrics.jsonl`, and the numbers in it to TensorBoard events.
 
     A line is on disk before the round's checkpoint is begun, so that what is lost in a kill or a
-    power cut is never a line but at most a checkpoint; `first_round` then drops the lines of the rounds that
-    are to be run again. `metrics.backup` has the same lines, each after a checksum.
+    power cut is never a line but at most a checkpoint; `first_round` then drops the lines of the
+    rounds that are to be run again. `metrics.backup` has the same lines, each after a checksum.
 
     Args:
       workdir: Where to write.
