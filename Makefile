@@ -20,7 +20,7 @@ help:
 	@echo "make faults  set up, then kill runs of every method, fill their disk, start them twice"
 	@echo "             (20 minutes at most; make faults-short: one minute)"
 	@echo "make endurance set up, then 2,000 rounds of every method: finite, one program, no more memory"
-	@echo "             (about a quarter of an hour)"
+	@echo "             (tens of minutes)"
 	@echo "make format  format the code"
 	@echo "make clean   remove the environment and all runs"
 
