@@ -8,7 +8,7 @@ from fedlora_jax import methods
 from fedlora_jax.methods._base import READS_EACH_CLIENT
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "SECURITY.md").read_text()
+PAGE = " ".join((ROOT / "SECURITY.md").read_text().split())
 SOURCES = sorted((ROOT / "fedlora_jax").rglob("*.py"))
 
 
