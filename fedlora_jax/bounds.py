@@ -154,7 +154,11 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "spectral": {"threshold": Bound(0, 1, above=True), "rank": _MAYBE_COUNT},
     # Transforms.
     "fedprox": {"mu": _NOT_NEGATIVE},
-    "private": {"clip": _POSITIVE, "noise_multiplier": _NOT_NEGATIVE},
+    "private": {
+        "clip": _POSITIVE,
+        "noise_multiplier": _NOT_NEGATIVE,
+        "cohort_size": _MAYBE_COUNT,
+    },
     "faults": {"share": _UP_TO_ALL, "factor": _POSITIVE},
     "robust": {"norm": Bound(above=True, optional=True), "byzantine": _MINORITY},
     "server_step": {"rate": _POSITIVE, "momentum": _SHARE, "rank": _MAYBE_COUNT},

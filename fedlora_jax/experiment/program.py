@@ -161,7 +161,10 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
         methods.check_combination(method, "unequal_ranks", "unequal ranks")
     if config.privacy.clip:
         method = transforms.private(
-            method, clip=config.privacy.clip, noise_multiplier=config.privacy.noise_multiplier
+            method,
+            clip=config.privacy.clip,
+            noise_multiplier=config.privacy.noise_multiplier,
+            cohort_size=config.clients_per_round,
         )
     server = config.server
     if server.optimizer != "none":

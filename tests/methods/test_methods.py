@@ -1,6 +1,8 @@
 """Properties of every method, on one round of unequal clients."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -303,6 +305,28 @@ def test_server_depends_on_what_is_sent_alone(world, cohort_of, name):
     one, _ = method.aggregate(before.server, result.uploads, weights)
     two, _ = method.aggregate(before.server, other, weights)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), one, two)
+
+
+def test_a_mean_would_do_where_the_page_says_so(world, cohort_of):
+    """As many copies of the mean give the same server, to rounding."""
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| yes \| [^|]* \|$", page.split("sends and keeps")[1], re.M
+    )
+    assert {"fedit", "fedsa_lora", "rolora"} < set(rows) and "flora" not in rows
+    weights = world.data.counts[COHORT].astype(jnp.float32)
+    for name in rows:
+        before, result, _ = cohort_of(name)
+        mean = methods.mean(result.uploads, weights)
+        copies = jax.tree.map(lambda x: jnp.stack([x] * len(COHORT)), mean)
+        one, _ = method_of(name).aggregate(before.server, result.uploads, weights)
+        two, _ = method_of(name).aggregate(before.server, copies, weights)
+        for x, y in zip(*map(jax.tree.leaves, (model_and_head(one), model_and_head(two)))):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def model_and_head(server):
+    return models_of(server), server.trainable.head
 
 
 @pytest.mark.parametrize("name", ALL)
