@@ -9,8 +9,9 @@ Runs every method at every point of the grid under every seed, as `experiments.t
 judged on the validation split. `--halving=3` spends less, by successive halving: all points for a
 few rounds, the best third of them for three times as many, and so on to all rounds, each from where
 it was. It is off by default, because large server steps fall behind first and end ahead. Of the
-points that got so far the one with the best headline metric, mean over seeds, is chosen. A point at which all clients of a
-round diverge is out, and the next best takes its place. A method that has no server's step is tuned without.
+points that got so far the one with the best headline metric, mean over seeds, is chosen. A point at
+which all clients of a round diverge is out, and the next best takes its place. A method that has no
+server's step is tuned without.
 
 Leaves `learning_rates.json`, and `report.md` with a plot, in the work directory; both say what was
 spent. Run again after a kill, it goes on from the last finished round.
