@@ -39,17 +39,23 @@ from absl import flags
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
 
-# Files that take long go first, so that no worker is left alone with one at the end.
+# Files that take long go first, the longest before all, so that no worker is left alone with one.
 LONG = [
+    "test_properties",
     "test_programs",
     "test_notebooks",
-    "test_round",
-    "test_precision",
+    "test_papers",
     "test_methods",
-    "test_properties",
+    "test_language_model",
+    "test_precision",
+    "test_server_step",
+    "test_round",
     "test_transforms",
     "test_tune",
     "test_sketch",
+    "test_loop",
+    "test_resuming",
+    "test_evaluate",
 ]
 
 
