@@ -11,17 +11,15 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
-from configs import digits
+from pathlib import Path
+
+from tests.tiny import tiny_digits
 
 def get_config(arg=None):
-    config = digits.get_config(arg)
-    config.model.options.update(width=16, depth=1, num_heads=2)
-    config.pretraining.options.steps = 20
-    config.backbone_dir = {backbones!r}
+    config = tiny_digits(Path({directory!r}), arg)
     config.clients_per_round = 6
-    config.clients_per_chunk = "all"
     config.lora.rank = 2
-    config.local.update(steps=2, batch_size=8, schedule="constant")
+    config.local.schedule = "constant"
     return config
 """
 
@@ -68,8 +66,7 @@ def finish(process):
 
 
 def test_two_hosts_find_what_one_device_finds_and_it_goes_on_alone(tmp_path):
-    config = CONFIG.format(backbones=str(tmp_path / "backbones"))
-    (tmp_path / "tiny.py").write_text(config)
+    (tmp_path / "tiny.py").write_text(CONFIG.format(directory=str(tmp_path)))
     finish(train(tmp_path, "alone", 3, 1))
     shared = ("--config.mesh.clients=4", f"--coordinator=127.0.0.1:{free_port()}", "--num_hosts=2")
     hosts = [train(tmp_path, "together", 2, 2, *shared, f"--host={i}") for i in range(2)]
