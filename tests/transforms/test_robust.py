@@ -17,8 +17,8 @@ ALL = sorted(methods.REGISTRY)
 RULES = sorted(transforms.ROBUST_RULES)
 COUNT, BYZANTINE = 10, 0.2
 HOSTILE = [1, 6]
-# Means of factors, of products, with a start of its own, of kinds of layers, by norms.
-NAMES = ["fedit", "flora", "frlora", "fedsmooth_lora", "hetlora"]
+# Means of factors, exact sums of products, and truncated ones of layers stacked by kind.
+NAMES = ["fedit", "flora", "fedsmooth_lora"]
 PAIRS = [
     (name, rule)
     for name in NAMES
