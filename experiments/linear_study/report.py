@@ -17,13 +17,13 @@ from fedlora_jax.experiment import records
 REFERENCE = "fedit"
 _LEGEND = """\
 Error: relative excess loss in percent, (L(W) - L(W*)) / (L(W_0) - L(W*)), after the last round: the
-geometric mean over {seeds} seeds with the smallest and the largest; lower is better. Over fedit: the
-ratio of the errors under the same seed, geometric mean, with the 95% t-interval of its logarithm and
-the p-value of the paired t-test, corrected by Holm for all comparisons of the table. Rate, step: the
-clients' learning rate and the server's step, chosen from one grid under other seeds; `*` marks an end
-of the grid, beyond which a better one may lie. Agg. error: relative distance of the server's update
-from the mean of the clients', mean over rounds and seeds. kB: what one client sends and receives
-in a round."""
+geometric mean over {seeds} seeds with the smallest and the largest; lower is better. Over fedit:
+the ratio of the errors under the same seed, geometric mean, with the 95% t-interval of its
+logarithm and the p-value of the paired t-test, corrected by Holm for all comparisons of the table.
+Rate, step: the clients' learning rate and the server's step, chosen from one grid under other
+seeds; `*` marks an end of the grid, beyond which a better one may lie. Agg. error: relative
+distance of the server's update from the mean of the clients', mean over rounds and seeds. kB: what
+one client sends and receives in a round."""
 
 
 class Row(NamedTuple):
