@@ -11,6 +11,7 @@ from experiments.linear_study.program import (
     Dials,
     Run,
     check,
+    compiled_for,
     has_step,
     make_method,
     make_runner,
@@ -106,8 +107,10 @@ def _run_all(
 ) -> list[report.Row]:
     """Runs what is missing in `found`, and says what came of each method in each setting."""
     runner, seeds, rows = make_runner(config), list(range(config.seeds)), []
-    # Settings that share a program come together.
-    ordered = sorted(settings, key=lambda dials: (dials.clients, dials.rank, dials.momentum))
+    # Settings that share a program come together, those that share the base's first.
+    shapes = dict.fromkeys(map(compiled_for, settings))
+    together = [[x for x in settings if compiled_for(x) == shape] for shape in shapes]
+    jobs = [(name, dials) for group in together for name in names for dials in group]
     grids = {name: points_of(config, name) for name in names}
     judged = sum(len(grid) * len(config.tuning_seeds) + len(seeds) for grid in grids.values())
     with progress_bar(judged * len(settings), unit="run") as bar:
@@ -123,7 +126,7 @@ def _run_all(
                 found.update(new)
                 bar.update(len(batch))
 
-        for name, dials in itertools.product(names, ordered):
+        for name, dials in jobs:
             said = f"{name}, {report.title(dials, settings[0])}"
             bar.set_description(said)
             grid = grids[name]
