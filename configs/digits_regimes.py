@@ -9,9 +9,9 @@ The federation of `configs/digits.py` has thirty clients, of whom eighteen train
 AdamW. The papers have few, all of whom train an epoch by SGD 0.01 with momentum 0.9:
 
 * `lora_fair` (arXiv:2411.14961): six clients, one a domain; weight decay 1e-5, clipping at 10.
-* `fedsmooth_lora` (arXiv:2605.29460): `clients` (5) of all domains, rank 2, scale 4 / sqrt(2), cosine
-  over rounds, gamma 256, zeta 1. With `alpha` above zero labels are split by Dirichlet(alpha),
-  otherwise alike.
+* `fedsmooth_lora` (arXiv:2605.29460): `clients` (5) of all domains, rank 2, scale 4 / sqrt(2), a
+  cosine over rounds, gamma 256, zeta 1. With `alpha` above zero labels are split by
+  Dirichlet(alpha), otherwise alike.
 
 The data and the backbone are those of `configs/digits.py`, batches of 16 instead of 64 and 128: a
 client has hundreds of images here, not thousands.
