@@ -170,7 +170,7 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
             method,
             rate=server.step,
             momentum=server.step_momentum,
-            rank=server.step_rank or None,
+            rank=server.step_rank or config.lora.rank,
         )
     if config.local.proximal:
         method = transforms.fedprox(method, mu=config.local.proximal)

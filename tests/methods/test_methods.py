@@ -16,8 +16,8 @@ from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, chan
 from tests.world import COHORT, any_client, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
-EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "rolora"]
-MERGING = ["fedex_lora", "fedsmooth_lora", "flora", "frlora", "oracle"]
+EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "random_basis_lora", "rolora"]
+MERGING = ["fedex_lora", "fedsmooth_lora", "flora", "frlora", "oracle", "random_basis_lora"]
 PERSONAL = ["fedsa_lora", "local"]
 # Sizes of the two adapted kernels of the test's model, its rank, and the head's parameters.
 D_IN, D_OUT, RANK, HEAD = 6 + 10, 10 + 7, 2, 7 * 3 + 3
@@ -121,12 +121,14 @@ RANKS = (1, 2, 2, 1, 2, 1, 2)
 @pytest.mark.parametrize("name", RANKED)
 def test_clients_of_a_smaller_rank_train_and_send_no_more_than_that(world, name):
     before, after, metrics, result = world.run(name, [COHORT] * 2, ranks=RANKS)
+    full = {path: f.rank for path, f in after.server.trainable.adapters.items()}
     ranks = np.array(RANKS)[COHORT]
+    widest = ranks * max(full.values()) // RANK
     if name != "hetlora":  # which may have pruned
-        np.testing.assert_array_equal(metrics.ranks, ranks)
-    assert (metrics.ranks <= ranks).all()
-    for trained in result.trained.adapters.values():
-        for position, rank in enumerate(ranks):
+        np.testing.assert_array_equal(metrics.ranks, widest)
+    assert (metrics.ranks <= widest).all()
+    for path, trained in result.trained.adapters.items():
+        for position, rank in enumerate(ranks * full[path] // RANK):
             assert not trained.a[position, :, rank:].any()
             assert not trained.b[position, rank:].any()
             assert trained.a[position, :, :rank].any() and trained.b[position, :rank].any()
@@ -144,6 +146,7 @@ UNORDERED = {
     "flora": "clients start afresh: the product is zero, and any first columns are as good",
     "hetlora": "its penalty puts in the first columns what matters",
     "local": "clients go on from their own",
+    "random_basis_lora": "any part of a random basis is as good as another",
     "rolora": "the resting factor is not sent again",
 }
 
@@ -337,6 +340,10 @@ def test_a_restored_state_goes_on_to_the_bit(world, cohort_of, name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, second)
 
 
+# What rank 2 of `random_basis_lora` is in the kernels 6 x 10 and 10 x 7, for as many numbers.
+WIDE = {"first": 2 * (6 + 10) // 10, "second": 2 * (10 + 7) // 7}
+WIDE_B = WIDE["first"] * 10 + WIDE["second"] * 7
+
 # Scalars up and down for one client of a cohort of four, by METHODS' formulas.
 SCALARS = {
     "central": (0, 0),
@@ -355,6 +362,7 @@ SCALARS = {
     "local": (0, 0),
     "lora_fair": (WHOLE, WHOLE),
     "oracle": (WHOLE, WHOLE + 3 * RANK * (D_IN + D_OUT)),
+    "random_basis_lora": (WIDE_B + HEAD, WIDE_B + HEAD),
     "rolora": (RANK * D_OUT + HEAD, RANK * D_OUT + HEAD),
     "spectral": (WHOLE, WHOLE),
 }
@@ -433,6 +441,7 @@ RESIDUALS = {
     "flora": 4 * RANK * (D_IN + D_OUT),
     "frlora": RANK * (D_IN + D_OUT),
     "fedsmooth_lora": RANK * (D_IN + D_OUT),
+    "random_basis_lora": WIDE_B,
     "rolora": RANK * D_IN,
 }
 
