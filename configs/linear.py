@@ -57,7 +57,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
     # The grid, the same for all methods.
     config.learning_rates = (0.02, 0.06) if small else (0.02, 0.04, 0.08, 0.16, 0.32)
-    config.server_steps = (1.0, 2.0) if small else (1.0, 2.0, 3.0)
+    config.server_steps = (1.0, 2.0) if small else (0.5, 1.0, 2.0)
     config.runs_at_once = 6
 
     config.options = method_options(config.get_ref("rounds"))

@@ -12,7 +12,7 @@ from configs import linear
 from experiments.linear_study import problem, program, report, results, study
 from experiments.linear_study.program import Dials, Outcome, Run
 from experiments.linear_study.results import Key
-from fedlora_jax import transforms
+from fedlora_jax import methods, transforms
 from fedlora_jax.checksums import Damaged
 from fedlora_jax.data.clients import client_data
 from fedlora_jax.federated.local import LocalTraining
@@ -71,42 +71,32 @@ def test_of_full_rank_the_optimum_is_reached(name, steps):
     assert outcome.error < 1e-3 and outcome.aggregation_error < 1e-4
 
 
-@pytest.mark.parametrize("name", ["fedit", "central"])
-def test_runs_at_once_are_those_of_single_rounds(name):
+def test_runs_at_once_are_those_of_single_rounds():
     config = small()
-    method = program.make_method(config, name)
-    stepping = program.has_step(method)
-    runs = [
-        Run(rate, step if stepping else None, seed)
-        for rate, step, seed in [(0.02, 1.0, 0), (0.05, 2.0, 1), (0.05, 1.0, 0), (0.1, 1.5, 5)]
-    ]
-    found = program.make_runner(config)(name, DIALS, runs)
+    points = [(0.02, 1.0, 0), (0.05, 2.0, 1), (0.05, 1.0, 0), (0.1, 1.5, 5)]
+    runs = [Run(*point) for point in points]
+    found = program.make_runner(config)("fedit", DIALS, runs)
     assert len({outcome.error for outcome in found}) == 4
-    assert found[1].error == pytest.approx(by_hand(config, method, runs[1]), rel=1e-4)
+    assert found[1].error == pytest.approx(by_hand(config, runs[1]), rel=1e-4)
 
 
-def by_hand(config, method, run):
-    """The error after the rounds of a run, one compiled round after the other."""
+def by_hand(config, run):
+    """The error of `fedit` after the rounds of a run, one compiled round after the other."""
     drawn = problem.draw(
         run.seed, clients=DIALS.clients, heterogeneity=DIALS.heterogeneity, **config.problem
     )
     examples = {"x": drawn.x.reshape(-1, 8), "y": drawn.y.reshape(-1, 6)}
-    clients = 1 if method.pooled else DIALS.clients
-    data = client_data(examples, np.split(np.arange(30), clients))
-    if run.step is not None:
-        method = transforms.server_step(method, rate=run.step)
-    training = LocalTraining(
-        program.configured.optimizer(config.local),
-        config.local.batch_size * DIALS.clients // clients,
-        DIALS.local_steps,
-    )
+    data = client_data(examples, np.split(np.arange(30), 3))
+    method = transforms.server_step(methods.fedit(), rate=run.step)
+    optimizer = program.configured.optimizer(config.local)
+    training = LocalTraining(optimizer, config.local.batch_size, DIALS.local_steps)
     key = jax.random.key(run.seed)
     server = program.first_server(key, jnp.asarray(drawn.pretrained), DIALS.rank, 2.0)
-    federation = create(program.randomness.stream(key, "method"), method, server, clients)
+    federation = create(program.randomness.stream(key, "method"), method, server, 3)
     one_round = make_round(program.make_task(6), method, training)
     for index in range(config.rounds):
         rate = run.rate * (1 + np.cos(np.pi * index / config.rounds)) / 2
-        federation, _ = one_round(federation, data, jnp.arange(clients), key, rate)
+        federation, _ = one_round(federation, data, jnp.arange(3), key, rate)
     kernel = np.asarray(program.kernel_of(federation.server), np.float64)
     return (loss(drawn, kernel) - loss(drawn, drawn.optimum)) / (
         loss(drawn, drawn.pretrained) - loss(drawn, drawn.optimum)
