@@ -1,9 +1,8 @@
 """A linear regression over clients, and its optimum in closed form."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike
 
 
 class Problem(NamedTuple):
@@ -92,7 +91,7 @@ def closed_form(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.linalg.solve(curvature, x.T @ y / len(x)), curvature
 
 
-def excess(kernel: ArrayLike, optimum: ArrayLike, curvature: ArrayLike) -> ArrayLike:
+def excess(kernel: Any, optimum: Any, curvature: Any) -> Any:
     """`L(W) - L(W*)` of a kernel W, by NumPy or by JAX, whatever the arrays are."""
     difference = kernel - optimum
     return ((curvature @ difference) * difference).sum() / 2

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from experiments.linear_study import problem
@@ -172,7 +171,7 @@ def _compile(
         drawn: _Drawn, rate: jax.Array, step: jax.Array, local_steps: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         method = _stepped(config, name, dials, step)
-        training = LocalTraining(optimizer, batch_size, local_steps)
+        training = LocalTraining(optimizer, batch_size, local_steps)  # type: ignore[arg-type]
         server = first_server(drawn.key, drawn.pretrained, dials.rank, config.lora.scale)
 
         def one_round(
@@ -225,7 +224,7 @@ def message_bytes(config: ConfigDict, name: str, dials: Dials) -> tuple[float, f
     return sum(x.up for x in counts) / 2, sum(x.down for x in counts) / 2
 
 
-def _stepped(config: ConfigDict, name: str, dials: Dials, rate: ArrayLike = 1.0) -> Method:
+def _stepped(config: ConfigDict, name: str, dials: Dials, rate: Any = 1.0) -> Method:
     """The method, with the server's step if it has one."""
     base = make_method(config, name)
     if not has_step(base):

@@ -100,7 +100,7 @@ def in_setting(study: Study, dials: Dials) -> dict[str, Row]:
 
 def ratios(rows: Mapping[str, Row]) -> dict[str, paired.Difference]:
     """Natural logarithms of the errors over those of `REFERENCE`, paired over seeds."""
-    logs = {name: np.log(row.errors) for name, row in rows.items() if row.errors is not None}
+    logs = {name: np.log(row.errors).tolist() for name, row in rows.items() if row.errors}
     if REFERENCE not in logs or len(logs) < 2 or len(logs[REFERENCE]) < 2:
         return {}
     return paired.differences(logs, REFERENCE)
@@ -191,7 +191,8 @@ def draw(study: Study, dial: str) -> plots.Plot | None:
             axes.set_xscale("log")
         axes.set_xticks(values, [f"{value:g}" for value in values])
         axes.minorticks_off()
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right", frameon=False, fontsize=9)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     return plots.Plot(
         figure,
         f"Relative excess loss after the last round, geometric mean over seeds, and aggregation "
