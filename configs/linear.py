@@ -19,7 +19,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.rounds = 3 if small else 20
     config.seeds = 2 if small else 5  # 0, 1, ...
+    # All points of the grid are tried under the first, the best few of them under the others too.
     config.tuning_seeds = (100,) if small else (100, 101)
+    config.confirming_seeds = (102,) if small else (102, 103, 104, 105)
+    config.finalists = 1 if small else 3
 
     # Of experiments.linear_study.problem.draw, beside the dials.
     config.problem = ml_collections.ConfigDict()

@@ -123,22 +123,25 @@ def rounded(outcome: Outcome) -> Outcome | None:
     return Outcome(*(float(f"{x:.4g}") for x in outcome))
 
 
-def choose(
+def ranked(
     results: Results, method: str, dials: Dials, points: Iterable[Run], seeds: Sequence[int]
-) -> Chosen | None:
-    """The point with the smallest geometric mean of the error over seeds; None if all diverged.
+) -> list[Run]:
+    """The points by the geometric mean of the error under these seeds, the smallest first.
 
-    Of equal points the first is taken. A point at which training diverged under a seed is out.
+    A point at which training diverged under one of them is left out, and so is one that has no run
+    under one of them. Equal points stay in their order.
     """
-    points = list(points)
     means = {}
     for point in points:
-        found = [results[Key(method, dials, point._replace(seed=seed))] for seed in seeds]
-        if all(outcome is not None for outcome in found):
-            means[point] = geometric_mean([outcome.error for outcome in found if outcome])
-    if not means:
-        return None
-    best = min(means, key=means.__getitem__)
+        keys = [Key(method, dials, point._replace(seed=seed)) for seed in seeds]
+        found = [outcome.error for key in keys if (outcome := results.get(key)) is not None]
+        if len(found) == len(seeds):
+            means[point] = geometric_mean(found)
+    return sorted(means, key=means.__getitem__)
+
+
+def chosen(best: Run, points: Iterable[Run]) -> Chosen:
+    """A point of the grid, with the sides of which it takes an end."""
     edges = []
     for side in ("rate", "step"):
         values = {getattr(point, side) for point in points}

@@ -1,7 +1,7 @@
 """What is run in the study of `experiments.linear`, in which order, and what is left out."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -80,10 +80,11 @@ def run_study(config: ConfigDict, workdir: Path, names: Sequence[str]) -> Path:
       Damaged: If a line of `runs.jsonl` is not what was written.
     """
     settings, seeds = settings_of(config), list(range(config.seeds))
-    if set(seeds) & set(config.tuning_seeds):
+    tuning = (*config.tuning_seeds, *config.confirming_seeds)
+    if len({*seeds, *tuning}) < len(seeds) + len(tuning):
         raise ValueError(
-            f"config.tuning_seeds {tuple(config.tuning_seeds)} has some of the seeds 0 to "
-            f"{config.seeds - 1} that methods are judged under"
+            f"config.tuning_seeds and config.confirming_seeds, {tuning}, repeat themselves or have "
+            f"some of the seeds 0 to {config.seeds - 1} that methods are judged under"
         )
     for name in names:
         check(config, name, settings)
@@ -112,8 +113,10 @@ def _run_all(
     together = [[x for x in settings if compiled_for(x) == shape] for shape in shapes]
     jobs = [(name, dials) for group in together for name in names for dials in group]
     grids = {name: points_of(config, name) for name in names}
-    judged = sum(len(grid) * len(config.tuning_seeds) + len(seeds) for grid in grids.values())
-    with progress_bar(judged * len(settings), unit="run") as bar:
+    later = config.finalists * len(config.confirming_seeds) + len(seeds)
+    total = sum(len(grid) * len(config.tuning_seeds) + later for grid in grids.values())
+    # Fewer if training diverges everywhere, and more if it does so under a confirming seed.
+    with progress_bar(total * len(settings), unit="run") as bar:
 
         def finish(name: str, dials: Dials, runs: Sequence[Run]) -> None:
             missing = [each for each in runs if Key(name, dials, each) not in found]
@@ -129,14 +132,44 @@ def _run_all(
         for name, dials in jobs:
             said = f"{name}, {report.title(dials, settings[0])}"
             bar.set_description(said)
-            grid = grids[name]
-            finish(name, dials, [p._replace(seed=s) for p in grid for s in config.tuning_seeds])
-            chosen = results.choose(found, name, dials, grid, config.tuning_seeds)
-            final = [] if chosen is None else [Run(chosen.rate, chosen.step, s) for s in seeds]
+            best = _tuned(config, found, name, dials, grids[name], finish)
+            final = [] if best is None else under([best], seeds)
             finish(name, dials, final)
-            bar.update(len(seeds) - len(final))
             outcomes = [found[Key(name, dials, each)] for each in final]
-            rows.append(report.Row(name, dials, chosen, outcomes))
+            point = None if best is None else results.chosen(best, grids[name])
+            rows.append(report.Row(name, dials, point, outcomes))
             if bar.disable:
                 print(f"{said}: {report.error_of(rows[-1])}", flush=True)
     return rows
+
+
+def _tuned(
+    config: ConfigDict,
+    found: Results,
+    name: str,
+    dials: Dials,
+    grid: Sequence[Run],
+    finish: Callable[[str, Dials, Sequence[Run]], None],
+) -> Run | None:
+    """The best point of the grid; None if training diverged at every one.
+
+    All points are run under the tuning seeds, and the best of them, `config.finalists`, under the
+    confirming seeds too: a point that does well under two seeds may diverge under a third. The next
+    best then takes its place.
+    """
+    finish(name, dials, under(grid, config.tuning_seeds))
+    order = results.ranked(found, name, dials, grid, config.tuning_seeds)
+    everyone = (*config.tuning_seeds, *config.confirming_seeds)
+    tried = 0
+    while True:
+        sound = results.ranked(found, name, dials, order[:tried], everyone)
+        left = min(config.finalists - len(sound), len(order) - tried)
+        if not left:
+            return sound[0] if sound else None
+        finish(name, dials, under(order[tried : tried + left], config.confirming_seeds))
+        tried += left
+
+
+def under(points: Sequence[Run], seeds: Sequence[int]) -> list[Run]:
+    """Points of a grid, each under every one of the seeds."""
+    return [point._replace(seed=seed) for point in points for seed in seeds]

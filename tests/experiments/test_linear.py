@@ -118,10 +118,11 @@ class Fake:
 
     @staticmethod
     def outcome(name, dials, run):
-        if run.rate > 0.05 and run.seed == 100:
+        # Steps of 1 are better, and so is the larger rate, but it diverges under a seed.
+        if run.rate > 0.05 and run.seed == (100 if name == "fedit" else 102):
             return Outcome(float("nan"), 0.0)
         digit = (len(name) + run.seed + dials.local_steps) % 7 + 1
-        return Outcome(digit * 0.01 * (run.step or 1), 0.123456)
+        return Outcome(digit * 0.01 * (run.step or 1) * (0.5 if run.rate > 0.05 else 1), 0.123456)
 
 
 @pytest.fixture
@@ -135,8 +136,9 @@ def test_it_goes_on_after_a_cut_line(fake, tmp_path):
     config, names = small(), ["fedit", "central"]
     text = study.run_study(config, tmp_path, names).read_text()
     whole, every = (tmp_path / results.RUNS).read_bytes(), set(fake.ran)
-    # Four settings, two rates, two steps of fedit, and two seeds.
-    assert len(fake.ran) == len(every) == 4 * (4 + 2 + 2 + 2)
+    # Four settings; two rates, two steps of fedit, the finalist again (of central the next best
+    # too), and two seeds.
+    assert len(fake.ran) == len(every) == 4 * (4 + 1 + 2 + 2 + 2 + 2)
     fake.ran.clear()
     (tmp_path / results.RUNS).write_bytes(whole[: whole[:-1].rfind(b"\n") + 30])
     assert study.run_study(config, tmp_path, names).read_text() == text
@@ -173,10 +175,9 @@ def test_the_report_says_what_the_runs_say(fake, tmp_path):
     def errors(method, **dials):
         setting = {**DIALS._asdict(), **dials}
         mine = [r for r in rows if r["method"] == method and r["setting"] == setting]
-        # The larger rate diverges, and the smaller step is better.
         final = [r for r in mine if r["seed"] < 100]
         assert {(r["rate"], r["step"]) for r in final} == {(0.02, 1.0)}
-        assert {r["error"] is None for r in mine if r["rate"] > 0.05} == {True}
+        assert any(r["error"] is None for r in mine if r["rate"] > 0.05)
         return np.array([r["error"] for r in sorted(final, key=lambda r: r["seed"])])
 
     def table(head):
