@@ -133,8 +133,8 @@ def crossing(name: str) -> tuple[str, str, str]:
     upload = communication.messages(method, server, client, 3).upload
     even, odd = (_parts(method.sent(upload, round_index)) for round_index in (0, 1))
     sends = even if even == odd else f"{even} in rounds 0, 2, ..; {odd} in rounds 1, 3, .."
-    mean = "-" if even == "-" else "no" if "privacy" in method.refuses else "yes"
-    return sends, "yes" if name == "fedsa_lora" else mean, _parts(client)
+    mean = "-" if even == "-" else "no" if "robust_entries" in method.refuses else "yes"
+    return sends, mean, _parts(client)
 
 
 def _parts(tree: Any) -> str:

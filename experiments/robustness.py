@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from tabulate import tabulate
 
+from experiments.shared import report
 from experiments.shared.apps import command, method_names, progress_bar, run
 from fedlora_jax import experiment, locks, transforms
-from fedlora_jax.experiment import Program, Setting, State
+from fedlora_jax.experiment import Program, Setting, State, records
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import make_method, schedule
 from fedlora_jax.federated import cohort, faults
@@ -51,10 +51,11 @@ def main() -> None:
     for given, known, what in ((rules, RULES, "robust rule"), (kinds, KINDS, "kind of faults")):
         for name in given:
             lookup(dict.fromkeys(known, name), name, what)
-    locks.check_writable(out)
-    title, results = study(config, out, names, rules, kinds, _SEEDS.value)
-    text = page(results, title, names, rules, kinds, _SEEDS.value)
-    (out / "README.md").write_text(f"# Robust rules\n\n```\n{command()}\n```\n\n{text}")
+    with locks.held(out, out / ".lock"):
+        title, results = study(config, out, names, rules, kinds, _SEEDS.value)
+        text = page(results, title, names, rules, kinds, _SEEDS.value)
+        head = f"# Robust rules\n\n```\n{command()}\n```\n\n"
+        records.write_atomically(out / "README.md", head + text)
     print(text)
 
 
@@ -96,8 +97,9 @@ def study(
                     job = (name, rule, kind, seed)
                     if job in results:
                         continue
-                    same = [(name, rule, other, seed) for other in ABSENT if kind in ABSENT]
-                    known = [results[other] for other in same if other in results]
+                    same = ABSENT if kind in ABSENT else ()
+                    others = [(name, rule, other, seed) for other in same]
+                    known = [results[other] for other in others if other in results]
                     if not known:
                         program = program or experiment.compile_program(mine, setting)
                         step = step or _compiled(program, setting)
@@ -188,9 +190,8 @@ def _write(path: Path, config: ConfigDict, results: Results) -> None:
         {**dict(zip(keys, job, strict=True)), "value": value if np.isfinite(value) else None}
         for job, value in results.items()
     ]
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps({"config": _record(config), "runs": runs}, indent=1) + "\n")
-    new.replace(path)
+    text = json.dumps({"config": _record(config), "runs": runs}, indent=1)
+    records.write_atomically(path, text + "\n")
 
 
 def _record(config: ConfigDict) -> Any:
@@ -228,15 +229,11 @@ def page(
     def cell(name: str, rule: str, kind: str) -> str:
         jobs = [(name, rule, kind, seed) for seed in range(num_seeds)]
         values = [results[job] for job in jobs if job in results]
-        if not values:
-            return "-"
-        deviation = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.1f}{deviation}"
+        return report.spread(values) if values else "-"
 
     for name in names:
         rows = [[kind, *(cell(name, rule, kind) for rule in rules)] for kind in kinds]
-        table = tabulate(rows, [name, *rules], tablefmt="github", disable_numparse=True)
-        lines += [table, ""]
+        lines += [report.aligned([name, *rules], rows, "github"), ""]
     return "\n".join(lines)
 
 

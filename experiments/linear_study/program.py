@@ -229,7 +229,8 @@ def _stepped(config: ConfigDict, name: str, dials: Dials, rate: Any = 1.0) -> Me
     base = make_method(config, name)
     if not has_step(base):
         return base
-    return transforms.server_step(base, rate=rate, momentum=dials.momentum)
+    # V at the rank of the adapters as given, which a method may have made wider: as in a run.
+    return transforms.server_step(base, rate=rate, momentum=dials.momentum, rank=dials.rank)
 
 
 def _federation(config: ConfigDict, name: str, dials: Dials) -> Federation:

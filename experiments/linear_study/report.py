@@ -63,6 +63,8 @@ class Study(NamedTuple):
       rows: One for each method and setting.
       sizes: Bytes of one client up and down in a round of each method, in the base setting.
       dials: The values of each dial.
+      floors: By setting, the least error of any change of W_0 of the adapters' rank, geometric mean
+        over seeds.
     """
 
     command: str
@@ -70,6 +72,7 @@ class Study(NamedTuple):
     rows: Sequence[Row]
     sizes: Mapping[str, tuple[float, float]]
     dials: Mapping[str, Sequence[float]]
+    floors: Mapping[Dials, float]
 
 
 def title(dials: Dials, base: Dials) -> str:
@@ -118,13 +121,29 @@ def render(study: Study, dials: Dials, style: str = "simple") -> str:
         versus = ["-"] * 3
         if found is not None:
             mean, low, high = np.exp([found.mean, found.low, found.high])
-            p = f"{found.p:.3f}" if found.p >= 0.0005 else "< 0.001"
-            versus = [f"{mean:.3f}", f"{low:.3f} to {high:.3f}", p]
+            versus = [f"{mean:.3f}", f"{low:.3f} to {high:.3f}", found.shown_p]
         steps = ["-"] * 2 if chosen is None else [_marked(chosen, x) for x in ("rate", "step")]
         error = "-" if row.aggregation_error is None else f"{row.aggregation_error:.4f}"
         sizes = [f"{size / 1000:.2f}" for size in study.sizes[name]]
         lines.append([name, error_of(row), _range(row), *versus, *steps, error, *sizes])
     return aligned(head, lines, style)
+
+
+def render_all(study: Study, style: str = "github") -> str:
+    """In how many settings each method is apart from `REFERENCE`, and by how much over all."""
+    found: dict[str, list[paired.Difference]] = {}
+    for dials in study.settings:
+        for name, each in ratios(in_setting(study, dials)).items():
+            found.setdefault(name, []).append(each)
+    means = {name: float(np.mean([x.mean for x in each])) for name, each in found.items()}
+    lines = []
+    for name in sorted(means, key=means.__getitem__):
+        lower = sum(each.high < 0 for each in found[name])
+        higher = sum(each.low > 0 for each in found[name])
+        lines.append(
+            [name, f"{np.exp(means[name]):.3f}", *map(str, (lower, higher, len(found[name])))]
+        )
+    return aligned(["method", f"over {REFERENCE}", "better", "worse", "settings"], lines, style)
 
 
 def error_of(row: Row) -> str:
@@ -166,7 +185,14 @@ def render_along(study: Study, dial: str, style: str = "github") -> str:
         return error_of(row) + ("" if extra is None else f" ({extra:.3f})")
 
     head = [words(dial), *(f"{value:g}" for value in values)]
-    return aligned(head, [[name, *map(cell, rows.values())] for name, rows in lines.items()], style)
+    shown = [[name, *map(cell, rows.values())] for name, rows in lines.items()]
+    least = [f"{100 * floor:.3g}" for floor in _floors(study, dial, values)]
+    return aligned(head, [["best of the rank", *least], *shown], style)
+
+
+def _floors(study: Study, dial: str, values: Sequence[Any]) -> list[float]:
+    base = study.settings[0]
+    return [study.floors[base._replace(**{dial: value})] for value in values]
 
 
 def draw(study: Study, dial: str) -> plots.Plot | None:
@@ -182,6 +208,8 @@ def draw(study: Study, dial: str) -> plots.Plot | None:
         left.plot(errors.keys(), [100 * x for x in errors.values()], **look, ms=4, label=name)
         found = {v: r.aggregation_error for v, r in lines[name].items()}
         right.plot(found.keys(), [np.nan if x is None else x for x in found.values()], **look, ms=4)
+    least = [100 * floor for floor in _floors(study, dial, values)]
+    left.plot(values, least, color="k", lw=1, ls=":", label="best of the rank")
     left.set(ylabel="relative excess loss (%)", yscale="log")
     right.set(ylabel="aggregation error")
     for axes in (left, right):
@@ -195,8 +223,9 @@ def draw(study: Study, dial: str) -> plots.Plot | None:
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     return plots.Plot(
         figure,
-        f"Relative excess loss after the last round, geometric mean over seeds, and aggregation "
-        f"error, against {words(dial)}; both steps of each method chosen at each value",
+        "Relative excess loss after the last round, geometric mean over seeds, and aggregation "
+        f"error, against {words(dial)}; both steps of each method chosen at each value; dotted: "
+        "the least that a change of the adapters' rank can have",
     )
 
 
@@ -205,6 +234,7 @@ def summary(study: Study) -> dict[str, Any]:
     return {
         "command": study.command,
         "bytes_up_down": study.sizes,
+        "best_of_rank": {title(x, study.settings[0]): y for x, y in study.floors.items()},
         "rows": [
             {
                 "method": row.method,
@@ -226,11 +256,13 @@ def write(workdir: Path, study: Study) -> Path:
     text = text.replace('{"method"', '\n{"method"') + "\n"
     records.write_atomically(workdir / "summary.json", text)
     base = study.settings[0]
+    turned_to = ", ".join(f"{words(name)} {value:g}" for name, value in base._asdict().items())
     seeds = max(len(row.outcomes) for row in study.rows)
     parts = [
         "# Distance from a known optimum",
         f"```\n{study.command}\n```",
-        f"Base setting: {', '.join(f'{words(k)} {v:g}' for k, v in base._asdict().items())}.",
+        f"Base setting: {turned_to}. A model that differs from W_0 by rank {base.rank} has an "
+        f"error of {100 * study.floors[base]:.3g}% at least.",
         render(study, base, "github"),
         _LEGEND.format(seeds=seeds),
     ]
@@ -246,7 +278,13 @@ def write(workdir: Path, study: Study) -> Path:
                 render_along(study, dial),
                 "Error in percent, geometric mean over seeds; in brackets the aggregation error.",
             ]
-    parts.append(_edges(study))
+    parts += [
+        "## All settings",
+        render_all(study),
+        f"The geometric mean over settings of the ratio to {REFERENCE}; in how many of them the "
+        "method is better or worse by its 95% interval (each by itself, not corrected).",
+        _edges(study),
+    ]
     records.write_atomically(workdir / "report.md", "\n\n".join(parts) + "\n")
     return workdir / "report.md"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.linear_study import report, results
+from experiments.linear_study import problem, report, results
 from experiments.linear_study.program import (
     Dials,
     Run,
@@ -93,10 +93,25 @@ def run_study(config: ConfigDict, workdir: Path, names: Sequence[str]) -> Path:
         found = results.read(workdir)
         rows = _run_all(config, workdir, names, settings, found)
         sizes = {name: message_bytes(config, name, settings[0]) for name in names}
-        made = report.Study(command(), settings, rows, sizes, config.dials.to_dict())
+        floors = {dials: _floor(config, dials) for dials in settings}
+        made = report.Study(command(), settings, rows, sizes, config.dials.to_dict(), floors)
         path = report.write(workdir, made)
     print(f"\n{report.render(made, settings[0])}\n\nReport with plots: {path}")
     return path
+
+
+def _floor(config: ConfigDict, dials: Dials) -> float:
+    """The least error that a change of the adapters' rank can have."""
+    least = []
+    for seed in range(config.seeds):
+        drawn = problem.draw(
+            seed,
+            clients=dials.clients,
+            heterogeneity=dials.heterogeneity,
+            **config.problem,
+        )
+        least.append(problem.best_of_rank(drawn, dials.rank))
+    return results.geometric_mean(least)
 
 
 def _run_all(

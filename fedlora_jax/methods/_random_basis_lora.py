@@ -47,7 +47,6 @@ def random_basis_lora() -> Method:
     """
     method = averaging(
         _aggregate,
-        trains=lambda round_index: B_ONLY,
         sends=lambda round_index: "b",
         refuses={
             "scaffold": "its adapters are reset in every round, in another basis",

@@ -52,12 +52,28 @@ def test_optimum(heterogeneity):
     direct = loss(drawn, kernel) - loss(drawn, drawn.optimum)
     found = problem.excess(kernel, drawn.optimum, drawn.curvature)
     np.testing.assert_allclose(found, direct, rtol=1e-9)
+    # No descent on factors of rank 2 ends lower, and full rank leaves nothing.
+    least = problem.best_of_rank(drawn, 2)
+    relative = 1 / problem.excess(drawn.pretrained, drawn.optimum, drawn.curvature)
+    reached = relative * descended(drawn, 2)
+    assert least <= reached * (1 + 1e-9) and reached == pytest.approx(least, rel=1e-3)
+    assert problem.best_of_rank(drawn, 6) == 0
     # Another heterogeneity is another problem from the same draws.
     other = problem.draw(1, heterogeneity=0.5, **sizes)
     np.testing.assert_array_equal(other.pretrained, drawn.pretrained)
     assert np.ptp(other.y - drawn.y) > 0.1
     with pytest.raises(ValueError, match="do not determine a kernel of 8 inputs"):
         problem.draw(1, clients=1, heterogeneity=0.0, inputs=8, examples=7)
+
+
+def descended(drawn, rank):
+    """The excess loss after alternating least squares on factors of that rank."""
+    b = np.random.default_rng(0).normal(size=(rank, drawn.optimum.shape[1]))
+    wanted, h = drawn.optimum - drawn.pretrained, drawn.curvature
+    for _ in range(500):
+        a = wanted @ np.linalg.pinv(b)
+        b = np.linalg.solve(a.T @ h @ a, a.T @ h @ wanted)
+    return problem.excess(drawn.pretrained + a @ b, drawn.optimum, h)
 
 
 @pytest.mark.parametrize(("name", "steps"), [("central", 20), ("fedex_lora", 1)])
@@ -195,7 +211,21 @@ def test_the_report_says_what_the_runs_say(fake, tmp_path):
     # a and b of rank 2, 4 bytes a number; ffa_lora sends b alone.
     assert base["fedit"][-2:] == [f"{4 * 2 * 14 / 1000:.2f}"] * 2
     assert base["ffa_lora"][-2:] == [f"{4 * 2 * 6 / 1000:.2f}"] * 2
-    for name, cells in table("local steps").items():
+    logs = [
+        np.log(errors("ffa_lora", **turned) / errors("fedit", **turned))
+        for turned in [{}, {"heterogeneity": 0.0}, {"local_steps": 1}, {"local_steps": 4}]
+    ]
+    everywhere = text[text.index("## All settings") :]
+    half = [4.302653 * x.std(ddof=1) / np.sqrt(3) for x in logs]  # Student's t, two degrees.
+    better = sum(x.mean() + h < 0 for x, h in zip(logs, half))
+    worse = sum(x.mean() - h > 0 for x, h in zip(logs, half))
+    (line,) = [x for x in everywhere.splitlines() if x.startswith("| ffa_lora")]
+    assert re.split(r"\s*\|\s*", line.strip("| "))[1:] == [
+        *(f"{np.exp(np.mean(logs)):.3f}", str(better), str(worse), "4")
+    ]
+    along = table("local steps")
+    assert len(set(along.pop("best of the rank"))) == 1
+    for name, cells in along.items():
         wanted = [100 * np.exp(np.log(errors(name, local_steps=n)).mean()) for n in (1, 3, 4)]
         assert cells == [f"{error:.3g} (0.123)" for error in wanted]
     assert (tmp_path / "local_steps.png").exists() and not (tmp_path / "rank.png").exists()

@@ -3,14 +3,12 @@
 import pytest
 
 from experiments import robustness
-from tests.tiny import tiny_digits
 
 KINDS = ["none", "nan", "dropout", "huge"]
 
 
-def test_a_study_is_a_table_and_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
-    config = tiny_digits(tmp_path)
+def test_a_study_is_a_table_and_goes_on(digits, tmp_path, monkeypatch):
+    config = digits.copy_and_resolve_references()
     config.rounds = 2
     what = (["flora"], ["none", "median"], KINDS, 1)
     title, results = robustness.study(config, tmp_path, *what)
