@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KILLS ?= 50
 SECONDS ?= 1200
 
-.PHONY: help demo test devices parity faults faults-short lint format clean
+.PHONY: help demo test devices parity faults faults-short endurance lint format clean
 
 help:
 	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
@@ -19,6 +19,8 @@ help:
 	@echo "             and prepare small public data sets"
 	@echo "make faults  set up, then kill runs of every method, fill their disk, start them twice"
 	@echo "             (20 minutes at most; make faults-short: one minute)"
+	@echo "make endurance set up, then 2,000 rounds of every method: finite, one program, no more memory"
+	@echo "             (tens of minutes)"
 	@echo "make format  format the code"
 	@echo "make clean   remove the environment and all runs"
 
@@ -39,6 +41,9 @@ faults: $(VENV)/.test
 
 faults-short: $(VENV)/.test
 	FAULTS_KILLS=1 $(BIN)/python -m pytest tests/faults -k 'killed or signal or full_disk'
+
+endurance: $(VENV)/.core
+	$(BIN)/python -m experiments.benchmark endurance
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

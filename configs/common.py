@@ -117,3 +117,16 @@ def add_combinations(config: ml_collections.ConfigDict) -> None:
     config.privacy.clip = 0.0  # largest norm of a client's change; 0: no privacy
     config.privacy.noise_multiplier = 1.0
     config.privacy.delta = 1e-5
+
+    # Clients that fail or attack: dropout, crash, nan, huge, zeros, sign_flip
+    config.faults = ml_collections.ConfigDict()
+    config.faults.kind = "none"
+    config.faults.share = 0.2  # of each round's cohort
+    config.faults.factor = 1.0  # of sign_flip, and of huge times a million
+
+    # Against them: norm_clip, median, trimmed_mean, krum, multi_krum, geometric_median
+    config.robust = ml_collections.ConfigDict()
+    config.robust.rule = "none"
+    config.robust.norm = 0.0  # largest of a change, of norm_clip; 0: the median of the cohort's
+    # Share of a cohort that may be hostile, of trimmed_mean, krum and multi_krum
+    config.robust.byzantine = 0.2

@@ -13,7 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedlora_jax import aggregation, methods
+import jax
+import jax.numpy as jnp
+
+from fedlora_jax import Factors, aggregation, methods
+from fedlora_jax.federated import communication
+from fedlora_jax.methods import Server, Trainable
 
 HERE = Path(__file__).parent
 OTHERS: list[Callable[..., Any]] = [
@@ -24,6 +29,12 @@ OTHERS: list[Callable[..., Any]] = [
     aggregation.ordered,
     aggregation.shares,
     aggregation.tail_penalty,
+    aggregation.gram,
+    aggregation.clip_scales,
+    aggregation.krum_weights,
+    aggregation.geometric_median_weights,
+    aggregation.coordinate_median,
+    aggregation.coordinate_trimmed_mean,
 ]
 SECTIONS = ("Args", "Returns", "Raises", "Examples", "References")
 
@@ -104,8 +115,38 @@ def method_page() -> str:
         ]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    lines += ["", "## What a client sends and keeps", "", _SENDING, ""]
+    lines += ["| method | sends | the mean would do | keeps of its own |", "|---|---|---|---|"]
+    lines += [f"| `{name}` | {' | '.join(crossing(name))} |" for name in sorted(methods.REGISTRY)]
     lines += ["", "<!-- Made by generate.py from the code. -->"]
     return "\n".join(lines) + "\n"
+
+
+def crossing(name: str) -> tuple[str, str, str]:
+    """What a client of a method sends, whether its mean would do, and what the client keeps."""
+    method = methods.get(name)()
+    kernel = jnp.zeros((5, 7))
+    adapters = {"layer": Factors(jnp.zeros((5, 2)), jnp.zeros((2, 7)))}
+    trainable = Trainable(adapters, {"head": jnp.zeros(3)})
+    server = Server({"layer": {"kernel": kernel}}, trainable, jnp.float32(1), (), jnp.int32(0))
+    server, client = method.init(jax.random.key(0), server)
+    upload = communication.messages(method, server, client, 3).upload
+    even, odd = (_parts(method.sent(upload, round_index)) for round_index in (0, 1))
+    sends = even if even == odd else f"{even} in rounds 0, 2, ..; {odd} in rounds 1, 3, .."
+    mean = "-" if even == "-" else "no" if "robust_entries" in method.refuses else "yes"
+    return sends, mean, _parts(client)
+
+
+def _parts(tree: Any) -> str:
+    """The factors and the head among arrays, by their sizes."""
+
+    def part(shape: tuple[int, ...]) -> str:
+        if len(shape) < 2:
+            return {(3,): "head", (): "a number"}[shape]
+        return {5: "`a`"}.get(shape[0]) or {7: "`b`"}[shape[1]]
+
+    shapes = [x.shape[-2:] for x in jax.tree.leaves(tree)]
+    return ", ".join(dict.fromkeys(map(part, shapes))) or "-"
 
 
 _TITLES = {
@@ -115,10 +156,19 @@ _TITLES = {
     "server_optimizer": "server optimiser",
     "server_step": "server step",
     "privacy": "privacy",
+    "robust_selection": "krum, multi_krum",
+    "robust_weights": "norm_clip, geometric_median",
+    "robust_entries": "median, trimmed_mean",
 }
 _COMBINING = """\
 How to ask for it is in [combinations.md](combinations.md). A combination without "yes" is refused
 before training, with the reason below the table."""
+
+_SENDING = """\
+By `Method.sent`, on which alone the server's step depends, as a test checks. `fedsmooth_lora` sends
+the change that it wishes for, of rank r, in factors. Where the mean would do, the server needs no
+more than a sum over clients, and the option for privacy gives it no more; elsewhere its step reads
+each client's factors. What that can tell of a client's data is in [SECURITY.md](../SECURITY.md)."""
 
 
 def pages() -> dict[str, str]:

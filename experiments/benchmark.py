@@ -12,6 +12,7 @@
     python -m experiments.benchmark mesh
     python -m experiments.benchmark engines
     python -m experiments.benchmark tree
+    python -m experiments.benchmark endurance --endured=2000
 
 `aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
 and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
@@ -36,7 +37,9 @@ round of every method for four devices, with the local training under `shard_map
 compiler, and counts what devices compute and send. `engines` counts the same of parts of a round
 that are written in other ways: left to the compiler, with collectives written out, in DrJAX
 (`pip install drjax`) and as here. `tree` trains clients of the digits demo, and aggregates what
-they send along trees and from sketches.
+they send along trees and from sketches. `endurance` runs thousands of rounds of every method, in
+float32 and bfloat16, and fails if a value is not finite, a program is compiled again, or memory
+grows; its rows are `METHOD:float32`, `METHOD:bfloat16`, and of some `METHOD:loop`.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -64,6 +67,7 @@ from absl import app, flags
 from experiments.benchmarks import (
     aggregation,
     clients,
+    endurance,
     engines,
     growth,
     memory,
@@ -87,6 +91,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of `streaming`.", lower_boun
 _MEMORY = flags.DEFINE_float("memory_gb", 2.5, "What `streaming` may hold; 0 for no bound.")
 _FOLDER = flags.DEFINE_string("folder", "", "Where `streaming` writes its images, to be kept.")
 _SEEDS = flags.DEFINE_integer("tree_seeds", 5, "Seeds of `tree`.", lower_bound=1)
+_ENDURED = flags.DEFINE_integer("endured", 2000, "Rounds of `endurance`.", lower_bound=20)
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
@@ -105,7 +110,7 @@ def worker(task: str, **environment: str) -> dict[str, Any]:
     """
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
     of_streaming = (_COHORT, _IMAGES, _ROUNDS, _MEMORY, _FOLDER)
-    for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS, *of_streaming):
+    for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS, _ENDURED, *of_streaming):
         command.append(f"--{flag.name}={flag.value}")
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
@@ -287,6 +292,18 @@ def tree_table() -> None:
     write("tree", results, tree.page(results), tree.draw(results))
 
 
+def endurance_table() -> None:
+    """Runs many rounds of every method, prints the table and writes it; fails if one fails."""
+    results: dict[str, Any] = {"environment": environment(), "rounds": _ENDURED.value, "rows": {}}
+    for name in rows_of(endurance.names()):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results["rows"][name] = worker(f"endurance:{name}")
+    write("endurance", results, endurance.page(results))
+    failed = [name for name, row in results["rows"].items() if endurance.faults(row)]
+    if failed:
+        sys.exit(f"error: {len(failed)} rows do not hold: {', '.join(failed)}")
+
+
 def growth_table() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
     results = {"environment": environment(), "growth": worker("growth:")}
@@ -314,8 +331,9 @@ def main(argv: list[str]) -> None:
             "memory": lambda: memory.measure(name, blocks=_BLOCKS.value, rank=_RANK.value),
             "streaming": measure_streaming,
             "clients": lambda: clients.measure(*clients.point_of(name)),
-            "mesh": lambda: {each: mesh.measure(each) for each in name.split(",")},
+            "endurance": lambda: endurance.measure(name, _ENDURED.value),
             "engines": lambda: {each: engines.measure(each) for each in name.split(",")},
+            "mesh": lambda: {each: mesh.measure(each) for each in name.split(",")},
             "tree": lambda: tree.measure(*tree.task_of(name)),
         }
         print(json.dumps(tasks[kind]()))
@@ -323,6 +341,7 @@ def main(argv: list[str]) -> None:
     commands = {
         "aggregation": aggregation_table,
         "clients": clients_table,
+        "endurance": endurance_table,
         "engines": engines_table,
         "growth": growth_table,
         "memory": memory_table,

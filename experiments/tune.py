@@ -6,11 +6,12 @@
         --seeds=5 --learning_rates=runs/tuned/learning_rates.json
 
 Runs every method at every point of the grid under every seed, as `experiments.train` does but
-judged on the validation split, by successive halving: all points for a few rounds, the best third
-of them (`--halving=3`) for three times as many, and so on to all rounds, each from where it was.
-`--halving=1` runs the whole grid for all rounds. Of the points that got so far the one with the
-best headline metric, mean over seeds, is chosen. A point at which all clients of a round diverge is
-out, and the next best takes its place. A method that has no server's step is tuned without.
+judged on the validation split. `--halving=3` spends less, by successive halving: all points for a
+few rounds, the best third of them for three times as many, and so on to all rounds, each from where
+it was. It is off by default, because large server steps fall behind first and end ahead. Of the
+points that got so far the one with the best headline metric, mean over seeds, is chosen. A point at
+which all clients of a round diverge is out, and the next best takes its place. A method that has no
+server's step is tuned without.
 
 Leaves `learning_rates.json`, and `report.md` with a plot, in the work directory; both say what was
 spent. Run again after a kill, it goes on from the last finished round.
@@ -57,7 +58,10 @@ _SERVER_STEPS = flags.DEFINE_list(
     "with a config.server.optimizer; by default that of the configuration alone.",
 )
 _HALVING = flags.DEFINE_integer(
-    "halving", 3, "One point in so many goes on, for so many times the rounds.", lower_bound=1
+    "halving",
+    1,
+    "One point in so many goes on, for so many times the rounds; 1: all, to the last round.",
+    lower_bound=1,
 )
 _SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds: 0, 1, ...", lower_bound=1)
 

@@ -64,6 +64,8 @@ _ANY_COUNT = Bound(0, whole=True)
 _POSITIVE = Bound(above=True)
 _NOT_NEGATIVE = Bound()
 _SHARE = Bound(0, 1, below=True)
+_UP_TO_ALL = Bound(0, 1)
+_MINORITY = Bound(0, 0.5, below=True, hint="; no rule holds against half of the clients")
 _PROBABILITY = Bound(0, 1, above=True, below=True)
 _SEED = Bound(0, 2**32 - 1, whole=True)
 _PARTS = {"num_clients": _COUNT, "clients_per_domain": _COUNT, "min_examples": _COUNT}
@@ -101,6 +103,10 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "privacy.clip": _NOT_NEGATIVE,
         "privacy.noise_multiplier": _NOT_NEGATIVE,
         "privacy.delta": _PROBABILITY,
+        "faults.share": _UP_TO_ALL,
+        "faults.factor": _POSITIVE,
+        "robust.norm": _NOT_NEGATIVE,
+        "robust.byzantine": _MINORITY,
         "mesh.clients": _COUNT,
         "mesh.model": _COUNT,
     },
@@ -148,7 +154,13 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "spectral": {"threshold": Bound(0, 1, above=True), "rank": _MAYBE_COUNT},
     # Transforms.
     "fedprox": {"mu": _NOT_NEGATIVE},
-    "private": {"clip": _POSITIVE, "noise_multiplier": _NOT_NEGATIVE},
+    "private": {
+        "clip": _POSITIVE,
+        "noise_multiplier": _NOT_NEGATIVE,
+        "cohort_size": _MAYBE_COUNT,
+    },
+    "faults": {"share": _UP_TO_ALL, "factor": _POSITIVE},
+    "robust": {"norm": Bound(above=True, optional=True), "byzantine": _MINORITY},
     "server_step": {"rate": _POSITIVE, "momentum": _SHARE, "rank": _MAYBE_COUNT},
     "epsilon": {
         "noise_multiplier": _NOT_NEGATIVE,

@@ -6,6 +6,8 @@ version, is taken as it is.
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CHECKSUMS = "checksums.json"
@@ -24,8 +26,20 @@ def of_file(path: Path) -> str:
 
 
 def write(directory: Path) -> None:
-    """Writes the checksums of all files in a directory."""
+    """Writes the checksums of all files in a directory, and has all of it on the disk then."""
     (directory / CHECKSUMS).write_text(json.dumps(_of_files(directory), indent=1) + "\n")
+    # Together, for one commit of the file system's journal does for many.
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(_force, [*directory.rglob("*"), directory]))
+
+
+def _force(path: Path) -> None:
+    """Waits until a file, or what a directory lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check(directory: Path) -> None:

@@ -1,7 +1,10 @@
 """Settings for all tests."""
 
+import gc
 import importlib.metadata
 import os
+import shutil
+import tempfile
 
 # Before JAX is imported: no accelerator is asked for, unless the caller asks for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,8 +19,15 @@ os.environ.setdefault(
 )
 # Devices for the tests of a mesh.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
-# No test writes into the user's cache directory.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# What one worker has compiled the other reads, and so does a test that makes the same program anew.
+# The directory is new for each run of the tests. With a bound on its size JAX locks it.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else tempfile.mkdtemp(prefix="fedlora_jax_tests_")
+)
+os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 32)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # Before NumPy is imported: LAPACK's threads spin while they wait for each other, and there are as
 # many workers as cores already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -29,22 +39,40 @@ from absl import flags
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
 
-# Files that take long go first, so that no worker is left alone with one at the end.
+# Files that take long go first, the longest before all, so that no worker is left alone with one.
 LONG = [
+    "test_properties",
     "test_programs",
     "test_notebooks",
-    "test_round",
-    "test_precision",
+    "test_papers",
     "test_methods",
-    "test_properties",
+    "test_language_model",
+    "test_precision",
+    "test_server_step",
+    "test_round",
     "test_transforms",
     "test_tune",
     "test_sketch",
+    "test_loop",
+    "test_resuming",
+    "test_evaluate",
 ]
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    place = {name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+def pytest_collection_finish():
+    """What the libraries are made of is never garbage, and takes long to be looked through."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +81,22 @@ def few_programs():
     yield
     if len(jax.local_devices()[0].client.live_executables()) > 200:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def digits_directory(tmp_path_factory):
+    """Where a worker makes the demo's data and the tiny backbone, once; tests only read them."""
+    return tmp_path_factory.mktemp("digits")
+
+
+@pytest.fixture(scope="module")
+def digits(digits_directory):
+    """The configuration of the demo's data with a model whose rounds take a moment."""
+    from tests.tiny import tiny_digits
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORA_DATA_DIR", str(digits_directory / "data"))
+        yield tiny_digits(digits_directory)
 
 
 @pytest.fixture(scope="session")

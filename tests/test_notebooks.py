@@ -13,10 +13,12 @@ SHORT = {
     "fine_tune_a_language_model": "ROUNDS, HELD_OUT, NEW_TOKENS = 1, 1, 4\n"
     "config = python_stdlib_smollm2.get_config('runlocal')",
 }
-# The demo's backbone is made in few steps, and kept where no user looks for it.
+# The demo's model is small, made in few steps, and kept where no user looks for it.
 DEMO = "config = digits.get_config()\n"
 SHORT_DEMO = DEMO + (
-    "config.pretraining.options.steps = 30\n"
+    "config.model.options.update(width=32, depth=1, num_heads=2)\n"
+    "config.local.update(steps=2, batch_size=8)\n"
+    "config.pretraining.options.steps = 20\n"
     "config.backbone_dir = __import__('tempfile').mkdtemp()\n"
 )
 # A notebook that needs a pretrained model is run where that is installed, as by `make parity`.

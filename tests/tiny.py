@@ -3,9 +3,9 @@
 from configs import digits
 
 
-def tiny_digits(directory):
+def tiny_digits(directory, arg=None):
     """Cohorts of four clients that take few steps; the backbone is kept in `directory`."""
-    config = digits.get_config()
+    config = digits.get_config(arg)
     config.model.options.update(width=16, depth=1, num_heads=2)
     config.pretraining.options.steps = 20
     config.backbone_dir = str(directory / "backbones")

@@ -28,6 +28,11 @@ class Difference(NamedTuple):
     seeds: int
     p: float
 
+    @property
+    def shown_p(self) -> str:
+        """The p-value as tables have it."""
+        return f"{self.p:.3f}" if self.p >= 0.0005 else "< 0.001"
+
 
 def differences(values: Mapping[str, Sequence[float]], reference: str) -> dict[str, Difference]:
     """Compares every method with one of them, paired over seeds.

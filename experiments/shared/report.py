@@ -206,7 +206,7 @@ def render_paired(runs: Runs, reference: str, metric: Metric, style: str = "simp
             f"{each.mean:+.{digits}f}",
             f"{each.low:+.{digits}f} to {each.high:+.{digits}f}",
             f"{getattr(each, metric.better)} of {each.seeds}",
-            f"{each.p:.3f}" if each.p >= 0.0005 else "< 0.001",
+            each.shown_p,
         ]
         for method, each in compared(runs, reference, metric).items()
     ]

@@ -43,6 +43,15 @@ from fedlora_jax.aggregation._frlora import frlora
 from fedlora_jax.aggregation._hetlora import hetlora, tail_penalty
 from fedlora_jax.aggregation._lora_fair import lora_fair
 from fedlora_jax.aggregation._ordered import ordered
+from fedlora_jax.aggregation._robust import (
+    check_krum,
+    clip_scales,
+    coordinate_median,
+    coordinate_trimmed_mean,
+    geometric_median_weights,
+    gram,
+    krum_weights,
+)
 from fedlora_jax.aggregation._rolora import rolora
 from fedlora_jax.aggregation._spectral import spectral
 from fedlora_jax.names import lookup
@@ -82,10 +91,17 @@ __all__ = [
     "Aggregated",
     "Diagnostics",
     "UnequalFactors",
+    "check_krum",
+    "clip_scales",
+    "coordinate_median",
+    "coordinate_trimmed_mean",
     "cut",
     "diagnostics",
     "error",
+    "geometric_median_weights",
     "get",
+    "gram",
+    "krum_weights",
     "ordered",
     "present_clients",
     "shares",

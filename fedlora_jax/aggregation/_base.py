@@ -73,7 +73,8 @@ def stack(clients: Sequence[PyTree], rank: int | None = None) -> PyTree:
       Adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`.
 
     Raises:
-      ValueError: If the trees differ in structure or in a dimension other than the rank.
+      ValueError: If the trees differ in structure or in a dimension other than the rank; it names
+        the client and the kernel.
     """
 
     def stacked(*factors: Factors) -> Factors:
@@ -83,7 +84,24 @@ def stack(clients: Sequence[PyTree], rank: int | None = None) -> PyTree:
 
     if not clients:
         raise ValueError("no clients to stack")
+    for index, client in enumerate(clients):
+        _check_alike(index, client, clients[0])
     return map_factors(stacked, *clients)
+
+
+def _check_alike(index: int, client: PyTree, first: PyTree) -> None:
+    """Raises ValueError unless a client's kernels are those of the first one."""
+    mine, theirs = names(client), names(first)
+    if mine != theirs:
+        raise ValueError(f"client {index} sent kernels {mine}, client 0 {theirs}")
+    for name, node, other in zip(mine, leaves(client), leaves(first), strict=True):
+        a, b = jnp.shape(node.a), jnp.shape(node.b)
+        sizes = [jnp.shape(other.a)[0], jnp.shape(other.b)[-1]]
+        if len(a) != 2 or len(b) != 2 or a[1] != b[0] or [a[0], b[1]] != sizes:
+            raise ValueError(
+                f"client {index}, adapter {name!r}: expected a [{sizes[0]}, r] and "
+                f"b [r, {sizes[1]}], got a {list(a)} and b {list(b)}"
+            )
 
 
 def names(tree: PyTree) -> list[str]:
@@ -322,8 +340,8 @@ def finite_everywhere(stacked: PyTree) -> jax.Array:
 
 def finite_clients(clients: Factors) -> jax.Array:
     """Which clients hold finite factors alone, `[K]`."""
-    # The largest absolute value is finite only if all are; this is much faster than `isfinite`.
-    a, b = (jnp.isfinite(jnp.max(jnp.abs(x), axis=(1, 2), initial=0)) for x in clients)
+    # Not by the largest value: on a CPU a maximum over thousands of numbers passes NaN over.
+    a, b = (jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in clients)
     return jax.lax.stop_gradient(a & b)
 
 

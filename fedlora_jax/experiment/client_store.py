@@ -47,7 +47,9 @@ class ClientStore:
         self._directory = workdir / DIRECTORY
         leaves = jax.tree_util.tree_leaves_with_path(first)
         self._first = jax.tree.map(np.asarray, first)
-        self._fields = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+        # A state that is one bare array has no path, and a field needs a name.
+        paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        self._fields = [path or "." for path in paths]
         arrays = jax.tree.leaves(self._first)
         fields = zip(self._fields, arrays, strict=True)
         record = [(name, _stored(x.dtype), x.shape) for name, x in fields]

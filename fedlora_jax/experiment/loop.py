@@ -191,7 +191,8 @@ def _train(
             server, states, measured = round_function(server, *given)
             states, measured = hosts.gathered(states), jax.device_get(measured)
             seconds = time.perf_counter() - began
-            _stop_or_warn(int(measured.excluded), start.cohort_size, index, kept.workdir)
+            answers = start.cohort_size - int(measured.absent or 0)
+            _stop_or_warn(int(measured.excluded), answers, index, kept.workdir)
             with hosts.first_before_others("states written"):
                 kept.clients.write(index, chosen, _first(states, start.cohort_size))
             judged = panel_states(program.method, kept.clients.read, start.test)
@@ -209,8 +210,8 @@ def _first(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x[:count], tree)
 
 
-def _stop_or_warn(excluded: int, cohort_size: int, index: int, workdir: Path) -> None:
-    if excluded == cohort_size:
+def _stop_or_warn(excluded: int, answers: int, index: int, workdir: Path) -> None:
+    if excluded == answers > 0:
         raise FloatingPointError(
             f"round {index}: every client of the cohort diverged (its values are not finite). "
             + (f"The state after round {index - 1} is kept in {workdir}; try" if index else "Try")
@@ -218,8 +219,7 @@ def _stop_or_warn(excluded: int, cohort_size: int, index: int, workdir: Path) ->
         )
     if excluded:
         warnings.warn(
-            f"round {index}: {excluded} of {cohort_size} clients left out, their values are not "
-            "finite",
+            f"round {index}: {excluded} of {answers} clients left out, their values are not finite",
             stacklevel=3,
         )
 

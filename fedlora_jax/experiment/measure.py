@@ -83,6 +83,7 @@ def make_measure(
             "aggregation_error": _number(measured.aggregation_error),
             **_described(measured.diagnostics),
             "excluded_clients": int(measured.excluded),
+            **({} if measured.absent is None else {"absent_clients": int(measured.absent)}),
             **megabytes(index, server, ranks, who.absent.tolist()),
             "epsilon": None if spent is None else _number(spent),
             "cohort": who.cohort.tolist(),

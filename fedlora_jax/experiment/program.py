@@ -9,11 +9,11 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from fedlora_jax import bounds, lora, methods, transforms
+from fedlora_jax import aggregation, bounds, lora, methods, transforms
 from fedlora_jax.data import partition
 from fedlora_jax.experiment import chunking
 from fedlora_jax.experiment.setting import Setting, dtype_of
-from fedlora_jax.federated import placement, ranks
+from fedlora_jax.federated import faults, placement, ranks
 from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.metrics import Metric
@@ -68,6 +68,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise ValueError("config.model.options.dtype is config.precision.compute")
     optimizer(config.local)
     schedule(config)
+    faults_of(config)
 
 
 def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Program:
@@ -78,8 +79,9 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
     method = make_method(config)
     # A pooled method sees as many examples a step as the cohort of any other.
     batch_size = config.local.batch_size * (config.clients_per_round if method.pooled else 1)
+    local = config.local
     training = LocalTraining(
-        optimizer(config.local), batch_size, config.local.steps, config.local.epochs
+        optimizer(local), batch_size, local.steps, local.epochs, faults_of(config)
     )
     equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
     mesh, task = mesh_of(config), setting.task
@@ -149,11 +151,20 @@ def make_method(config: ml_collections.ConfigDict) -> Method:
 
 def _combined(config: ml_collections.ConfigDict) -> Method:
     method = methods.get(config.method)(**config.options[config.method])
+    if (chosen := config.get("robust")) is not None and chosen.rule != "none":
+        method = transforms.robust(
+            method, rule=chosen.rule, norm=chosen.norm or None, byzantine=chosen.byzantine
+        )
+        if transforms.ROBUST_RULES[chosen.rule] == "robust_selection":
+            aggregation.check_krum(config.clients_per_round, chosen.byzantine)
     if config.lora.ranks != ranks.EQUAL:
         methods.check_combination(method, "unequal_ranks", "unequal ranks")
     if config.privacy.clip:
         method = transforms.private(
-            method, clip=config.privacy.clip, noise_multiplier=config.privacy.noise_multiplier
+            method,
+            clip=config.privacy.clip,
+            noise_multiplier=config.privacy.noise_multiplier,
+            cohort_size=config.clients_per_round,
         )
     server = config.server
     if server.optimizer != "none":
@@ -170,7 +181,7 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
             method,
             rate=server.step,
             momentum=server.step_momentum,
-            rank=server.step_rank or None,
+            rank=server.step_rank or config.lora.rank,
         )
     if config.local.proximal:
         method = transforms.fedprox(method, mu=config.local.proximal)
@@ -179,6 +190,12 @@ def _combined(config: ml_collections.ConfigDict) -> Method:
     if config.lora.ranks != ranks.EQUAL:
         method = transforms.ordered(method)
     return method._replace(diagnosed=config.get("diagnostics", False))
+
+
+def faults_of(config: ml_collections.ConfigDict) -> faults.Faults | None:
+    """What a share of the clients does instead of training as it should; None for nothing."""
+    chosen = config.get("faults")
+    return None if chosen is None else faults.make(**chosen)
 
 
 def steps(config: ml_collections.ConfigDict) -> bool:

@@ -115,9 +115,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends one line a round to `metrics.jsonl`, and the numbers in it to TensorBoard events.
 
-    A line is on disk before the round's checkpoint is begun, so that what is lost in a kill is
-    never a line but at most a checkpoint; `first_round` then drops the lines of the rounds that
-    are to be run again. `metrics.backup` has the same lines, each after a checksum.
+    A line is on disk before the round's checkpoint is begun, so that what is lost in a kill or a
+    power cut is never a line but at most a checkpoint; `first_round` then drops the lines of the
+    rounds that are to be run again. `metrics.backup` has the same lines, each after a checksum.
 
     Args:
       workdir: Where to write.
@@ -138,8 +138,10 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes a round's metrics: numbers, strings, and lists and dicts of them."""
         line = json.dumps(row)
-        self._file.write(line + "\n")
-        self._backup.write(_sealed(line) + "\n")
+        for file, text in ((self._file, line), (self._backup, _sealed(line))):
+            file.write(text + "\n")
+            # A checkpoint without the lines before it would be of no use after a power cut.
+            os.fsync(file.fileno())
         for name, value in _numbers(row):
             self._events.add_scalar(name, value, row["round"])
         self._events.flush()
@@ -293,10 +295,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedRandom]:
-    """A file to write to, which takes its place when all is written."""
+    """A file to write to, which takes its place when all is written and on the disk."""
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "w+b") as file:
         yield file
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedlora_jax.federated.faults import Faults
 from fedlora_jax.federated.task import Batch, Task, outputs
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.methods import Start, Trainable, Trained, trained_mask
@@ -27,12 +28,14 @@ class LocalTraining(NamedTuple):
       batch_size: Examples a step. A client's last batch in an epoch may hold fewer.
       steps: Optimisation steps a round, or
       epochs: passes over the client's own data instead, if this is not 0.
+      faults: What some of them do instead; None for nothing.
     """
 
     optimizer: optax.GradientTransformation
     batch_size: int
     steps: int = 0
     epochs: int = 0
+    faults: Faults | None = None
 
     def steps_of(self, count: jax.Array) -> jax.Array:
         """The steps a round of clients with so many examples, int32 of the same shape."""

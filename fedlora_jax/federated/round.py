@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from fedlora_jax import _batching, aggregation, bounds, lowrank
 from fedlora_jax.data.clients import ClientData, CohortExamples, local_batch
-from fedlora_jax.federated import local, placement, precision, randomness, visits
+from fedlora_jax.federated import faults, local, placement, precision, randomness, visits
 from fedlora_jax.federated.local import BatchOf, LocalTraining
 from fedlora_jax.federated.task import Task
 from fedlora_jax.lora import Adapters
@@ -56,6 +56,7 @@ class RoundMetrics(NamedTuple):
       excluded: Clients left out because something they sent was not finite, int32 `[]`.
       diagnostics: Of the same updates over all kernels, r being the rank of the server's adapters;
         None unless the method is to be diagnosed.
+      absent: Clients that did not answer, int32 `[]`; None unless there are faults.
     """
 
     loss: jax.Array
@@ -64,6 +65,7 @@ class RoundMetrics(NamedTuple):
     ranks: jax.Array
     excluded: jax.Array
     diagnostics: aggregation.Diagnostics | None = None
+    absent: jax.Array | None = None
 
 
 class RoundFunction(Protocol):
@@ -150,7 +152,7 @@ class CohortResult(NamedTuple):
 
     Attributes:
       start: Where they started from.
-      trained: Where they arrived.
+      trained: Where they arrived, or claim to have if they are faulty.
       uploads: What they send.
       clients: Their states after the round.
       loss: Mean training loss over the steps, `[K]`.
@@ -192,14 +194,17 @@ def train_cohort(
         of a chunk and not of a cohort; None for all at once.
     """
     shared = _shared(federation.server, data, seed, learning_rate)
-    members = _members(_rows(federation.clients, cohort), federation.ranks, data, cohort)
+    states = _rows(federation.clients, cohort)
+    faulty = _faulty(training, shared, cohort)
+    members = _members(states, federation.ranks, data, cohort, faulty)
     return _train(task, method, training, shared, members, clients_per_chunk)
 
 
 class _Members(NamedTuple):
     """What is each client's own, stacked along `[K]`: of its examples how many, and where.
 
-    `own` are the examples themselves, or None if they are among those that all share.
+    `own` are the examples themselves, or None if they are among those that all share. `faulty` is
+    None if there are no faults.
     """
 
     state: PyTree
@@ -208,6 +213,7 @@ class _Members(NamedTuple):
     num_examples: jax.Array
     offset: jax.Array
     own: CohortExamples | None
+    faulty: jax.Array | None
 
 
 class _Shared(NamedTuple):
@@ -220,17 +226,29 @@ class _Shared(NamedTuple):
     learning_rate: ArrayLike
 
 
-def _members(states: PyTree, ranks: jax.Array, data: ClientData, cohort: jax.Array) -> _Members:
+def _members(
+    states: PyTree,
+    ranks: jax.Array,
+    data: ClientData,
+    cohort: jax.Array,
+    faulty: jax.Array | None,
+) -> _Members:
     """The clients of a cohort; in the place of nobody there is the first, with one example."""
     who = jnp.maximum(cohort, 0)
     counts = jnp.where(cohort < 0, 1, data.counts[who])
     own = data.examples if isinstance(data.examples, CohortExamples) else None
-    return _Members(states, cohort, ranks[who], counts, data.offsets[who], own)
+    return _Members(states, cohort, ranks[who], counts, data.offsets[who], own, faulty)
 
 
 def _shared(server: Server, data: ClientData, seed: jax.Array, learning_rate: ArrayLike) -> _Shared:
     examples = {} if isinstance(data.examples, CohortExamples) else data.examples
     return _Shared(server, examples, data.positions, seed, learning_rate)
+
+
+def _faulty(training: LocalTraining, shared: _Shared, cohort: jax.Array) -> jax.Array | None:
+    if training.faults is None:
+        return None
+    return faults.drawn(training.faults, shared.seed, shared.server.round, cohort)
 
 
 def _train(
@@ -337,6 +355,11 @@ def _of_client(
         penalty=_penalty(method, server, member.state, start),
     )
     upload, state = method.finish(server, member.state, start, trained)
+    if training.faults is not None:
+        # It keeps what it has trained, and sends something else.
+        assert member.faulty is not None
+        trained = faults.sent(training.faults, member.faulty, start, trained)
+        upload, _ = method.finish(server, member.state, start, trained)
     return CohortResult(start, trained.trainable, upload, state, loss, rank)
 
 
@@ -369,12 +392,13 @@ def run_round(
     """One round: train a cohort, aggregate, and go on.
 
     A client whose results are not all finite is left out: it has weight zero, and its state stays
-    as it was. If none is left, the server's state stays too.
+    as it was. So it is with one that does not answer (`faults`). If none is left, the server's
+    state stays too.
 
     Args:
       task: What is learned.
       method: How clients and server work together.
-      training: How clients train.
+      training: How clients train, and fail.
       federation: The state before the round.
       data: The data of all clients.
       cohort: Identities, int32 `[K]`, without repetition.
@@ -445,9 +469,13 @@ def run_cohort(
       clients did.
     """
     shared = _shared(server, data, seed, learning_rate)
-    members = _members(states, ranks, data, cohort)
+    faulty = _faulty(training, shared, cohort)
+    members = _members(states, ranks, data, cohort, faulty)
     result = _train(task, method, training, shared, members, clients_per_chunk, mesh)
-    present = cohort >= 0
+    present, absent = cohort >= 0, None
+    if training.faults is not None and faulty is not None:
+        silent = faulty & ~jnp.asarray(training.faults.answers)
+        present, absent = present & ~silent, jnp.sum(silent, dtype=jnp.int32)
     finite = _all_finite((result.trained, result.uploads, result.clients)) & present
     equal = equal_weights or method.equal_weights
     shares = 1 / len(data.counts) if equal else members.num_examples / data.total
@@ -464,6 +492,7 @@ def run_cohort(
         ranks=result.rank,
         excluded=jnp.sum(~finite & present, dtype=jnp.int32),
         diagnostics=described,
+        absent=absent,
     )
     return server, _kept(states, result.clients, finite), metrics, result
 

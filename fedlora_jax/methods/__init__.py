@@ -40,6 +40,7 @@ from fedlora_jax.methods._frlora import frlora
 from fedlora_jax.methods._hetlora import hetlora
 from fedlora_jax.methods._local import local
 from fedlora_jax.methods._lora_fair import lora_fair
+from fedlora_jax.methods._random_basis_lora import random_basis_lora
 from fedlora_jax.methods._rolora import rolora
 from fedlora_jax.methods._spectral import spectral
 from fedlora_jax.names import lookup
@@ -63,6 +64,7 @@ REGISTRY: dict[str, Callable[..., Method]] = {
         local,
         lora_fair,
         oracle,
+        random_basis_lora,
         rolora,
         spectral,
     )

@@ -19,6 +19,9 @@ Kind: TypeAlias = tuple[str, ...]
 
 BOTH = Factors(a=True, b=True)  # type: ignore[arg-type]
 
+# Rules by which some clients count and others do not, or more and less, or entry by entry.
+ROBUST = ("robust_selection", "robust_weights", "robust_entries")
+
 # What a method can be combined with, beside partial participation and weights.
 COMBINATIONS = (
     "unequal_ranks",
@@ -27,6 +30,7 @@ COMBINATIONS = (
     "server_optimizer",
     "server_step",
     "privacy",
+    *ROBUST,
 )
 
 # Reasons that several methods give.
@@ -128,6 +132,7 @@ class Method(NamedTuple):
       received: `(server, aggregated, round) -> pytree` of the arrays that each client then gets.
       missed: `(server, aggregated, round, absent) -> pytree` of the arrays that a client gets
         besides in a round before which it was absent for so many rounds, an int >= 1.
+      unmoved: `(server) -> upload` of a client that has learned nothing, as a robust rule knows it.
       penalty: `(server, client, start, trainable) -> []`, added to a client's loss; None for none.
       personal: `(server, client) -> Trainable`, a client's own model, if the method keeps one.
       shared: Whether the server has a model for all; if not, the method is judged by the clients'.
@@ -148,6 +153,7 @@ class Method(NamedTuple):
     sent: Callable[[PyTree, int], PyTree]
     received: Callable[[Server, Aggregated | None, int], PyTree]
     missed: Callable[[Server, Aggregated | None, int, int], PyTree] = lambda *_: ()
+    unmoved: Callable[[Server], PyTree] = lambda server: server.trainable
     penalty: Callable[[Server, PyTree, Start, Trainable], jax.Array] | None = None
     personal: Callable[[Server, PyTree], Trainable] | None = None
     shared: bool = True

@@ -1,6 +1,6 @@
 """The upper reference: all data in one place."""
 
-from fedlora_jax.methods._base import Method
+from fedlora_jax.methods._base import COMBINATIONS, Method
 from fedlora_jax.methods._fedit import fedit
 
 
@@ -12,7 +12,7 @@ def central() -> Method:
         sent=lambda upload, round_index: (),
         received=lambda server, aggregated, round_index: (),
         refuses=dict.fromkeys(
-            ("fedprox", "scaffold", "server_optimizer", "server_step", "privacy"),
+            set(COMBINATIONS) - {"unequal_ranks"},
             "all data lie in one place, so that nothing drifts and nothing is sent",
         ),
     )

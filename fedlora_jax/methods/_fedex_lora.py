@@ -25,6 +25,7 @@ def fedex_lora(**hyperparameters: Any) -> Method:
             "any ranks",
             "server_optimizer": "its residual makes the plain means exact, and no others",
             "privacy": READS_EACH_CLIENT,
+            "robust_entries": READS_EACH_CLIENT,
         },
     )
 

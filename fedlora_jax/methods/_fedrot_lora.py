@@ -24,6 +24,6 @@ def fedrot_lora(*, strength: float = 1.0, reflections: bool = False) -> Method:
             strength=strength,
             reflections=reflections,
         ),
-        refuses={"privacy": READS_EACH_CLIENT},
+        refuses={"privacy": READS_EACH_CLIENT, "robust_entries": READS_EACH_CLIENT},
         free_basis=True,
     )

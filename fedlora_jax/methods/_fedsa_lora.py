@@ -63,6 +63,10 @@ def fedsa_lora() -> Method:
         refuses={
             "scaffold": "b and the head stay with the client, no server has a control variate of "
             "them",
+            **dict.fromkeys(
+                ("robust_selection", "robust_weights"),
+                "b stays with the client, no server knows its product",
+            ),
             "server_step": "b stays with the client, no server knows a product",
             "privacy": "its clients keep b and the head and are judged by them; a guarantee for a "
             "alone would mislead",

@@ -230,13 +230,19 @@ def fedsmooth_lora(
         sent=lambda upload, round_index: upload,
         received=lambda server, aggregated, round_index: (server.memory, server.trainable.head),
         missed=lambda server, aggregated, round_index, absent: [server.memory] * absent,
+        unmoved=lambda server: Upload(
+            jax.tree.map(jnp.zeros_like, server.memory), server.trainable.head
+        ),
         personal=own,
         refuses={
             "unequal_ranks": "its gradient-aligned matrix and its truncations have one rank r",
             "fedprox": "a client starts from its own matrices, not from a server's factors",
             "scaffold": "its adapters are reset in every round, to factors of another basis",
             "server_optimizer": "its server merges the aggregate and returns no average",
-            "privacy": "its server reads the sum of the clients' products, not a mean of factors",
+            **dict.fromkeys(
+                ("privacy", "robust_entries"),
+                "its server reads the sum of the clients' products, not a mean of factors",
+            ),
         },
     )
 

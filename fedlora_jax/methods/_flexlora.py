@@ -38,5 +38,6 @@ def flexlora(**hyperparameters: Any) -> Method:
             "scaffold": OTHER_BASIS,
             "server_optimizer": OTHER_BASIS,
             "privacy": READS_EACH_CLIENT,
+            "robust_entries": READS_EACH_CLIENT,
         },
     )

@@ -34,6 +34,7 @@ def flora() -> Method:
             "scaffold": "its adapters are reset in every round, to a random start",
             "server_optimizer": "its server merges the stacked adapters and returns no average",
             "privacy": READS_EACH_CLIENT,
+            "robust_entries": READS_EACH_CLIENT,
         },
     )
     return method._replace(init=_without_adapters, start=start)

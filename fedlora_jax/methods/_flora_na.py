@@ -18,6 +18,6 @@ def flora_na(**hyperparameters: Any) -> Method:
     bounds.check("flora_na", **hyperparameters)
     return averaging(
         lambda stacked, weights, server: aggregation.flora_na(stacked, weights, **hyperparameters),
-        refuses={"privacy": READS_EACH_CLIENT},
+        refuses={"privacy": READS_EACH_CLIENT, "robust_entries": READS_EACH_CLIENT},
         free_basis=True,
     )

@@ -45,7 +45,11 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
     bounds.check("hetlora", pruning=pruning, decay=decay)
     method = averaging(
         lambda stacked, weights, server: aggregation.hetlora(stacked, weights, per=per),
-        refuses={"privacy": READS_EACH_CLIENT},
+        refuses={
+            "privacy": READS_EACH_CLIENT,
+            "robust_entries": READS_EACH_CLIENT,
+            "robust_weights": "in it a client counts by the norm of its product",
+        },
     )
     if not pruning:
         return method

@@ -3,7 +3,16 @@
 import jax
 
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.methods._base import Context, Method, PyTree, Server, Start, Trainable, Trained
+from fedlora_jax.methods._base import (
+    ROBUST,
+    Context,
+    Method,
+    PyTree,
+    Server,
+    Start,
+    Trainable,
+    Trained,
+)
 
 
 def local() -> Method:
@@ -36,9 +45,8 @@ def local() -> Method:
         shared=False,
         refuses={
             "fedprox": "no server model holds its clients together",
-            "scaffold": "its clients send nothing",
             "server_optimizer": "its server learns nothing",
             "server_step": "its server learns nothing",
-            "privacy": "its clients send nothing",
+            **dict.fromkeys(("scaffold", "privacy", *ROBUST), "its clients send nothing"),
         },
     )

@@ -20,6 +20,6 @@ def lora_fair(**hyperparameters: Any) -> Method:
     bounds.check("lora_fair", **hyperparameters)
     return averaging(
         lambda stacked, weights, server: aggregation.lora_fair(stacked, weights, **hyperparameters),
-        refuses={"privacy": READS_EACH_CLIENT},
+        refuses={"privacy": READS_EACH_CLIENT, "robust_entries": READS_EACH_CLIENT},
         free_basis=True,
     )

@@ -36,6 +36,7 @@ def spectral(*, selection: Selection = "energy", threshold: float = 0.99) -> Met
             "scaffold": OTHER_BASIS,
             "server_optimizer": OTHER_BASIS,
             "privacy": READS_EACH_CLIENT,
+            "robust_entries": READS_EACH_CLIENT,
         },
     )
 

@@ -35,6 +35,6 @@ def around(method: Method, **functions: Any) -> Method:
             return None
         return lambda server, *rest: function(inner(server), *rest)
 
-    passed_on = ("start", "finish", "received", "missed", "penalty", "personal")
+    passed_on = ("start", "finish", "received", "missed", "unmoved", "penalty", "personal")
     kept = {name: below(getattr(method, name)) for name in passed_on}
     return method._replace(**{**kept, **functions})

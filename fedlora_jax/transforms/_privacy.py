@@ -12,13 +12,15 @@ from optax.contrib import differentially_private_aggregate
 from fedlora_jax import bounds
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.methods import Method, Server, Trainable, check_combination
-from fedlora_jax.methods._base import PyTree
+from fedlora_jax.methods._base import ROBUST, PyTree
 from fedlora_jax.transforms import _base
 
 _STREAM = zlib.crc32(b"privacy")
 
 
-def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
+def private(
+    method: Method, *, clip: float, noise_multiplier: float, cohort_size: int | None = None
+) -> Method:
     r"""The server sees no more than a noisy mean of clipped changes.
 
     With :math:`\Delta_k` what client k sends less the server's own values, all factors and the head
@@ -30,7 +32,9 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
 
     and the method aggregates as if one client had sent that. Weights are equal, whatever the
     examples of the clients; one that is left out counts as no change. The mechanics are those of
-    `optax.contrib.differentially_private_aggregate`. `epsilon` gives the guarantee.
+    `optax.contrib.differentially_private_aggregate`. `epsilon` gives the guarantee. Whatever one
+    client sends, it moves the noiseless mean by at most C / K, to rounding, and another upload in
+    its place by 2 C / K.
 
     Noise in both factors multiplies: a method that trains one factor at a time (`ffa_lora`,
     `fedsvd`, `rolora`) keeps it linear, and is made for this.
@@ -42,6 +46,8 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
       method: A method whose server uses the mean of what clients send, and nothing else of it.
       clip: C, the largest norm of a client's change.
       noise_multiplier: z.
+      cohort_size: K; by default as many as there are uploads. On a mesh there can be more of these,
+        in the places of nobody.
 
     Raises:
       ValueError: If the server of the method needs more than the mean, the clip is not positive, or
@@ -52,7 +58,7 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
       arXiv:1710.06963. Sun et al. (FFA-LoRA), ICLR 2024, arXiv:2403.12313.
     """
     check_combination(method, "privacy", "differential privacy")
-    bounds.check("private", clip=clip, noise_multiplier=noise_multiplier)
+    bounds.check("private", clip=clip, noise_multiplier=noise_multiplier, cohort_size=cohort_size)
 
     def init(key: jax.Array, server: Server) -> tuple[Server, PyTree]:
         server, client = method.init(key, server)
@@ -71,8 +77,11 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
             return jnp.where(present, sent - own, 0)
 
         changes = jax.tree.map(change, uploads, known.trainable)
-        mean, _ = mechanism.update(changes, mechanism.init(None))
-        noisy = jax.tree.map(lambda own, x: (own + x)[None], known.trainable, mean)
+        # Products of fewer digits, as accelerators have them, would round changes above the clip.
+        with jax.default_matmul_precision("highest"):
+            mean, _ = mechanism.update(changes, mechanism.init(None))
+        places = len(weights) / (cohort_size or len(weights))
+        noisy = jax.tree.map(lambda own, x: (own + places * x)[None], known.trainable, mean)
         changed, aggregated = method.aggregate(known, noisy, jnp.ones(1))
         return _base.outer(changed, server.memory.own), aggregated
 
@@ -84,6 +93,7 @@ def private(method: Method, *, clip: float, noise_multiplier: float) -> Method:
         refuses={
             **method.refuses,
             "scaffold": "its control variates would be sent unprotected",
+            **dict.fromkeys(ROBUST, "its server sees a noisy mean alone"),
         },
     )
 

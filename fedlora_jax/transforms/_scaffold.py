@@ -16,7 +16,7 @@ from fedlora_jax.methods import (
     check_combination,
     trained_mask,
 )
-from fedlora_jax.methods._base import PyTree
+from fedlora_jax.methods._base import ROBUST, PyTree
 from fedlora_jax.transforms import _base
 
 
@@ -141,5 +141,9 @@ def scaffold(method: Method) -> Method:
         received=received,
         missed=missed,
         free_basis=False,
-        refuses={**method.refuses, "privacy": "its control variates would be sent unprotected"},
+        refuses={
+            **method.refuses,
+            "privacy": "its control variates would be sent unprotected",
+            **dict.fromkeys(ROBUST, "its control variates would be averaged without the rule"),
+        },
     )

@@ -62,10 +62,11 @@ def server_step(
     .. math::
       W_{t+1} = W_0 + \frac{s \eta}{1 - \mu} \left( \sum_{i \le t} D_i - \mu V_t \right)
 
-    It follows what there is to send. The sum of the D is that of the adapters and of the residuals
-    that a client gets of the method anyhow, in full: without momentum, no more than these, and with
-    it V_t besides, of rank q, which also does for those who were absent. With unequal ranks each
-    client gets the adapters whole, and trains of them what it can.
+    It follows what there is to send. Of the D a client learns what it gets of the method anyhow,
+    the adapters and the residuals in full, and with the V that it has it finds the next as the
+    server does. So no byte more goes to those who were there in the round before. With momentum
+    whoever was absent, and does not know each D by itself, is sent V besides, of rank q. With
+    unequal ranks each client gets the adapters whole, and trains of them what it can.
 
     There is no adaptive step here: the mean square of each entry of D is of the size of a kernel.
     The aggregation error of a round remains that of the method.
@@ -116,8 +117,10 @@ def server_step(
         )
         return _base.outer(stepped, step._replace(velocity=velocity, head=state)), aggregated
 
-    def received(server: Server, aggregated: Aggregated | None, round_index: int) -> PyTree:
-        inner = method.received(_base.inner(server), aggregated, round_index)
+    def missed(
+        server: Server, aggregated: Aggregated | None, round_index: int, absent: int
+    ) -> PyTree:
+        inner = method.missed(_base.inner(server), aggregated, round_index, absent)
         # SCAFFOLD asks without an aggregate what comes of its control variates.
         return inner if aggregated is None else (inner, server.memory.own.velocity)
 
@@ -125,7 +128,7 @@ def server_step(
         method,
         init=init,
         aggregate=aggregate,
-        received=received,
+        missed=missed,
         whole_adapters=True,
         refuses={
             **method.refuses,

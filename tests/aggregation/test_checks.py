@@ -33,6 +33,25 @@ def test_a_sick_upload_is_named(name, side, bad):
     assert "weight 0" in str(info.value)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_sick_upload_of_many_numbers_is_seen(bad, everywhere):
+    """A maximum over thousands of numbers passes NaN over on a CPU."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=x).astype(np.float32) for x in ((3, 512, 16), (3, 16, 512)))
+    weights = np.array([1, 2, 3], np.float32)
+    expected = aggregation.fedit({"dense": Factors(a, b)}, weights * [1, 0, 1])
+    for x in (a, b):
+        x[1, slice(None) if everywhere else 200 % x.shape[1]] = bad
+        stacked = {"dense": Factors(a, b)}
+        with pytest.raises(ValueError, match="client 1"):
+            aggregation.fedit(stacked, weights)
+        found = jax.jit(aggregation.fedit)(stacked, weights)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected
+        )
+
+
 def test_several_sick_uploads_are_counted():
     stacked = cases.clients()
     stacked["block/up"].a[1:] = np.nan
@@ -62,6 +81,21 @@ def test_wrong_shapes(name):
         call(name, {"dense": np.ones((3, 2, 2), np.float32)}, cases.WEIGHTS)
     with pytest.raises(ValueError, match="nothing"):
         call(name, {}, cases.WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"), [((13, 2), (2, 10)), ((12, 2), (2, 11)), ((13, 2), (3, 11)), ((13,), (2, 11))]
+)
+def test_a_client_of_wrong_shapes_is_named(a, b):
+    clients = [cases.extra(seed) for seed in range(3)]
+    clients[2]["block/query"] = Factors(np.ones(a, np.float32), np.ones(b, np.float32))
+    with pytest.raises(ValueError, match=r"client 2, adapter 'block/query': expected a \[13, r\]"):
+        aggregation.stack(clients)
+    del clients[2]["block/query"]
+    with pytest.raises(
+        ValueError, match="client 2 sent kernels .*block/up.*client 0 .*block/query"
+    ):
+        aggregation.stack(clients)
 
 
 def test_unknown_names_suggest_the_nearest():

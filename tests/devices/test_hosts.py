@@ -14,17 +14,15 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
-from configs import digits
+from pathlib import Path
+
+from tests.tiny import tiny_digits
 
 def get_config(arg=None):
-    config = digits.get_config(arg)
-    config.model.options.update(width=16, depth=1, num_heads=2)
-    config.pretraining.options.steps = 20
-    config.backbone_dir = {backbones!r}
+    config = tiny_digits(Path({directory!r}), arg)
     config.clients_per_round = 6
-    config.clients_per_chunk = "all"
     config.lora.rank = 2
-    config.local.update(steps=2, batch_size=8, schedule="constant")
+    config.local.schedule = "constant"
     return config
 """
 
@@ -82,7 +80,7 @@ def pair(directory, workdirs, *arguments):
 @pytest.fixture
 def directory(tmp_path):
     """Where runs are, with their configuration."""
-    (tmp_path / "tiny.py").write_text(CONFIG.format(backbones=str(tmp_path / "backbones")))
+    (tmp_path / "tiny.py").write_text(CONFIG.format(directory=str(tmp_path)))
     return tmp_path
 
 

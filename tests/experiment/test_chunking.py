@@ -98,12 +98,17 @@ def of_run(fake, workdir, announce=None, **changes):
     )
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def directory():
     """Sets the directory of JAX's compilation cache, in which no test keeps a program."""
+
+    def set_to(path):
+        jax.config.update("jax_compilation_cache_dir", path and str(path))
+
     before = jax.config.values["jax_compilation_cache_dir"]
-    yield lambda path: jax.config.update("jax_compilation_cache_dir", path and str(path))
-    jax.config.update("jax_compilation_cache_dir", before)
+    set_to(None)
+    yield set_to
+    set_to(before)
 
 
 def test_it_is_remembered_by_the_run_and_for_others_like_it(monkeypatch, tmp_path, directory):

@@ -69,3 +69,11 @@ def test_states_of_another_model_are_refused(tmp_path):
     other = {**FIRST, "round": jnp.float32(0)}
     with pytest.raises(ValueError, match=r"000000\.npy holds clients of another model"):
         ClientStore(tmp_path, other, N, rounds=1)
+
+
+def test_a_state_may_be_one_bare_array(tmp_path):
+    """HetLoRA's is the rank that a client has kept."""
+    store = ClientStore(tmp_path, jnp.int32(7), N)
+    store.write(0, np.array([1, 4]), np.array([3, 2], np.int32))
+    found = ClientStore(tmp_path, jnp.int32(7), N, 1).read(np.array([0, 1, 4]))
+    np.testing.assert_array_equal(found, [7, 3, 2])

@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,10 +22,7 @@ def base(tmp_path_factory):
     directory = tmp_path_factory.mktemp("language")
     patch = pytest.MonkeyPatch()
     patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-    shapes = jax.eval_shape(files.MODEL.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 8, shapes)
-    files.write(directory / "model.gguf", params)
+    files.write_random(directory / "model.gguf")
     lines = [
         {
             "prompt": "abc"[i % 3] * (1 + i % 4),

@@ -11,20 +11,15 @@ import pytest
 from fedlora_jax import experiment, transforms
 from fedlora_jax.experiment import chunking, loop, partitions, program, setting
 from fedlora_jax.federated import ranks
-from tests.tiny import tiny_digits
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(digits):
     """A configuration whose rounds take a moment, and what all runs share."""
-    directory = tmp_path_factory.mktemp("experiment")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-        config = tiny_digits(directory)
-        config.rounds = 3
-        config.lora.rank = 4
-        config.local.schedule = "constant"
-        yield config, experiment.prepare(config)
+    digits.rounds = 3
+    digits.lora.rank = 4
+    digits.local.schedule = "constant"
+    return digits, experiment.prepare(digits)
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ import io
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -92,10 +90,7 @@ def here(tmp_path_factory):
     directory = tmp_path_factory.mktemp("papers")
     prepare_all(directory)
     write_encoder(directory / "encoder", "roberta")
-    shapes = jax.eval_shape(llama.MODEL.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 8, shapes)
-    llama.write(directory / "decoder.gguf", params, context=1024)
+    llama.write_random(directory / "decoder.gguf", context=1024)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
         yield directory

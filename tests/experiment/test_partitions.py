@@ -8,19 +8,14 @@ import pytest
 from fedlora_jax import experiment
 from fedlora_jax.data import partition
 from fedlora_jax.experiment import finished, partitions
-from tests.tiny import tiny_digits
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(digits):
     """A configuration whose rounds take a moment, and what all runs share."""
-    directory = tmp_path_factory.mktemp("partitions")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-        config = tiny_digits(directory)
-        config.rounds = 1
-        config.lora.rank = 2
-        yield config, experiment.prepare(config)
+    digits.rounds = 1
+    digits.lora.rank = 2
+    return digits, experiment.prepare(digits)
 
 
 @pytest.fixture

@@ -11,25 +11,21 @@ from fedlora_jax import experiment, locks
 from fedlora_jax.checksums import Damaged
 from fedlora_jax.experiment import chunking, finished, partitions, records
 from tests.damage import cut, flip
-from tests.tiny import tiny_digits
 
 ROUNDS = 4
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(digits, tmp_path_factory):
     """A configuration of a method that keeps clients' states, its program, and a finished run."""
-    directory = tmp_path_factory.mktemp("resuming")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-        config = tiny_digits(directory)
-        config.rounds = ROUNDS
-        config.method = "fedsa_lora"
-        config.lora.rank = 2
-        config.clients_per_chunk = "auto"
-        config.local.schedule = "constant"
-        setting = experiment.prepare(config)
-        yield config, setting, experiment.compile_program(config, setting), directory / "run"
+    digits.rounds = ROUNDS
+    digits.method = "fedsa_lora"
+    digits.lora.rank = 2
+    digits.clients_per_chunk = "auto"
+    digits.local.schedule = "constant"
+    setting = experiment.prepare(digits)
+    workdir = tmp_path_factory.mktemp("resuming") / "run"
+    return digits, setting, experiment.compile_program(digits, setting), workdir
 
 
 @pytest.fixture(scope="module")

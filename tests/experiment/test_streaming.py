@@ -6,21 +6,16 @@ import pytest
 
 from fedlora_jax import experiment
 from fedlora_jax.experiment import loop, setting, streaming
-from tests.tiny import tiny_digits
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(digits):
     """A configuration whose rounds take a moment, what its runs share, and the same streamed."""
-    directory = tmp_path_factory.mktemp("streaming")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-        config = tiny_digits(directory)
-        config.lora.rank = 4
-        config.local.schedule = "constant"
-        whole = experiment.prepare(config)
-        config.data.streaming = True
-        yield config, whole, experiment.prepare(config)
+    digits.lora.rank = 4
+    digits.local.schedule = "constant"
+    whole = experiment.prepare(digits)
+    digits.data.streaming = True
+    return digits, whole, experiment.prepare(digits)
 
 
 def in_memory():

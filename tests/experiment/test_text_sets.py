@@ -113,10 +113,7 @@ def test_instructions_by_their_kind(here, tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="needs the extra `gguf`")
     from tests.models import test_gguf as llama
 
-    shapes = jax.eval_shape(llama.MODEL.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 8, shapes)
-    llama.write(tmp_path / "model.gguf", params)
+    llama.write_random(tmp_path / "model.gguf")
     config = instructions_config.get_config("dataset=databricks_dolly,runlocal")
     source = str(tmp_path / "model.gguf")
     config.data.update(tokenizer=source, end_token="<|end|>", template="{prompt}={response}")

@@ -2,8 +2,6 @@
 
 import json
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
@@ -172,8 +170,7 @@ def test_a_model_that_its_file_describes(tmp_path):
     pytest.importorskip("gguf")
     from tests.models import test_gguf as files
 
-    shapes = jax.eval_shape(files.MODEL.init, jax.random.key(0), jnp.zeros((1, 2), int))["params"]
-    files.write(tmp_path / "m.gguf", jax.tree.map(lambda x: np.ones(x.shape), shapes))
+    files.write_random(tmp_path / "m.gguf")
     config = of_jsonl(tmp_path, tokenizer=str(tmp_path), end_token="<|end|>")
     config.model.name = "pretrained"
     config.pretrained.source = str(tmp_path / "m.gguf")

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -53,5 +54,7 @@ def _run(name, arguments, printed):
         with open(printed / stream, "w") as file:
             os.dup2(file.fileno(), descriptor)
     os.chdir(ROOT)
+    # As at a terminal: tests that run in the background inherit that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [name, *arguments]
     runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)

@@ -7,18 +7,15 @@ import pytest
 from tests.experiments import commands
 
 CONFIG = """
-from configs import digits
+from pathlib import Path
+
+from tests.tiny import tiny_digits
 
 def get_config(arg=None):
-    config = digits.get_config(arg)
-    config.model.options.update(width=16, depth=1, num_heads=2)
-    config.pretraining.options.steps = 20
-    config.backbone_dir = {backbones!r}
+    config = tiny_digits(Path({directory!r}), arg)
     config.rounds = 4
-    config.clients_per_chunk = "all"
+    config.clients_per_round = 18
     config.lora.rank = 2
-    config.local.steps = 2
-    config.local.batch_size = 8
     return config
 """
 
@@ -28,7 +25,7 @@ class Program:
 
     def __init__(self, directory: Path):
         self.config = directory / "tiny.py"
-        self.config.write_text(CONFIG.format(backbones=str(directory / "backbones")))
+        self.config.write_text(CONFIG.format(directory=str(directory)))
         self.compiled = directory / "compiled"
         commands.prepare(
             {
@@ -49,5 +46,5 @@ class Program:
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory) -> Program:
-    return Program(tmp_path_factory.mktemp("programs"))
+def program(digits_directory) -> Program:
+    return Program(digits_directory)

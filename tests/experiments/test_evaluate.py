@@ -20,7 +20,6 @@ from fedlora_jax.models.pretrained import naming
 from fedlora_jax.models.pretrained.files import write_safetensors
 from fedlora_jax.scoring import benchmarks
 from fedlora_jax.scoring.completions import Sampling
-from tests.tiny import tiny_digits
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -299,19 +298,16 @@ def test_command(program, directory, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(digits, tmp_path_factory):
     """Finished runs of a method that merges, and of one without a model for all."""
     directory = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDLORA_DATA_DIR", str(directory / "data"))
-        config = tiny_digits(directory)
-        config.update_from_flattened_dict({"rounds": 2, "lora.rank": 2})
-        setting = experiment.prepare(config)
-        for method in ("fedex_lora", "local"):
-            config.method = method
-            program = experiment.compile_program(config, setting)
-            experiment.run(config, setting, program, directory / method)
-        yield directory, config
+    digits.update_from_flattened_dict({"rounds": 2, "lora.rank": 2})
+    setting = experiment.prepare(digits)
+    for method in ("fedex_lora", "local"):
+        digits.method = method
+        program = experiment.compile_program(digits, setting)
+        experiment.run(digits, setting, program, directory / method)
+    return directory, digits
 
 
 @pytest.mark.parametrize("method", ["fedex_lora", "local"])

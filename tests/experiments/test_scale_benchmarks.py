@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import benchmark
-from experiments.benchmarks import clients, engines, hlo, mesh, tree
+from experiments.benchmarks import clients, endurance, engines, hlo, mesh, tree
 from fedlora_jax import Factors, aggregation
 from fedlora_jax.federated import placement
 
@@ -133,3 +133,31 @@ def test_the_pages(sent):
     errors = tree.errors(*sent, seed=0)
     results = {"environment": environment, "methods": {"flexlora": {"0": {"4": errors}}}}
     assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
+
+
+def test_rounds_endure(tmp_path, monkeypatch):
+    """So few say nothing of the process's memory."""
+    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path))
+    name = "fedsa_lora:bfloat16"
+    row = endurance.measure(name, 20)
+    assert set(endurance.faults(row)) <= {"more memory"} and name in endurance.names()
+    page = endurance.page(
+        {"environment": benchmark.environment(), "rounds": 20, "rows": {name: row}}
+    )
+    assert "| fedsa_lora | bfloat16" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"finite": False}, "not finite"),
+        ({"excluded": 1}, "not finite"),
+        ({"programs": 2}, "compiled again"),
+        ({"memory_late": {"resident": 100, "arrays": 11, "array_bytes": 10}}, "more arrays"),
+        ({"memory_late": {"resident": 103, "arrays": 10, "array_bytes": 10}}, "more memory"),
+    ],
+)
+def test_what_does_not_endure_is_named(change, fault):
+    held = {"resident": 100, "arrays": 10, "array_bytes": 10}
+    row = {"finite": True, "excluded": 0, "programs": 1, "memory_early": held, "memory_late": held}
+    assert endurance.faults(row) == [] and endurance.faults({**row, **change}) == [fault]

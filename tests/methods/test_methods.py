@@ -1,6 +1,8 @@
 """Properties of every method, on one round of unequal clients."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, chan
 from tests.world import COHORT, any_client, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
-EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "rolora"]
-MERGING = ["fedex_lora", "fedsmooth_lora", "flora", "frlora", "oracle"]
+EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "random_basis_lora", "rolora"]
+MERGING = ["fedex_lora", "fedsmooth_lora", "flora", "frlora", "oracle", "random_basis_lora"]
 PERSONAL = ["fedsa_lora", "local"]
 # Sizes of the two adapted kernels of the test's model, its rank, and the head's parameters.
 D_IN, D_OUT, RANK, HEAD = 6 + 10, 10 + 7, 2, 7 * 3 + 3
@@ -121,12 +123,14 @@ RANKS = (1, 2, 2, 1, 2, 1, 2)
 @pytest.mark.parametrize("name", RANKED)
 def test_clients_of_a_smaller_rank_train_and_send_no_more_than_that(world, name):
     before, after, metrics, result = world.run(name, [COHORT] * 2, ranks=RANKS)
+    full = {path: f.rank for path, f in after.server.trainable.adapters.items()}
     ranks = np.array(RANKS)[COHORT]
+    widest = ranks * max(full.values()) // RANK
     if name != "hetlora":  # which may have pruned
-        np.testing.assert_array_equal(metrics.ranks, ranks)
-    assert (metrics.ranks <= ranks).all()
-    for trained in result.trained.adapters.values():
-        for position, rank in enumerate(ranks):
+        np.testing.assert_array_equal(metrics.ranks, widest)
+    assert (metrics.ranks <= widest).all()
+    for path, trained in result.trained.adapters.items():
+        for position, rank in enumerate(ranks * full[path] // RANK):
             assert not trained.a[position, :, rank:].any()
             assert not trained.b[position, rank:].any()
             assert trained.a[position, :, :rank].any() and trained.b[position, :rank].any()
@@ -144,6 +148,7 @@ UNORDERED = {
     "flora": "clients start afresh: the product is zero, and any first columns are as good",
     "hetlora": "its penalty puts in the first columns what matters",
     "local": "clients go on from their own",
+    "random_basis_lora": "any part of a random basis is as good as another",
     "rolora": "the resting factor is not sent again",
 }
 
@@ -302,6 +307,28 @@ def test_server_depends_on_what_is_sent_alone(world, cohort_of, name):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), one, two)
 
 
+def test_a_mean_would_do_where_the_page_says_so(world, cohort_of):
+    """As many copies of the mean give the same server, to rounding."""
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| yes \| [^|]* \|$", page.split("sends and keeps")[1], re.M
+    )
+    assert {"fedit", "fedsa_lora", "rolora"} < set(rows) and "flora" not in rows
+    weights = world.data.counts[COHORT].astype(jnp.float32)
+    for name in rows:
+        before, result, _ = cohort_of(name)
+        mean = methods.mean(result.uploads, weights)
+        copies = jax.tree.map(lambda x: jnp.stack([x] * len(COHORT)), mean)
+        one, _ = method_of(name).aggregate(before.server, result.uploads, weights)
+        two, _ = method_of(name).aggregate(before.server, copies, weights)
+        for x, y in zip(*map(jax.tree.leaves, (model_and_head(one), model_and_head(two)))):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def model_and_head(server):
+    return models_of(server), server.trainable.head
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("scale", [np.int32(100_000_000), np.float32(1e37)])
 def test_scale_and_type_of_weights_do_not_matter(world, cohort_of, name, scale):
@@ -337,6 +364,10 @@ def test_a_restored_state_goes_on_to_the_bit(world, cohort_of, name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed, second)
 
 
+# What rank 2 of `random_basis_lora` is in the kernels 6 x 10 and 10 x 7, for as many numbers.
+WIDE = {"first": 2 * (6 + 10) // 10, "second": 2 * (10 + 7) // 7}
+WIDE_B = WIDE["first"] * 10 + WIDE["second"] * 7
+
 # Scalars up and down for one client of a cohort of four, by METHODS' formulas.
 SCALARS = {
     "central": (0, 0),
@@ -355,6 +386,7 @@ SCALARS = {
     "local": (0, 0),
     "lora_fair": (WHOLE, WHOLE),
     "oracle": (WHOLE, WHOLE + 3 * RANK * (D_IN + D_OUT)),
+    "random_basis_lora": (WIDE_B + HEAD, WIDE_B + HEAD),
     "rolora": (RANK * D_OUT + HEAD, RANK * D_OUT + HEAD),
     "spectral": (WHOLE, WHOLE),
 }
@@ -433,6 +465,7 @@ RESIDUALS = {
     "flora": 4 * RANK * (D_IN + D_OUT),
     "frlora": RANK * (D_IN + D_OUT),
     "fedsmooth_lora": RANK * (D_IN + D_OUT),
+    "random_basis_lora": WIDE_B,
     "rolora": RANK * D_IN,
 }
 

@@ -52,12 +52,13 @@ def bytes_vocabulary():
 
 
 def write(path, params, kind="F32", frequencies=None, context=128, **changed):
-    """A file of `MODEL` with matrices in a quantisation; the dequantised parameters as torch's."""
+    """A file of `MODEL`, of as many blocks as there are, with matrices in a quantisation; the
+    dequantised parameters as torch's."""
     writer = gguf.GGUFWriter(path, changed.pop("arch", "llama"))
     tokens, merges = bytes_vocabulary()
     writer.add_context_length(context)
     writer.add_embedding_length(MODEL.width)
-    writer.add_block_count(MODEL.depth)
+    writer.add_block_count(sum(name.startswith("block_") for name in params))
     writer.add_feed_forward_length(MODEL.mlp_dim)
     writer.add_head_count(MODEL.num_heads)
     writer.add_head_count_kv(MODEL.num_kv_heads)
@@ -95,6 +96,15 @@ def write(path, params, kind="F32", frequencies=None, context=128, **changed):
     writer.write_tensors_to_file()
     writer.close()
     return stored
+
+
+def write_random(path, **changed):
+    """A file of `MODEL`, but of one block, with random weights."""
+    model, tokens = MODEL.clone(depth=1), jnp.zeros((1, 2), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 8, shapes)
+    write(path, params, **changed)
 
 
 @pytest.fixture(scope="module")
