@@ -9,10 +9,10 @@ import optax
 import pytest
 
 from experiments.benchmarks import hlo
-from fedlora_jax import experiment, lora, methods, models
+from fedlora_jax import experiment, lora, methods, models, transforms
 from fedlora_jax.data.clients import NO_PLACE, CohortExamples, client_data
 from fedlora_jax.experiment import finished
-from fedlora_jax.federated import placement, visits
+from fedlora_jax.federated import faults, placement, visits
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import CohortRound, create, make_cohort_round
 from fedlora_jax.federated.task import causal_language_model
@@ -81,6 +81,26 @@ def test_four_devices_find_what_one_finds(world, name):
     kept = jax.tree.map(lambda x: x[members >= 0], jax.device_get(states))
     expected = jax.tree.map(lambda x: x[COHORT], jax.device_get(alone.clients))
     jax.tree.map(close, products(kept), products(expected))
+
+
+@pytest.mark.parametrize("rule", [None, *transforms.ROBUST_RULES])
+def test_four_devices_bear_what_one_bears(world, rule):
+    """One of four clients drops out, or attacks and meets a robust rule."""
+    mesh, method, kind = placement.make_mesh(4), method_of("fedit"), "dropout"
+    if rule is not None:
+        method, kind = transforms.robust(method, rule=rule), "huge"
+    training = world.training._replace(faults=faults.make(kind, share=0.25, factor=1e-4))
+    state, found = world.federation(method), []
+    for devices, members in ((None, np.array(COHORT)), (mesh, np.array([*COHORT, *[-1] * 4]))):
+        function = make_cohort_round(world.task, method, training, mesh=devices)
+        clients = jax.tree.map(lambda x, who=members: x[np.maximum(who, 0)], state.clients)
+        arguments = (state.server, clients, state.ranks, world.data, members)
+        if devices is not None:
+            arguments = placed(mesh, state, members, world.data)
+        server, _, metrics = function(*arguments, world.seed, jnp.float32(0.2))
+        assert int(metrics.absent) == (rule is None)
+        found.append((model(server), metrics.loss))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found)
 
 
 def test_clients_with_examples_of_their_own_have_them_on_their_device(world):
