@@ -100,7 +100,9 @@ def test_four_devices_bear_what_one_bears(world, rule):
         server, _, metrics = function(*arguments, world.seed, jnp.float32(0.2))
         assert int(metrics.absent) == (rule is None)
         found.append((model(server), metrics.loss))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *found)
+    # A distance from the median that is nearly zero is known to the root of the rounding.
+    close = {"rtol": 0, "atol": 1e-4 if rule == "geometric_median" else 3e-6}
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **close), *found)
 
 
 def test_clients_with_examples_of_their_own_have_them_on_their_device(world):
