@@ -59,6 +59,34 @@ def over_rounds(runs: Runs, metric: Metric) -> Plot:
     return Plot(figure, f"{metric.sentence} over rounds, mean over domains{banded}")
 
 
+def over_megabytes(runs: Runs, metric: Metric) -> Plot | None:
+    """A metric over what has been sent, in a logarithmic scale; None if no method sends anything."""
+    sent = {
+        method: np.array([[_sent(row) for row in rounds] for rounds in seeds]).cumsum(1).mean(0)
+        for method, seeds in runs.items()
+    }
+    sent = {method: megabytes for method, megabytes in sent.items() if megabytes[0] > 0}
+    if not sent:
+        return None
+    figure, axes = _figure()
+    looks = styles(list(runs))
+    for method, megabytes in sent.items():
+        values = np.array([[row[metric.name] for row in rounds] for rounds in runs[method]], float)
+        look = {**looks[method], "ms": 3}
+        axes.plot(megabytes, values.mean(0) * metric.factor, **look, lw=1.5, label=method)
+    axes.set(xlabel="MB up, down and to catch up, whole cohort, so far", xscale="log")
+    axes.set(ylabel=metric.title)
+    axes.grid(alpha=0.3)
+    _legend_outside(axes)
+    return Plot(figure, f"{metric.sentence} over megabytes, a mark a round, mean over domains")
+
+
+def _sent(row: Mapping[str, Any]) -> float:
+    """Megabytes of a round, in all directions."""
+    fields = ("megabytes_up", "megabytes_down", "megabytes_catch_up")
+    return float(sum(row.get(field) or 0.0 for field in fields))
+
+
 def aggregation_error(runs: Runs) -> Plot | None:
     """Aggregation error over rounds; None if no method has one."""
     having = {

@@ -281,6 +281,7 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
     reference, metric = reference_of(runs), study.metric
     drawn = {
         metric.name: plots.over_rounds(runs, metric),
+        f"{metric.name}_and_megabytes": plots.over_megabytes(runs, metric),
         "paired": None
         if reference is None
         else plots.differences(compared(runs, reference, metric), reference, metric),

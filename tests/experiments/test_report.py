@@ -127,8 +127,8 @@ def test_report_of_many_methods(tmp_path):
 def test_report_of_few_methods(tmp_path, runs):
     only_local = {"local": runs["local"][:1]}
     text = report.write(tmp_path, only_local, study({"local": 0.1})).read_text()
-    pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"accuracy.png", "domains.png", "partition.png"}
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {"accuracy", "accuracy_and_megabytes", "domains", "partition"}
     assert "Against" not in text and "one standard deviation over seeds" not in text
 
 
@@ -138,6 +138,20 @@ def test_map_of_domains_shows_every_number_sorted():
     assert [label.get_text() for label in axes.get_yticklabels()] == [f"m{6 - i}" for i in range(7)]
     texts = [text.get_text() for text in axes.texts]
     assert texts[:3] == ["50.0", "60.0", "40.0"] and len(texts) == 7 * 3
+
+
+def test_accuracy_over_megabytes():
+    runs = {
+        "flora": [rounds("flora", s, [0.4, 0.6], megabytes_catch_up=1.5) for s in range(2)],
+        "local": [rounds("local", 0, [0.5, 0.6])],
+    }
+    for row in runs["local"][0]:
+        row.update(megabytes_up=0.0, megabytes_down=0.0)
+    (line,) = plots.over_megabytes(runs, ACCURACY).figure.axes[0].lines
+    assert line.get_label() == "flora"
+    np.testing.assert_allclose(line.get_xdata(), [4.5, 10])
+    np.testing.assert_allclose(line.get_ydata(), [40, 60])
+    assert plots.over_megabytes({"local": runs["local"]}, ACCURACY) is None
 
 
 def test_correlation_of_error_with_accuracy():
