@@ -60,7 +60,7 @@ def over_rounds(runs: Runs, metric: Metric) -> Plot:
 
 
 def over_megabytes(runs: Runs, metric: Metric) -> Plot | None:
-    """A metric over what has been sent, in a logarithmic scale; None if no method sends anything."""
+    """A metric over what has been sent so far, on a logarithmic scale; None if nothing is sent."""
     sent = {
         method: np.array([[_sent(row) for row in rounds] for rounds in seeds]).cumsum(1).mean(0)
         for method, seeds in runs.items()
