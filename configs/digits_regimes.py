@@ -1,9 +1,11 @@
-"""The regimes of two papers on the six domains of digits: all clients present, SGD, one epoch.
+"""The regimes of three papers on the six domains of digits: all clients present, SGD, one epoch.
 
     python -m experiments.compare --config=configs/digits_regimes.py:regime=lora_fair \\
         --methods=fedit,lora_fair,flexlora,flora,ffa_lora --seeds=3 --workdir=runs/fair
     python -m experiments.compare --config=configs/digits_regimes.py:regime=fedsmooth_lora \\
         --methods=fedit,flora,frlora,fedsmooth_lora --seeds=3 --workdir=runs/smooth
+    python -m experiments.compare --config=configs/digits_regimes.py:regime=flora_na,alpha=0.3 \\
+        --methods=fedit,flora_na,flexlora,fedex_lora --seeds=3 --workdir=runs/na
 
 The federation of `configs/digits.py` has thirty clients, of whom eighteen train eight steps by
 AdamW. The papers have few, all of whom train an epoch by SGD 0.01 with momentum 0.9:
@@ -12,6 +14,9 @@ AdamW. The papers have few, all of whom train an epoch by SGD 0.01 with momentum
 * `fedsmooth_lora` (arXiv:2605.29460): `clients` (5) of all domains, rank 2, scale 4 / sqrt(2), a
   cosine over rounds, gamma 256, zeta 1. With `alpha` above zero labels are split by
   Dirichlet(alpha), otherwise alike.
+* `flora_na` (no such regime is stated; its fit has something to gain where updates differ in size):
+  `clients` (10) of all domains. With `alpha` above zero their numbers of examples, and so of steps,
+  are drawn by Dirichlet(alpha), otherwise they are equal.
 
 The data and the backbone are those of `configs/digits.py`, batches of 16 instead of 64 and 128: a
 client has hundreds of images here, not thousands.
@@ -27,9 +32,8 @@ from fedlora_jax.names import lookup
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The configuration; `arg` is `regime=NAME,clients=K,alpha=A,method=NAME,runlocal`."""
     args = parse_arg(arg, regime="lora_fair", clients=0, alpha=0.0, method="fedit", runlocal=False)
-    change = lookup(
-        {"lora_fair": _lora_fair, "fedsmooth_lora": _fedsmooth_lora}, args["regime"], "regime"
-    )
+    regimes = {"lora_fair": _lora_fair, "fedsmooth_lora": _fedsmooth_lora, "flora_na": _flora_na}
+    change = lookup(regimes, args["regime"], "regime")
     config = digits.get_config(f"method={args['method']}{',runlocal' * args['runlocal']}")
     config.local.update(
         steps=0, epochs=1, optimizer="sgd", learning_rate=0.01, momentum=0.9, weight_decay=0.0
@@ -56,3 +60,11 @@ def _fedsmooth_lora(config: ml_collections.ConfigDict, clients: int, alpha: floa
     config.lora.update(rank=2, scale=4 / 2**0.5)
     config.local.update(clip_norm=0.0, schedule="cosine")
     config.options.fedsmooth_lora.zeta_min = 0.0 if alpha else 1.0
+
+
+def _flora_na(config: ml_collections.ConfigDict, clients: int, alpha: float) -> None:
+    clients = clients or 10
+    config.clients_per_round = clients
+    config.data.partition = "quantity_skew" if alpha else "iid"
+    config.data.partition_options = {"num_clients": clients, **({"alpha": alpha} if alpha else {})}
+    config.local.update(clip_norm=10.0, schedule="constant")

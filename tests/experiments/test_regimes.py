@@ -12,6 +12,7 @@ from fedlora_jax import experiment
         ("", 6, 4),
         ("regime=fedsmooth_lora", 5, 2),
         ("regime=fedsmooth_lora,clients=3,alpha=0.1", 3, 2),
+        ("regime=flora_na,alpha=0.3", 10, 4),
     ],
 )
 def test_all_clients_train_an_epoch_by_sgd(arg, clients, rank):
