@@ -35,9 +35,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 from absl import flags
+from jax._src import lru_cache
 
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
+
+# Nothing needs to be evicted, and for that JAX would look at all files for each that it adds.
+lru_cache.LRUCache._evict_if_needed = lambda self, *, additional_size=0: None
 
 # Files that take long go first, the longest before all, so that no worker is left alone with one.
 LONG = [

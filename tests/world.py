@@ -119,30 +119,38 @@ def train_by_hand(
             return tree
         return jax.tree.map(lambda x, keep: jnp.where(keep, x, 0), tree, trains)
 
-    gradient = functools.partial(_gradient, world.task.model, backbone, server.scale)
-    state = training.optimizer.init(trainable)
-    count = world.data.counts[client]
+    # Compiled once for all clients, whose last batches differ in size.
+    gradients = functools.partial(_gradients, world.task.model, backbone, server.scale)
+    update = jax.jit(training.optimizer.update)
+    state = jax.jit(training.optimizer.init)(trainable)
+    count, own = world.data.counts[client], positions(world.data, client)
     for step in range(int(training.steps_of(count))):
-        places, mask = local_batch(count, key, step, training.batch_size)
-        chosen = positions(world.data, client)[places]
-        batch = {name: x[chosen[mask]] for name, x in world.data.examples.items()}
-        slope = masked(correct(gradient(trainable, batch), trainable))
-        updates, state = training.optimizer.update(slope, state, trainable)
+        places, mask = map(np.asarray, _local_batch(count, key, step, training.batch_size))
+        batch = {name: np.asarray(x)[own[places]] for name, x in world.data.examples.items()}
+        every = gradients(trainable, batch)
+        slope = jax.tree.map(lambda g, mask=mask: np.asarray(g)[mask].mean(0), every)
+        slope = masked(correct(slope, trainable))
+        updates, state = update(slope, state, trainable)
         rate = 0.2 / (1 + round_index)
         updates = jax.tree.map(lambda u, rate=rate: rate * u, masked(updates))
         trainable = optax.apply_updates(trainable, updates)
     return trainable
 
 
+_local_batch = jax.jit(local_batch, static_argnums=3)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _gradient(model, backbone, scale, trainable, batch):
-    def loss(trainable):
+def _gradients(model, backbone, scale, trainable, batch):
+    """The gradient of each example of a batch."""
+
+    def loss(trainable, example):
         merged = lora.merge(backbone, trainable.adapters, scale=scale)
         variables = {"params": lora.join_head(merged, trainable.head)}
-        logits = model.apply(variables, batch["x"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        logits = model.apply(variables, example["x"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
 
-    return jax.grad(loss)(trainable)
+    return jax.vmap(jax.grad(loss), in_axes=(None, 0))(trainable, batch)
 
 
 def any_client(federation: Federation):
@@ -150,9 +158,9 @@ def any_client(federation: Federation):
     return jax.tree.map(lambda x: x[0], federation.clients)
 
 
-def positions(data: ClientData, client: int) -> jax.Array:
+def positions(data: ClientData, client: int) -> np.ndarray:
     """Where in the examples a client's are."""
-    return data.positions[data.offsets[client] :][: data.counts[client]]
+    return np.asarray(data.positions)[int(data.offsets[client]) :][: int(data.counts[client])]
 
 
 def learning_rate(federation: Federation) -> jax.Array:
