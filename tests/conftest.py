@@ -20,14 +20,15 @@ os.environ.setdefault(
 # Devices for the tests of a mesh.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
 # What one worker has compiled the other reads, and so does a test that makes the same program anew.
-# The directory is new for each run of the tests. With a bound on its size JAX locks it.
+# The directory is new for each run of the tests. With a bound on its size JAX locks it, and looks
+# at all that is there whenever it adds something: short compilations are not kept.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     os.environ["JAX_COMPILATION_CACHE_DIR"]
     if "PYTEST_XDIST_WORKER" in os.environ
     else tempfile.mkdtemp(prefix="fedlora_jax_tests_")
 )
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(1 << 32)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 # Before NumPy is imported: LAPACK's threads spin while they wait for each other, and there are as
 # many workers as cores already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -35,13 +36,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import pytest
 from absl import flags
-from jax._src import lru_cache
 
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
-
-# Nothing needs to be evicted, and for that JAX would look at all files for each that it adds.
-lru_cache.LRUCache._evict_if_needed = lambda self, *, additional_size=0: None
 
 # Files that take long go first, the longest before all, so that no worker is left alone with one.
 LONG = [
