@@ -217,7 +217,7 @@ def page(results: dict[str, Any]) -> str:
         f"{rounds // WARM} rounds, and the process's resident memory is within {MOST:.0%} of what "
         f"it was then. `{LOOP}`: `experiment.run` in float32, with metrics, checkpoints and states "
         "on disk; the other rows are its compiled round alone. A checkpoint may lose "
-        f"{LOST / 1e3:.0f} kB besides: tensorstore, with which orbax writes, keeps what it converts "
-        "to JSON. Rounds are timed by the clock.",
+        f"{LOST / 1e3:.0f} kB besides: tensorstore, with which orbax writes, keeps what it turns "
+        "into JSON. Rounds are timed by the clock.",
     ]
     return "\n".join(lines)
