@@ -53,18 +53,21 @@ def _lora_fair(config: ml_collections.ConfigDict, clients: int, alpha: float) ->
 
 
 def _fedsmooth_lora(config: ml_collections.ConfigDict, clients: int, alpha: float) -> None:
-    clients = clients or 5
-    config.clients_per_round = clients
-    config.data.partition = "dirichlet" if alpha else "iid"
-    config.data.partition_options = {"num_clients": clients, **({"alpha": alpha} if alpha else {})}
+    _all_present(config, clients or 5, "dirichlet", alpha)
     config.lora.update(rank=2, scale=4 / 2**0.5)
     config.local.update(clip_norm=0.0, schedule="cosine")
     config.options.fedsmooth_lora.zeta_min = 0.0 if alpha else 1.0
 
 
 def _flora_na(config: ml_collections.ConfigDict, clients: int, alpha: float) -> None:
-    clients = clients or 10
-    config.clients_per_round = clients
-    config.data.partition = "quantity_skew" if alpha else "iid"
-    config.data.partition_options = {"num_clients": clients, **({"alpha": alpha} if alpha else {})}
+    _all_present(config, clients or 10, "quantity_skew", alpha)
     config.local.update(clip_norm=10.0, schedule="constant")
+
+
+def _all_present(
+    config: ml_collections.ConfigDict, clients: int, uneven: str, alpha: float
+) -> None:
+    """So many clients; with `alpha` above zero by the uneven partitioner, otherwise alike."""
+    config.clients_per_round = clients
+    config.data.partition = uneven if alpha else "iid"
+    config.data.partition_options = {"num_clients": clients, **({"alpha": alpha} if alpha else {})}
