@@ -29,7 +29,7 @@ from fedlora_jax.experiment.program import make_method, schedule
 from fedlora_jax.federated import cohort, faults
 from fedlora_jax.federated.evaluation import panel_states
 from fedlora_jax.federated.faults import Faults
-from fedlora_jax.federated.round import Federation, RoundMetrics, run_round
+from fedlora_jax.federated.round import Federation, Recipe, RoundMetrics, run_round
 from fedlora_jax.methods import check_combination
 from fedlora_jax.names import lookup
 
@@ -134,7 +134,7 @@ def _compiled(program: Program, setting: Setting) -> Round:
 
     def step(chosen: Faults, *state: Any) -> tuple[Federation, RoundMetrics]:
         training = program.training._replace(faults=chosen)
-        return run_round(setting.task, program.method, training, *state)[:2]
+        return run_round(Recipe(setting.task, program.method, training), *state)[:2]
 
     return jax.jit(step)
 

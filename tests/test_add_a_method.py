@@ -11,7 +11,7 @@ import pytest
 
 from fedlora_jax import methods, transforms
 from fedlora_jax.federated import communication
-from fedlora_jax.federated.round import run_round
+from fedlora_jax.federated.round import Recipe, run_round
 from tests.world import COHORT, COUNTS, any_client
 
 PAGE = (Path(__file__).parents[1] / "docs" / "add_a_method.md").read_text()
@@ -30,7 +30,7 @@ MEDIAN, MIXTURE = map(factory, EXAMPLES)
 
 
 def run(world, method, rounds=2):
-    step = jax.jit(functools.partial(run_round, world.task, method, world.training))
+    step = jax.jit(functools.partial(run_round, Recipe(world.task, method, world.training)))
     federation = world.federation(method)
     for _ in range(rounds):
         before = federation
@@ -78,7 +78,8 @@ def test_what_the_page_promises_comes_with_it(world, make):
         fedit, plain.server, usual, 0
     )
     combined = transforms.fedprox(method, mu=0.1)
-    step = functools.partial(run_round, world.task, combined, world.training, clients_per_chunk=3)
+    recipe = Recipe(world.task, combined, world.training, clients_per_chunk=3)
+    step = functools.partial(run_round, recipe)
     after, _, _ = jax.eval_shape(step, federation, world.data, COHORT, world.seed, jnp.float32(0.2))
     assert jax.tree.structure(after) == jax.tree.structure(federation)
     with pytest.raises(ValueError, match="differential privacy"):

@@ -14,7 +14,7 @@ from fedlora_jax import lora, methods
 from fedlora_jax.data.clients import ClientData, client_data, local_batch
 from fedlora_jax.federated import randomness
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import Federation, create, run_round
+from fedlora_jax.federated.round import Federation, Recipe, create, run_round
 from fedlora_jax.federated.task import Task, classification
 from fedlora_jax.methods import Server, Trainable
 
@@ -177,5 +177,5 @@ def method_of(name: str) -> methods.Method:
 
 @functools.cache
 def _compiled(name, task, training, *options):
-    function = functools.partial(run_round, task, method_of(name), training)
-    return jax.jit(functools.partial(function, **dict.fromkeys(options, True)))
+    recipe = Recipe(task, method_of(name), training, **dict.fromkeys(options, True))
+    return jax.jit(functools.partial(run_round, recipe))

@@ -18,7 +18,7 @@ from fedlora_jax import lora, methods, models
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated import placement
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import Federation, create, make_cohort_round
+from fedlora_jax.federated.round import Federation, Recipe, create, make_cohort_round
 from fedlora_jax.federated.task import Task, causal_language_model
 from fedlora_jax.methods import Method, Server, Trainable
 from fedlora_jax.models import Llama
@@ -64,7 +64,7 @@ def measure(name: str) -> dict[str, Any]:
     }
     found = {}
     for way, (devices, arguments) in ways.items():
-        function = make_cohort_round(task, method, training, mesh=devices)
+        function = make_cohort_round(Recipe(task, method, training), mesh=devices)
         compiled = function.lower(*arguments, key, rate).compile(LEAST_EFFORT)
         text, cost = compiled.as_text(), compiled.cost_analysis()
         assert text is not None and cost is not None

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from fedlora_jax import lora, methods, models
 from fedlora_jax.data.clients import ClientData
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, make_round
+from fedlora_jax.federated.round import Recipe, create, make_round
 from fedlora_jax.federated.task import Batch, Task, Weighted, causal_language_model, equally
 from fedlora_jax.methods import Server, Trainable
 from fedlora_jax.models import Llama
@@ -92,7 +92,7 @@ def lower(
         return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each, jnp.float32(1))
 
     task = LOSSES[loss](model)
-    return make_round(task, made, training, clients_per_chunk=clients_per_chunk).lower(
+    return make_round(Recipe(task, made, training, clients_per_chunk=clients_per_chunk)).lower(
         jax.eval_shape(federation, key),
         jax.eval_shape(data),
         jax.ShapeDtypeStruct((clients,), jnp.int32),

@@ -25,7 +25,7 @@ from tabulate import tabulate
 from fedlora_jax import aggregation, lora, methods, models
 from fedlora_jax.data.clients import client_data
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, make_round, train_cohort
+from fedlora_jax.federated.round import Recipe, create, make_round, train_cohort
 from fedlora_jax.federated.task import Task, causal_language_model, classification
 from fedlora_jax.methods import Server, Trainable
 from fedlora_jax.models import Llama, ViT
@@ -218,12 +218,12 @@ def ours(
     for chunk in chunks:
         start = time.perf_counter()
         size = None if chunk == ALL else int(chunk)
-        function = make_round(task(case), method, training(case), clients_per_chunk=size)
+        function = make_round(Recipe(task(case), method, training(case), clients_per_chunk=size))
         programs[chunk] = function.lower(*inputs).compile()
         compile_s[chunk] = time.perf_counter() - start
 
     def cohort_trained(*inputs: Any) -> Any:
-        return train_cohort(task(case), method, training(case), *inputs).uploads
+        return train_cohort(Recipe(task(case), method, training(case)), *inputs).uploads
 
     uploads = jax.tree.map(
         lambda x: jax.random.normal(key, x.shape, x.dtype), jax.eval_shape(cohort_trained, *inputs)

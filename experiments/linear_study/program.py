@@ -17,7 +17,7 @@ from fedlora_jax.experiment import program as configured
 from fedlora_jax.federated import communication, randomness
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.metrics import Batch, Weighted, equally
-from fedlora_jax.federated.round import Federation, create, run_round
+from fedlora_jax.federated.round import Federation, Recipe, create, run_round
 from fedlora_jax.federated.task import Task
 from fedlora_jax.methods import Method, Server, Trainable
 
@@ -179,7 +179,7 @@ def _compile(
         ) -> tuple[Federation, tuple[jax.Array, jax.Array]]:
             cohort = jnp.arange(present)
             states = (federation, drawn.data, cohort, drawn.key, rate * factor)
-            federation, metrics, _ = run_round(task, method, training, *states)
+            federation, metrics, _ = run_round(Recipe(task, method, training), *states)
             return federation, (metrics.aggregation_error, metrics.excluded == present)
 
         first = create(randomness.stream(drawn.key, "method"), method, server, present)

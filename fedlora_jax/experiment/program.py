@@ -17,7 +17,7 @@ from fedlora_jax.federated import faults, placement, ranks
 from fedlora_jax.federated.evaluation import Evaluate, make_evaluate
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.metrics import Metric
-from fedlora_jax.federated.round import CohortRound, make_cohort_round
+from fedlora_jax.federated.round import CohortRound, Recipe, make_cohort_round
 from fedlora_jax.federated.task import metrics_of
 from fedlora_jax.methods import Method
 from fedlora_jax.names import lookup
@@ -88,14 +88,8 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
 
     @functools.cache
     def round_of(clients_per_chunk: int | None) -> CohortRound:
-        return make_cohort_round(
-            task,
-            method,
-            training,
-            equal_weights=equal,
-            clients_per_chunk=clients_per_chunk,
-            mesh=mesh,
-        )
+        recipe = Recipe(task, method, training, equal, clients_per_chunk)
+        return make_cohort_round(recipe, mesh=mesh)
 
     chunk = chunking.parse(config.clients_per_chunk)
     return Program(

@@ -68,6 +68,27 @@ class RoundMetrics(NamedTuple):
     absent: jax.Array | None = None
 
 
+class Recipe(NamedTuple):
+    """What a round does, whoever takes part in it: all that is fixed when it is compiled.
+
+    Attributes:
+      task: What is learned.
+      method: How clients and server work together.
+      training: How clients train, and fail.
+      equal_weights: Weigh clients equally instead of by their number of examples. So it is done
+        anyhow for a method that says so of itself.
+      clients_per_chunk: Clients trained at once (on each device, if there are several), one chunk
+        after the other, so that memory is that of a chunk and not of a cohort; None for all at
+        once.
+    """
+
+    task: Task
+    method: Method
+    training: LocalTraining
+    equal_weights: bool = False
+    clients_per_chunk: int | None = None
+
+
 class RoundFunction(Protocol):
     """A jitted round, from `make_round`."""
 
@@ -168,36 +189,19 @@ class CohortResult(NamedTuple):
 
 
 def train_cohort(
-    task: Task,
-    method: Method,
-    training: LocalTraining,
+    recipe: Recipe,
     federation: Federation,
     data: ClientData,
     cohort: jax.Array,
     seed: jax.Array,
     learning_rate: ArrayLike,
-    *,
-    clients_per_chunk: int | None = None,
 ) -> CohortResult:
-    """Trains the clients of a cohort over one backbone, under one `vmap` or in chunks.
-
-    Args:
-      task: What is learned.
-      method: How clients and server work together.
-      training: How clients train.
-      federation: The state before the round.
-      data: The data of all clients.
-      cohort: Identities, int32 `[K]`, without repetition.
-      seed: The seed's key.
-      learning_rate: Of this round.
-      clients_per_chunk: Clients trained at once, one chunk after the other, so that memory is that
-        of a chunk and not of a cohort; None for all at once.
-    """
+    """The first half of `run_round`: trains the clients of a cohort over one backbone."""
     shared = _shared(federation.server, data, seed, learning_rate)
     states = _rows(federation.clients, cohort)
-    faulty = _faulty(training, shared, cohort)
+    faulty = _faulty(recipe.training, shared, cohort)
     members = _members(states, federation.ranks, data, cohort, faulty)
-    return _train(task, method, training, shared, members, clients_per_chunk)
+    return _train(recipe, shared, members)
 
 
 class _Members(NamedTuple):
@@ -252,14 +256,9 @@ def _faulty(training: LocalTraining, shared: _Shared, cohort: jax.Array) -> jax.
 
 
 def _train(
-    task: Task,
-    method: Method,
-    training: LocalTraining,
-    shared: _Shared,
-    members: _Members,
-    clients_per_chunk: int | None,
-    mesh: Mesh | None = None,
+    recipe: Recipe, shared: _Shared, members: _Members, mesh: Mesh | None = None
 ) -> CohortResult:
+    training, clients_per_chunk = recipe.training, recipe.clients_per_chunk
     steps = training.steps_of(members.num_examples)
     longest = jnp.max(steps) if training.epochs else jnp.int32(training.steps)
 
@@ -267,7 +266,7 @@ def _train(
 
     def each(shared: _Shared, longest: jax.Array, members: _Members) -> list[jax.Array]:
         def one(member: _Members) -> list[jax.Array]:
-            result = _of_client(task, method, training, shared, longest, member)
+            result = _of_client(recipe, shared, longest, member)
             arrays, where = _distinct(result)
             layout.append(where)
             return arrays
@@ -306,14 +305,10 @@ def _together(arrays: list[jax.Array], where: tuple[Any, list[int]]) -> Any:
 
 
 def _of_client(
-    task: Task,
-    method: Method,
-    training: LocalTraining,
-    shared: _Shared,
-    longest: jax.Array,
-    member: _Members,
+    recipe: Recipe, shared: _Shared, longest: jax.Array, member: _Members
 ) -> CohortResult:
     """What one client does in a round."""
+    task, method, training = recipe.task, recipe.method, recipe.training
     server = shared.server
 
     def key(name: str) -> jax.Array:
@@ -377,17 +372,12 @@ def _penalty(
 
 
 def run_round(
-    task: Task,
-    method: Method,
-    training: LocalTraining,
+    recipe: Recipe,
     federation: Federation,
     data: ClientData,
     cohort: jax.Array,
     seed: jax.Array,
     learning_rate: ArrayLike,
-    *,
-    equal_weights: bool = False,
-    clients_per_chunk: int | None = None,
 ) -> tuple[Federation, RoundMetrics, CohortResult]:
     """One round: train a cohort, aggregate, and go on.
 
@@ -396,43 +386,26 @@ def run_round(
     state stays too.
 
     Args:
-      task: What is learned.
-      method: How clients and server work together.
-      training: How clients train, and fail.
+      recipe: What is learned, and how.
       federation: The state before the round.
       data: The data of all clients.
       cohort: Identities, int32 `[K]`, without repetition.
       seed: The seed's key.
       learning_rate: Of this round.
-      equal_weights: Weigh clients equally instead of by their number of examples. So it is done
-        anyhow for a method that says so of itself.
-      clients_per_chunk: As in `train_cohort`.
 
     Returns:
       The state after the round, its metrics, and what the clients did.
     """
     server, clients, ranks = federation
+    states = _rows(clients, cohort)
     server, states, metrics, result = run_cohort(
-        task,
-        method,
-        training,
-        server,
-        _rows(clients, cohort),
-        ranks,
-        data,
-        cohort,
-        seed,
-        learning_rate,
-        equal_weights=equal_weights,
-        clients_per_chunk=clients_per_chunk,
+        recipe, server, states, ranks, data, cohort, seed, learning_rate
     )
     return Federation(server, _put(clients, cohort, states), ranks), metrics, result
 
 
 def run_cohort(
-    task: Task,
-    method: Method,
-    training: LocalTraining,
+    recipe: Recipe,
     server: Server,
     states: PyTree,
     ranks: jax.Array,
@@ -441,16 +414,12 @@ def run_cohort(
     seed: jax.Array,
     learning_rate: ArrayLike,
     *,
-    equal_weights: bool = False,
-    clients_per_chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Server, PyTree, RoundMetrics, CohortResult]:
     """`run_round` on the states of the cohort's clients alone; time and memory know no N.
 
     Args:
-      task: What is learned.
-      method: How clients and server work together.
-      training: How clients train.
+      recipe: What is learned, and how.
       server: The server's state.
       states: The states of the cohort's clients, stacked along `[K]`.
       ranks: The rank that each client can afford, int32 `[N]`.
@@ -459,8 +428,6 @@ def run_cohort(
         so that there are as many as devices need, and changes nothing.
       seed: The seed's key.
       learning_rate: Of this round.
-      equal_weights: As in `run_round`.
-      clients_per_chunk: As in `train_cohort`; of each device, if there is a mesh.
       mesh: Devices that the cohort is spread over, along `placement.CLIENTS`; K is a multiple of
         their number. None for one.
 
@@ -468,16 +435,17 @@ def run_cohort(
       The server's state after the round, those of the clients `[K]`, the metrics, and what the
       clients did.
     """
+    method, training = recipe.method, recipe.training
     shared = _shared(server, data, seed, learning_rate)
     faulty = _faulty(training, shared, cohort)
     members = _members(states, ranks, data, cohort, faulty)
-    result = _train(task, method, training, shared, members, clients_per_chunk, mesh)
+    result = _train(recipe, shared, members, mesh)
     present, absent = cohort >= 0, None
     if training.faults is not None and faulty is not None:
         silent = faulty & ~jnp.asarray(training.faults.answers)
         present, absent = present & ~silent, jnp.sum(silent, dtype=jnp.int32)
     finite = _all_finite((result.trained, result.uploads, result.clients)) & present
-    equal = equal_weights or method.equal_weights
+    equal = recipe.equal_weights or method.equal_weights
     shares = 1 / len(data.counts) if equal else members.num_examples / data.total
     weights = jnp.where(finite, shares, 0)
     with _batching.dealt_to(mesh, placement.CLIENTS):
@@ -497,14 +465,7 @@ def run_cohort(
     return server, _kept(states, result.clients, finite), metrics, result
 
 
-def make_round(
-    task: Task,
-    method: Method,
-    training: LocalTraining,
-    *,
-    equal_weights: bool = False,
-    clients_per_chunk: int | None = None,
-) -> RoundFunction:
+def make_round(recipe: Recipe) -> RoundFunction:
     """Builds the jitted round, `run_round` without its last result.
 
     It compiles once for all rounds, seeds and learning rates, for the backend that is the default
@@ -519,18 +480,7 @@ def make_round(
         seed: jax.Array,
         learning_rate: ArrayLike,
     ) -> tuple[Federation, RoundMetrics]:
-        return run_round(
-            task,
-            method,
-            training,
-            federation,
-            data,
-            cohort,
-            seed,
-            learning_rate,
-            equal_weights=equal_weights,
-            clients_per_chunk=clients_per_chunk,
-        )[:2]
+        return run_round(recipe, federation, data, cohort, seed, learning_rate)[:2]
 
     return round_function
 
@@ -572,23 +522,16 @@ class CohortRound:
         return self._changes._cache_size()
 
 
-def make_cohort_round(
-    task: Task,
-    method: Method,
-    training: LocalTraining,
-    *,
-    equal_weights: bool = False,
-    clients_per_chunk: int | None = None,
-    mesh: Mesh | None = None,
-) -> CohortRound:
+def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRound:
     """Builds the jitted `run_cohort`, without its last result, on one device or on a mesh of them.
 
     The server's state and the metrics come back as `placement.server` puts them, the clients'
     states as `placement.rows`, so that one round is compiled for all.
 
     Raises:
-      ValueError: If a number in `training` is out of its bounds.
+      ValueError: If a number in the recipe's `training` is out of its bounds.
     """
+    training = recipe.training
     bounds.check(
         "training",
         batch_size=training.batch_size,
@@ -607,19 +550,7 @@ def make_cohort_round(
         learning_rate: ArrayLike,
     ) -> tuple[Server, PyTree, RoundMetrics]:
         after, states, metrics, _ = run_cohort(
-            task,
-            method,
-            training,
-            server,
-            states,
-            ranks,
-            data,
-            cohort,
-            seed,
-            learning_rate,
-            equal_weights=equal_weights,
-            clients_per_chunk=clients_per_chunk,
-            mesh=mesh,
+            recipe, server, states, ranks, data, cohort, seed, learning_rate, mesh=mesh
         )
         changed = jax.tree.map(lambda new, old: None if new is old else new, after, server)
         if mesh is None:

@@ -14,7 +14,7 @@ from fedlora_jax.data.clients import NO_PLACE, CohortExamples, client_data
 from fedlora_jax.experiment import finished
 from fedlora_jax.federated import faults, placement, visits
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import CohortRound, create, make_cohort_round
+from fedlora_jax.federated.round import CohortRound, Recipe, create, make_cohort_round
 from fedlora_jax.federated.task import causal_language_model
 from fedlora_jax.lowrank import is_factors
 from fedlora_jax.methods import Server, Trainable
@@ -58,7 +58,7 @@ def test_four_devices_find_what_one_finds(world, name):
     """
     mesh, method = placement.make_mesh(4), method_of(name)
     _, alone, measured, _ = world.run(name, [COHORT, COHORT])
-    function = make_cohort_round(world.task, method, world.training, mesh=mesh)
+    function = make_cohort_round(Recipe(world.task, method, world.training), mesh=mesh)
     members = np.array([*COHORT[:3], -1, COHORT[3], -1, -1, -1])
     state = world.federation(method)
     server, states, ranks, data, cohort = placed(mesh, state, members, world.data)
@@ -92,7 +92,7 @@ def test_four_devices_bear_what_one_bears(world, rule):
     training = world.training._replace(faults=faults.make(kind, share=0.25, factor=1e-4))
     state, found = world.federation(method), []
     for devices, members in ((None, np.array(COHORT)), (mesh, np.array([*COHORT, *[-1] * 4]))):
-        function = make_cohort_round(world.task, method, training, mesh=devices)
+        function = make_cohort_round(Recipe(world.task, method, training), mesh=devices)
         clients = jax.tree.map(lambda x, who=members: x[np.maximum(who, 0)], state.clients)
         arguments = (state.server, clients, state.ranks, world.data, members)
         if devices is not None:
@@ -120,7 +120,7 @@ def test_clients_with_examples_of_their_own_have_them_on_their_device(world):
     own = placement.put_own_rows(CohortExamples(examples, places), mesh)
     assert len(own.places.addressable_shards[0].data) == 2
     assert placement.own_rows(mesh, len(members)).all()
-    function = make_cohort_round(world.task, method, world.training, mesh=mesh)
+    function = make_cohort_round(Recipe(world.task, method, world.training), mesh=mesh)
     found = []
     server, states, ranks, shared, cohort = placed(mesh, state, members, data)
     for each in (shared, shared._replace(examples=own)):
@@ -134,7 +134,7 @@ def test_clients_exchange_nothing_while_they_train(world):
     """The sketch decomposes for every client, six times in a loop; nothing is gathered for that."""
     method, mesh = method_of("fedsmooth_lora"), placement.make_mesh(4)
     arguments = placed(mesh, world.federation(method), np.arange(4), world.data)
-    function = make_cohort_round(world.task, method, world.training, mesh=mesh)
+    function = make_cohort_round(Recipe(world.task, method, world.training), mesh=mesh)
     text = function.lower(*arguments, world.seed, jnp.float32(0.1)).compile().as_text()
     metadata = re.findall(r" all-(?:gather|reduce|to-all)(?:-start)?\(.*op_name=\"([^\"]*)\"", text)
     assert metadata and not [name for name in metadata if "shard_map/" in name]
@@ -157,7 +157,7 @@ def test_a_backbone_split_over_devices_gives_the_same_round():
         state = create(key, method, start, 4)
         found = []
         for devices in (None, mesh):
-            function = make_cohort_round(task, method, training, mesh=devices)
+            function = make_cohort_round(Recipe(task, method, training), mesh=devices)
             arguments = (state.server, state.clients, state.ranks, data, jnp.arange(4))
             if devices is not None:
                 arguments = placed(mesh, state, np.arange(4), data)
@@ -185,7 +185,7 @@ def test_the_untouched_model_is_judged_on_the_mesh_too(tmp_path, monkeypatch):
 def test_nobody_changes_nothing(world):
     for name in ("lora_fair", "flora_na", "hetlora"):
         method = method_of(name)
-        function = make_cohort_round(world.task, method, world.training)
+        function = make_cohort_round(Recipe(world.task, method, world.training))
         state = world.federation(method)
         members = jnp.array([*COHORT, -1, -1])
         states = jax.tree.map(lambda x, who=members: x[jnp.maximum(who, 0)], state.clients)

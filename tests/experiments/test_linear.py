@@ -16,7 +16,7 @@ from fedlora_jax import methods, transforms
 from fedlora_jax.checksums import Damaged
 from fedlora_jax.data.clients import client_data
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, make_round
+from fedlora_jax.federated.round import Recipe, create, make_round
 
 DIALS = Dials(heterogeneity=1.0, clients=3, rank=2, local_steps=3, momentum=0.0)
 
@@ -109,7 +109,7 @@ def by_hand(config, run):
     key = jax.random.key(run.seed)
     server = program.first_server(key, jnp.asarray(drawn.pretrained), DIALS.rank, 2.0)
     federation = create(program.randomness.stream(key, "method"), method, server, 3)
-    one_round = make_round(program.make_task(6), method, training)
+    one_round = make_round(Recipe(program.make_task(6), method, training))
     for index in range(config.rounds):
         rate = run.rate * (1 + np.cos(np.pi * index / config.rounds)) / 2
         federation, _ = one_round(federation, data, jnp.arange(3), key, rate)

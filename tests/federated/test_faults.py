@@ -11,7 +11,7 @@ from configs import digits
 from fedlora_jax import experiment, methods, transforms
 from fedlora_jax.experiment import program
 from fedlora_jax.federated import faults
-from fedlora_jax.federated.round import run_round
+from fedlora_jax.federated.round import Recipe, run_round
 from fedlora_jax.methods import trained_mask
 from tests.world import COHORT, method_of
 
@@ -45,16 +45,9 @@ def rounds(world):
     def compiled(name):
         def step(kind, federation, cohort):
             training = world.training._replace(faults=kind)
-            return run_round(
-                world.task,
-                METHODS[name],
-                training,
-                federation,
-                world.data,
-                cohort,
-                world.seed,
-                jnp.float32(0.2),
-            )
+            recipe = Recipe(world.task, METHODS[name], training)
+            state = (federation, world.data, cohort, world.seed, jnp.float32(0.2))
+            return run_round(recipe, *state)
 
         return jax.jit(step)
 
@@ -105,9 +98,8 @@ def test_what_arrives_and_what_is_kept(world, rounds, name, kind):
 def test_whoever_does_not_answer_is_as_if_not_drawn(world, rounds, name="ffa_lora"):
     federation = world.federation(METHODS[name])
     present = jnp.asarray(np.asarray(COHORT)[~faulty_of(world)])
-    step = jax.jit(
-        lambda *state: run_round(world.task, METHODS[name], world.training, *state)[0].server
-    )
+    recipe = Recipe(world.task, METHODS[name], world.training)
+    step = jax.jit(lambda *state: run_round(recipe, *state)[0].server)
     without = step(federation, world.data, present, world.seed, jnp.float32(0.2))
     for kind in ("dropout", "crash", "nan"):
         assert_close(rounds(name, kind)[1][0].server, without, rtol=1e-4, atol=1e-5)

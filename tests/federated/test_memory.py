@@ -9,7 +9,7 @@ import optax
 from fedlora_jax import lora, methods, models
 from fedlora_jax.data.clients import ClientData
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, make_round
+from fedlora_jax.federated.round import Recipe, create, make_round
 from fedlora_jax.federated.task import causal_language_model
 from fedlora_jax.methods import Server, Trainable
 
@@ -41,9 +41,8 @@ def working_bytes(remat):
         return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each, jnp.float32(1))
 
     key = jax.eval_shape(jax.random.key, 0)
-    function = make_round(
-        causal_language_model(model), method, LocalTraining(optax.sgd(1.0), BATCH_SIZE, 2)
-    )
+    training = LocalTraining(optax.sgd(1.0), BATCH_SIZE, 2)
+    function = make_round(Recipe(causal_language_model(model), method, training))
     lowered = function.lower(
         jax.eval_shape(federation, key),
         jax.eval_shape(data),

@@ -9,7 +9,7 @@ import pytest
 
 from fedlora_jax import lora, methods
 from fedlora_jax.experiment import memory
-from fedlora_jax.federated.round import make_cohort_round, make_round, run_round
+from fedlora_jax.federated.round import Recipe, make_cohort_round, make_round, run_round
 from fedlora_jax.methods import Trainable
 from tests.world import COHORT, learning_rate, method_of, positions, train_by_hand
 
@@ -61,7 +61,7 @@ def test_epochs_are_passes_over_the_clients_own_data(world):
         train_by_hand(world, client, world.server.trainable, training=training)
         for client in COHORT.tolist()
     ]
-    step = functools.partial(run_round, world.task, method_of("fedit"), training)
+    step = functools.partial(run_round, Recipe(world.task, method_of("fedit"), training))
     federation = world.federation(method_of("fedit"))
     _, metrics, result = jax.jit(step)(federation, world.data, COHORT, world.seed, jnp.float32(0.2))
     for position, trained in enumerate(expected):
@@ -74,8 +74,8 @@ def test_epochs_are_passes_over_the_clients_own_data(world):
 def test_chunks_of_a_cohort_give_what_the_cohort_gives(world, name, chunk):
     whole, _, _, result = world.run(name, [COHORT])
     _, after, _, _ = world.run(name, [COHORT])
-    step = functools.partial(run_round, world.task, method_of(name), world.training)
-    chunked, metrics, pieces = jax.jit(functools.partial(step, clients_per_chunk=chunk))(
+    recipe = Recipe(world.task, method_of(name), world.training, clients_per_chunk=chunk)
+    chunked, metrics, pieces = jax.jit(functools.partial(run_round, recipe))(
         whole, world.data, COHORT, world.seed, jnp.float32(0.2)
     )
     # FedSmoothLoRA's start is made of singular vectors, which magnify rounding.
@@ -90,7 +90,8 @@ def test_chunks_bound_the_memory(world):
     federation, cohort = world.federation(method_of("fedit")), jnp.arange(6)
     needed = []
     for chunk in (None, 1):
-        function = make_round(world.task, method_of("fedit"), training, clients_per_chunk=chunk)
+        recipe = Recipe(world.task, method_of("fedit"), training, clients_per_chunk=chunk)
+        function = make_round(recipe)
         arguments = (federation, world.data, cohort, world.seed, jnp.float32(0.2))
         found = memory.estimate(function, *arguments)
         needed.append(found.working)
@@ -142,7 +143,7 @@ def test_order_of_clients_does_not_matter(world, name):
 @pytest.mark.parametrize("name", AVERAGING)
 def test_nothing_recompiles_after_the_first_round(world, name, caplog):
     method = method_of(name)
-    function = make_round(world.task, method, world.training)
+    function = make_round(Recipe(world.task, method, world.training))
     federation = world.federation(method)
     federation, _ = function(federation, world.data, COHORT, world.seed, jnp.float32(0.2))
     cohorts, seeds = [COHORT + 0, COHORT - 0], [jax.random.key(seed) for seed in (3, 4)]
@@ -160,7 +161,7 @@ def test_jit_equals_no_jit(world):
     adapters, head = world.server.trainable
     trainable = Trainable({"second": adapters["second"]}, head)
     world = world._replace(server=world.server._replace(trainable=trainable))
-    step = functools.partial(run_round, world.task, method, world.training)
+    step = functools.partial(run_round, Recipe(world.task, method, world.training))
     state = (world.federation(method), world.data, cohort, world.seed, jnp.float32(0.2))
     jitted, _, _ = jax.jit(step)(*state)
     with jax.disable_jit():
@@ -228,7 +229,7 @@ def test_what_no_round_changes_is_not_copied(world):
     """Of a backbone that nothing is merged into there is one, before and after."""
     for name, merges in (("fedit", False), ("fedex_lora", True)):
         method = method_of(name)
-        function = make_cohort_round(world.task, method, world.training)
+        function = make_cohort_round(Recipe(world.task, method, world.training))
         state = world.federation(method)
         arguments = (state.ranks, world.data, COHORT, world.seed, learning_rate(state))
         server, *_ = function(state.server, (), *arguments)

@@ -13,7 +13,7 @@ from fedlora_jax import lora, methods
 from fedlora_jax.data.clients import client_data, local_batch
 from fedlora_jax.federated import randomness
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, run_round, train_cohort
+from fedlora_jax.federated.round import Recipe, create, run_round, train_cohort
 from fedlora_jax.federated.task import Task, equally
 from fedlora_jax.methods import Server, Trainable
 from tests.world import positions
@@ -55,7 +55,7 @@ def run_two_rounds(linear, **options):
     task, training, server, data, _, _ = linear
     options = {"gamma": GAMMA, "calibration_batches": 1, **options}
     method = methods.fedsmooth_lora(**options)
-    step = jax.jit(lambda *state: run_round(task, method, training, *state))
+    step = jax.jit(lambda *state: run_round(Recipe(task, method, training), *state))
     federation, rounds = create(jax.random.key(2), method, server, len(COUNTS)), []
     for _ in range(2):
         federation, _, result = step(federation, data, COHORT, jax.random.key(3), RATE)
@@ -136,7 +136,7 @@ def test_calibration_is_the_mean_over_batches_of_one_pass_at_most(linear, batche
     method = methods.fedsmooth_lora(gamma=GAMMA, calibration_batches=batches)
     training = LocalTraining(optax.sgd(1.0), batch_size=5, steps=1)
     federation, seed = create(jax.random.key(2), method, server, len(COUNTS)), jax.random.key(3)
-    step = jax.jit(functools.partial(train_cohort, task, method, training))
+    step = jax.jit(functools.partial(train_cohort, Recipe(task, method, training)))
     offset = step(federation, data, COHORT, seed, RATE).start.offset["layers_0"]
     weight = np.float64(server.backbone["layers_0"]["kernel"])
     for client, (count, most) in enumerate(zip(COUNTS, (2, 1), strict=True)):

@@ -13,7 +13,7 @@ import pytest
 from fedlora_jax import Factors, aggregation, lora, methods, transforms
 from fedlora_jax.experiment import records
 from fedlora_jax.federated import communication
-from fedlora_jax.federated.round import run_round
+from fedlora_jax.federated.round import Recipe, run_round
 from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
 from tests.world import COHORT, any_client, method_of, train_by_hand
 
@@ -210,7 +210,7 @@ def test_impossible_ranks_are_refused(world, ranks):
 
 def test_hetlora_prunes_a_tail_that_shrinks_and_keeps_what_it_pruned(world):
     method = methods.hetlora(pruning=5.0)
-    step = jax.jit(functools.partial(run_round, world.task, method, world.training))
+    step = jax.jit(functools.partial(run_round, Recipe(world.task, method, world.training)))
     ones = jax.tree.map(jnp.ones_like, world.server.trainable.adapters)
     server = world.server._replace(trainable=world.server.trainable._replace(adapters=ones))
     federation, ranks = world._replace(server=server).federation(method), []
@@ -423,7 +423,7 @@ def test_bytes_are_those_of_the_arrays_that_cross(world, cohort_of, name):
 
 def test_spectral_receives_the_directions_that_were_kept(world):
     method = methods.spectral(threshold=0.5)
-    step = jax.jit(functools.partial(run_round, world.task, method, world.training))
+    step = jax.jit(functools.partial(run_round, Recipe(world.task, method, world.training)))
     federation = world.federation(method)
     made = communication.messages(method, federation.server, any_client(federation), len(COHORT))
     federation, _, _ = step(federation, world.data, COHORT, world.seed, jnp.float32(0.2))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from fedlora_jax import lora, methods
-from fedlora_jax.federated.round import create, make_round
+from fedlora_jax.federated.round import Recipe, create, make_round
 from fedlora_jax.federated.task import classification
 from fedlora_jax.methods import Server, Trainable
 from tests.world import COHORT, COUNTS, method_of
@@ -52,7 +52,7 @@ def lines(world, name, depth):
         lambda key: create(key, method, server, len(COUNTS)), jax.random.key(0)
     )
     task = classification(model, lambda batch: (batch["x"],))
-    function = make_round(task, method, world.training)
+    function = make_round(Recipe(task, method, world.training))
     lowered = function.lower(federation, world.data, COHORT, world.seed, jnp.float32(0.1))
     return lowered.as_text().count("\n")
 

@@ -15,7 +15,7 @@ from fedlora_jax.data import images
 from fedlora_jax.data.builders import digits_domains
 from fedlora_jax.data.clients import client_data
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, train_cohort
+from fedlora_jax.federated.round import Recipe, create, train_cohort
 from fedlora_jax.federated.task import classification
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.methods import Context, Server, Trainable
@@ -161,7 +161,7 @@ def offsets(federation, gradient):
 
     def start(state):
         arguments = (state, data, CLIENTS, jax.random.key(0), 0.0)
-        return train_cohort(task, method, training, *arguments).start.offset
+        return train_cohort(Recipe(task, method, training), *arguments).start.offset
 
     found = jax.jit(start)(create(jax.random.key(2), method, server, len(CLIENTS)))
     return jax.tree.map(np.float64, found)

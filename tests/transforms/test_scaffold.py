@@ -13,7 +13,7 @@ import pytest
 from fedlora_jax import Factors, methods, transforms
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import create, run_round
+from fedlora_jax.federated.round import Recipe, create, run_round
 from fedlora_jax.federated.task import Task, equally
 from fedlora_jax.methods import Server, Trainable
 
@@ -73,7 +73,7 @@ def convex():
 def rounds(convex, method, cohorts, number, **options):
     """The federation after so many rounds of four full gradient steps."""
     training = LocalTraining(optax.sgd(1.0), batch_size=int(COUNTS.max()), steps=4)
-    step = jax.jit(functools.partial(run_round, convex.task, method, training, **options))
+    step = jax.jit(functools.partial(run_round, Recipe(convex.task, method, training, **options)))
     federation = create(jax.random.key(0), method, convex.server, len(COUNTS))
     for index in range(number):
         cohort = jnp.asarray(cohorts[index % len(cohorts)])

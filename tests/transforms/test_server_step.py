@@ -10,7 +10,7 @@ import pytest
 
 from fedlora_jax import Factors, lora, methods, transforms
 from fedlora_jax.federated import communication
-from fedlora_jax.federated.round import create, run_round
+from fedlora_jax.federated.round import Recipe, create, run_round
 from fedlora_jax.methods import Context, Trained, trained_mask
 from tests.aggregation.test_never_dense import D_IN, D_OUT, assert_never_dense
 from tests.world import COHORT, COUNTS, any_client, method_of
@@ -174,7 +174,7 @@ def test_one_program_for_all_rounds_and_rates(world):
     def wrapped(rate):
         return transforms.server_step(methods.fedit(), rate=rate, momentum=0.5)
 
-    step = jax.jit(functools.partial(run_round, world.task, wrapped(1.0), world.training))
+    step = jax.jit(functools.partial(run_round, Recipe(world.task, wrapped(1.0), world.training)))
     reached = []
     for rate in (1.0, 2.0, 3.0):
         federation = world.federation(wrapped(rate))

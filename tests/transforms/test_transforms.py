@@ -10,7 +10,7 @@ import pytest
 
 from fedlora_jax import methods, transforms
 from fedlora_jax.federated.local import LocalTraining
-from fedlora_jax.federated.round import run_round
+from fedlora_jax.federated.round import Recipe, run_round
 from tests.world import COHORT, COUNTS, any_client, method_of, positions, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
@@ -29,7 +29,9 @@ def assert_close(got, want, rtol=1e-4, atol=1e-5):
 
 def run(world, method, rounds=1, training=None, cohort=COHORT):
     """States before and after each round, and what the clients did."""
-    step = jax.jit(functools.partial(run_round, world.task, method, training or world.training))
+    step = jax.jit(
+        functools.partial(run_round, Recipe(world.task, method, training or world.training))
+    )
     federation, history = world.federation(method), []
     for index in range(rounds):
         rate = jnp.float32(0.2 / (1 + index))
@@ -64,7 +66,7 @@ def test_every_method_combines_or_says_why_not(world, name, combination):
         return
     method = COMBINE[combination](method)
     federation = world.federation(method)
-    step = functools.partial(run_round, world.task, method, world.training)
+    step = functools.partial(run_round, Recipe(world.task, method, world.training))
     after, _, _ = jax.eval_shape(step, federation, world.data, COHORT, world.seed, jnp.float32(0.1))
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), federation, after)
     assert all(jax.tree.leaves(same))
