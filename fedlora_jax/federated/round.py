@@ -258,37 +258,55 @@ def _faulty(training: LocalTraining, shared: _Shared, cohort: jax.Array) -> jax.
 def _train(
     recipe: Recipe, shared: _Shared, members: _Members, mesh: Mesh | None = None
 ) -> CohortResult:
-    training, clients_per_chunk = recipe.training, recipe.clients_per_chunk
-    steps = training.steps_of(members.num_examples)
-    longest = jnp.max(steps) if training.epochs else jnp.int32(training.steps)
-
+    training = recipe.training
     layout: list[tuple[Any, list[int]]] = []
 
-    def each(shared: _Shared, longest: jax.Array, members: _Members) -> list[jax.Array]:
-        def one(member: _Members) -> list[jax.Array]:
-            result = _of_client(recipe, shared, longest, member)
-            arrays, where = _distinct(result)
-            layout.append(where)
-            return arrays
+    def each(shared: _Shared, members: _Members) -> list[jax.Array]:
+        def at_once(members: _Members) -> list[jax.Array]:
+            # No client waits for one of another chunk that has more to train on.
+            longest: jax.Array | int = training.steps
+            if training.epochs:
+                longest = jnp.max(training.steps_of(members.num_examples))
 
-        if clients_per_chunk is None or clients_per_chunk >= len(members.identity):
+            def one(member: _Members) -> list[jax.Array]:
+                arrays, where = _distinct(_of_client(recipe, shared, longest, member))
+                layout.append(where)
+                return arrays
+
             return jax.vmap(one)(members)
-        return jax.lax.map(one, members, batch_size=clients_per_chunk)
+
+        return _in_chunks(at_once, members, recipe.clients_per_chunk)
 
     if mesh is None:
-        return _together(each(shared, longest, members), layout[0])
+        return _together(each(shared, members), layout[0])
     # Clients have nothing to say to each other while they train. Said so, no device waits for
     # another; left to find out, the compiler gathers what decompositions and loops work on.
     rows = PartitionSpec(placement.CLIENTS)
     found = jax.shard_map(
         each,
         mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(), rows),
+        in_specs=(PartitionSpec(), rows),
         out_specs=rows,
         axis_names={placement.CLIENTS},
         check_vma=False,
-    )(shared, longest, members)
+    )(shared, members)
     return _together(found, layout[0])
+
+
+def _in_chunks(
+    function: Callable[[_Members], list[jax.Array]], members: _Members, size: int | None
+) -> list[jax.Array]:
+    """The function on so many members at once, one chunk after the other; the last has the rest."""
+    count = len(members.identity)
+    if size is None or size >= count:
+        return function(members)
+    whole = count // size * size
+    chunks = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), members)
+    found = [x.reshape(-1, *x.shape[2:]) for x in jax.lax.map(function, chunks)]
+    if whole == count:
+        return found
+    rest = function(jax.tree.map(lambda x: x[whole:], members))
+    return [jnp.concatenate(pair) for pair in zip(found, rest, strict=True)]
 
 
 def _distinct(tree: PyTree) -> tuple[list[jax.Array], tuple[Any, list[int]]]:
@@ -305,7 +323,7 @@ def _together(arrays: list[jax.Array], where: tuple[Any, list[int]]) -> Any:
 
 
 def _of_client(
-    recipe: Recipe, shared: _Shared, longest: jax.Array, member: _Members
+    recipe: Recipe, shared: _Shared, longest: jax.Array | int, member: _Members
 ) -> CohortResult:
     """What one client does in a round."""
     task, method, training = recipe.task, recipe.method, recipe.training
@@ -346,7 +364,7 @@ def _of_client(
         batches_of(visits.BATCHES),
         learning_rate=jnp.asarray(shared.learning_rate, jnp.float32),
         steps=training.steps_of(member.num_examples),
-        longest=longest if training.epochs else training.steps,
+        longest=longest,
         penalty=_penalty(method, server, member.state, start),
     )
     upload, state = method.finish(server, member.state, start, trained)

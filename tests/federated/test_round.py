@@ -5,11 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from fedlora_jax import lora, methods
 from fedlora_jax.experiment import memory
-from fedlora_jax.federated.round import Recipe, make_cohort_round, make_round, run_round
+from fedlora_jax.federated.round import (
+    Recipe,
+    make_cohort_round,
+    make_round,
+    run_round,
+    train_cohort,
+)
 from fedlora_jax.methods import Trainable
 from tests.world import COHORT, learning_rate, method_of, positions, train_by_hand
 
@@ -82,6 +89,31 @@ def test_chunks_of_a_cohort_give_what_the_cohort_gives(world, name, chunk):
     assert_close(model(chunked.server), model(after.server), rtol=1e-3, atol=1e-3)
     assert_close(pieces.loss, result.loss, rtol=1e-3)
     assert metrics.client_loss.shape == COHORT.shape
+
+
+def test_no_client_waits_for_one_of_another_chunk(world):
+    steps, uploads = {}, {}
+    counts = -(-np.asarray(world.data.counts)[COHORT] // world.training.batch_size)
+    for chunk in (None, 1, 3):
+        taken = steps[chunk] = []
+
+        def update(updates, state, params=None, taken=taken):
+            jax.debug.callback(lambda: taken.append(1))
+            return updates, state
+
+        counting = optax.GradientTransformation(optax.init_empty_state, update)
+        optimizer = optax.chain(world.training.optimizer, counting)
+        training = world.training._replace(optimizer=optimizer, steps=0, epochs=1)
+        recipe = Recipe(world.task, method_of("fedit"), training, clients_per_chunk=chunk)
+        federation = world.federation(method_of("fedit"))
+        state = (federation, world.data, COHORT, world.seed, jnp.float32(0.2))
+        uploads[chunk] = jax.jit(functools.partial(train_cohort, recipe))(*state).uploads
+        assert_close(uploads[chunk], uploads[None])
+    jax.effects_barrier()
+    assert len(set(counts)) > 1
+    assert len(steps[None]) == counts.max()
+    assert len(steps[1]) == counts.sum()
+    assert len(steps[3]) == counts[:3].max() + counts[3]
 
 
 def test_chunks_bound_the_memory(world):
