@@ -28,7 +28,7 @@ demo: $(VENV)/.core
 	$(BIN)/python -m experiments.compare --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/preparation --ignore=tests/devices --ignore=tests/faults --deselect='tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+	$(BIN)/python -m pytest -n 2 --dist=loadgroup --no-loadscope-reorder --ignore=tests/parity --ignore=tests/preparation --ignore=tests/devices --ignore=tests/faults --deselect='tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
 
 devices: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/devices
