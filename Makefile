@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 KILLS ?= 50
 SECONDS ?= 1200
 
-.PHONY: help demo test devices parity faults faults-short endurance lint format clean
+.PHONY: help demo test tests devices parity faults faults-short endurance lint format clean
 
 help:
 	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
@@ -27,8 +27,12 @@ help:
 demo: $(VENV)/.core
 	$(BIN)/python -m experiments.compare --config=configs/digits.py --workdir=$(WORKDIR)
 
-test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist=loadfile --no-loadscope-reorder --ignore=tests/parity --ignore=tests/preparation --ignore=tests/devices --ignore=tests/faults --deselect='tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+# Side by side: tests wait for disk and for other processes now and then.
+test: $(VENV)/.test
+	@$(MAKE) --no-print-directory --jobs=2 lint tests
+
+tests: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist=loadgroup --no-loadscope-reorder --ignore=tests/parity --ignore=tests/preparation --ignore=tests/devices --ignore=tests/faults --deselect='tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
 
 devices: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/devices

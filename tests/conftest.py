@@ -40,18 +40,21 @@ from absl import flags
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
 
-# Files that take long go first, the longest before all, so that no worker is left alone with one.
+# Files of one worker, which share the programs of the small world, and of the stacks of adapters.
+TOGETHER = {
+    **dict.fromkeys(
+        ["test_precision", "test_methods", "test_round", "test_transforms", "test_server_step"],
+        "world",
+    ),
+    **dict.fromkeys(["test_properties", "test_scales", "test_checks", "test_identities"], "stacks"),
+}
+# What takes long goes first, the longest before all, so that no worker is left alone with one.
 LONG = [
-    "test_properties",
+    *TOGETHER,
     "test_programs",
     "test_notebooks",
     "test_papers",
-    "test_methods",
     "test_language_model",
-    "test_precision",
-    "test_server_step",
-    "test_round",
-    "test_transforms",
     "test_tune",
     "test_sketch",
     "test_loop",
@@ -63,6 +66,8 @@ LONG = [
 def pytest_collection_modifyitems(items):
     place = {name: index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.stem, item.path.stem)))
 
 
 def pytest_collection_finish():
@@ -76,11 +81,11 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_programs():
-    """A worker that holds many compiled programs after a file, some 2 MB each, drops them."""
+@pytest.fixture(autouse=True)
+def bounded_memory():
+    """A worker that holds many compiled programs, some 2 MB each, drops them."""
     yield
-    if len(jax.local_devices()[0].client.live_executables()) > 200:
+    if len(jax.local_devices()[0].client.live_executables()) > 900:
         jax.clear_caches()
 
 

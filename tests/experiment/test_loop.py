@@ -32,9 +32,20 @@ def make(base):
     return changed
 
 
-def run(base, config, workdir, **options):
-    program = experiment.compile_program(config, base[1])
-    return experiment.run(config, base[1], program, workdir, **options)
+@pytest.fixture(scope="module")
+def run(base):
+    """Runs a configuration; those that differ in rounds or seed alone share their programs."""
+    programs = {}
+
+    def run(config, workdir, **options):
+        key = config.copy_and_resolve_references()
+        del key.rounds, key.seed, key.options.fedsmooth_lora.rounds
+        key = key.to_json(sort_keys=True)
+        if key not in programs:
+            programs[key] = experiment.compile_program(config, base[1])
+        return experiment.run(config, base[1], programs[key], workdir, **options)
+
+    return run
 
 
 def without_seconds(rows):
@@ -56,15 +67,15 @@ def test_one_compilation_serves_seeds_rates_and_restarts(base, make, tmp_path, c
     assert not [text for text in compiled if "round_function" in text or "evaluate" in text]
 
 
-def test_more_rounds_go_on_with_a_finished_run(base, make, tmp_path):
+def test_more_rounds_go_on_with_a_finished_run(run, make, tmp_path):
     short = make(rounds=2)
-    run(base, short, tmp_path / "grown")
-    grown = run(base, make(rounds=3), tmp_path / "grown")
-    whole = run(base, make(rounds=3), tmp_path / "whole")
+    run(short, tmp_path / "grown")
+    grown = run(make(rounds=3), tmp_path / "grown")
+    whole = run(make(rounds=3), tmp_path / "whole")
     assert without_seconds(grown) == without_seconds(whole)
     assert json.loads((tmp_path / "grown" / "config.json").read_text())["rounds"] == 3
     with pytest.raises(ValueError, match="config.rounds is 3 there, 2 here"):
-        run(base, short, tmp_path / "grown")
+        run(short, tmp_path / "grown")
 
 
 @pytest.mark.parametrize(
@@ -85,10 +96,10 @@ def test_more_rounds_are_refused_where_they_would_change_the_first_ones(
     assert path.read_text() == before
 
 
-def test_memory_is_announced_before_the_first_round_alone(base, make, tmp_path):
+def test_memory_is_announced_before_the_first_round_alone(run, make, tmp_path):
     heard = []
-    run(base, make(rounds=1), tmp_path, announce=heard.append)
-    run(base, make(rounds=1), tmp_path, announce=heard.append)
+    run(make(rounds=1), tmp_path, announce=heard.append)
+    run(make(rounds=1), tmp_path, announce=heard.append)
     assert len(heard) == 1
     assert re.fullmatch("fedit: 4 clients at once; a round needs .* to train, of .* free", heard[0])
 
@@ -109,9 +120,9 @@ def test_a_run_is_the_same_whether_its_number_of_clients_at_once_was_found_or_gi
     assert not (tmp_path / "given" / chunking.RECORD).exists()
 
 
-def test_metrics_of_unequal_ranks_and_missed_rounds(base, make, tmp_path):
+def test_metrics_of_unequal_ranks_and_missed_rounds(run, make, tmp_path):
     config = make(method="flora", **{"lora.ranks": "heavy_tail_strong"})
-    rows = run(base, config, tmp_path)
+    rows = run(config, tmp_path)
     assigned = ranks.assign("heavy_tail_strong", 4, 30, seed=0)
     size, head = 4 * (16 + 16), 4 * (16 * 10 + 10)
     seen = {}
@@ -126,17 +137,17 @@ def test_metrics_of_unequal_ranks_and_missed_rounds(base, make, tmp_path):
     assert any(absent)
 
 
-def test_epsilon_grows_with_the_rounds(base, make, tmp_path):
+def test_epsilon_grows_with_the_rounds(run, make, tmp_path):
     pytest.importorskip("dp_accounting")
     config = make(method="ffa_lora", **{"privacy.clip": 0.5, "privacy.noise_multiplier": 2.0})
-    spent = [row["epsilon"] for row in run(base, config, tmp_path)]
+    spent = [row["epsilon"] for row in run(config, tmp_path)]
     assert 0 < spent[0] < spent[1] < spent[2]
-    assert run(base, make(rounds=1), tmp_path / "open")[0]["epsilon"] is None
+    assert run(make(rounds=1), tmp_path / "open")[0]["epsilon"] is None
 
 
-def test_accuracy_of_clients_is_on_data_like_theirs(base, make, tmp_path):
+def test_accuracy_of_clients_is_on_data_like_theirs(base, run, make, tmp_path):
     config, setting = make(rounds=1), base[1]
-    (row,) = run(base, config, tmp_path)
+    (row,) = run(config, tmp_path)
     parts = partitions.draw(config, setting.train, config.seed)
     # A client of one domain and mixed labels: reweighted, its accuracy lies between the extremes of
     # that domain, and equals the domain's if its labels are as frequent as those held out.
@@ -188,13 +199,13 @@ def test_senseless_configurations_are_refused_before_any_work(make, values, mess
 @pytest.mark.parametrize(
     ("listed", "message"), [("4,2", "2 ranks were given"), ("5," * 29 + "1", "from 1 to 4")]
 )
-def test_impossible_lists_of_ranks_leave_the_directory_alone(base, make, tmp_path, listed, message):
+def test_impossible_lists_of_ranks_leave_the_directory_alone(run, make, tmp_path, listed, message):
     with pytest.raises(ValueError, match=message):
-        run(base, make(**{"lora.ranks": listed}), tmp_path / "run")
+        run(make(**{"lora.ranks": listed}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_everything_at_once(base, make, tmp_path):
+def test_everything_at_once(run, make, tmp_path):
     """Epochs, chunks, ranks, FedProx, SCAFFOLD and a server's step, killed and gone on with."""
     values = {
         "lora.ranks": "uniform",
@@ -206,9 +217,9 @@ def test_everything_at_once(base, make, tmp_path):
         "diagnostics": True,
         "clients_per_chunk": "3",
     }
-    whole = run(base, make(rounds=3, **values), tmp_path / "whole")
-    run(base, make(rounds=2, **values), tmp_path / "parts")
-    parts = run(base, make(rounds=3, **values), tmp_path / "parts")
+    whole = run(make(rounds=3, **values), tmp_path / "whole")
+    run(make(rounds=2, **values), tmp_path / "parts")
+    parts = run(make(rounds=3, **values), tmp_path / "parts")
     assert without_seconds(parts) == without_seconds(whole)
     assert np.isfinite([row["loss"] for row in whole]).all()
     for row in whole:
@@ -217,7 +228,7 @@ def test_everything_at_once(base, make, tmp_path):
         assert 0.5 < row["cosine"] < 1 and row["cosine_b"] == pytest.approx(1, abs=1e-5)
 
 
-def test_bfloat16_by_configuration(base, make, tmp_path):
+def test_bfloat16_by_configuration(run, make, tmp_path):
     """Killed and gone on with; near float32, on the same backbone."""
     types = {"precision.compute": "bfloat16", "precision.storage": "bfloat16"}
     config = make(method="flora", **types)
@@ -227,7 +238,7 @@ def test_bfloat16_by_configuration(base, make, tmp_path):
     program = experiment.compile_program(config, setting)
     experiment.run(make(method="flora", rounds=2, **types), setting, program, tmp_path / "half")
     rows = experiment.run(config, setting, program, tmp_path / "half")
-    whole = run(base, make(method="flora"), tmp_path / "whole")
+    whole = run(make(method="flora"), tmp_path / "whole")
     for row, wanted in zip(rows, whole, strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=0.01)
     assert rows[-1]["loss"] != whole[-1]["loss"]
