@@ -1,9 +1,10 @@
-"""The papers' regimes: what their configurations ask for."""
+"""The papers' regimes, and many clients in private: what their configurations ask for."""
 
 import pytest
 
-from configs import digits_regimes
+from configs import digits_private, digits_regimes
 from fedlora_jax import experiment
+from fedlora_jax.experiment.program import epsilon
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,14 @@ def test_all_clients_train_an_epoch_by_sgd(arg, clients, rank):
 def test_a_number_that_a_regime_does_not_have_is_refused():
     with pytest.raises(ValueError, match="six clients, one a domain"):
         digits_regimes.get_config("regime=lora_fair,clients=3")
+
+
+def test_among_a_thousand_clients_noise_buys_privacy():
+    found = []
+    for noise in ("noise=1", "", "noise=4"):
+        config = digits_private.get_config(noise)
+        experiment.check(config)
+        clients = config.data.partition_options.num_clients
+        found.append(epsilon(config, num_clients=clients, rounds=config.rounds))
+    assert clients == 1000 and config.clients_per_round == 100
+    assert [round(x, 1) for x in found] == [32.3, 7.6, 2.8]
