@@ -38,4 +38,4 @@ def test_among_a_thousand_clients_noise_buys_privacy():
         clients = config.data.partition_options.num_clients
         found.append(epsilon(config, num_clients=clients, rounds=config.rounds))
     assert clients == 1000 and config.clients_per_round == 100
-    assert [round(x, 1) for x in found] == [32.3, 7.6, 2.8]
+    assert found == pytest.approx([32.3, 7.57, 2.79], rel=0.02)
