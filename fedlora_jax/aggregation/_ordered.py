@@ -14,11 +14,13 @@ def ordered(adapters: PyTree) -> PyTree:
 
     .. math::
       a b = U S V^T, \qquad a' = \alpha U, \quad b' = S V^T / \alpha, \qquad
-      \alpha = \lVert a \rVert_F / \sqrt r
+      \alpha = \max_j \lVert a_j \rVert
 
     with singular values descending: the product is the same, and by Eckart and Young its first q
     directions are the nearest to it of rank q. The size of `a`, on which the pace of training
-    depends, is kept, and so is a column of `a` of that size where a singular value is zero. A
+    depends, is that of its longest column: means over clients of unequal ranks shorten the columns
+    that few have, and a mean size would fall, and `b` grow, from round to round. Where a singular
+    value is zero there is a column of `a` of that size too. A
     product that is zero has no order: its factors stay as they are.
 
     When: clients of unequal ranks continue from the factors of a function that leaves them in any
@@ -57,7 +59,7 @@ def ordered(adapters: PyTree) -> PyTree:
 def _ordered(clients: Factors, weights: jax.Array) -> tuple[Factors, jax.Array]:
     """The factors in order, and whether there is any: the product is not zero."""
     old = Factors(*(x[0] for x in clients))
-    size = lowrank.vector_norm(old.a) / old.rank**0.5
+    size = jnp.max(jax.vmap(lowrank.vector_norm, in_axes=1)(old.a))
     best = lowrank.truncate(old, old.rank)
     some = jnp.any(best.b != 0)
     return Factors(size * best.a, best.b / jnp.where(some, size, 1)), some

@@ -31,7 +31,19 @@ def test_first_columns_are_the_best_approximation(rank):
             got = np.float64(together[path].a[index]) @ np.float64(together[path].b[index])
             np.testing.assert_allclose(got, best, atol=1e-5 * s[0])
         lengths = np.linalg.norm(new[path].a, axis=0)
-        np.testing.assert_allclose(lengths, np.linalg.norm(before.a) / rank**0.5, rtol=1e-5)
+        np.testing.assert_allclose(lengths, np.linalg.norm(before.a, axis=0).max(), rtol=1e-5)
+
+
+def test_rounds_of_clients_of_unequal_ranks_do_not_make_a_smaller_and_b_larger():
+    """Nothing is trained: what is left after zero-padded means is what all have, as it was."""
+    ranks, rank = np.array([1, 1, 1, 2, 4, 8]), 8
+    first = tree = aggregation.ordered(adapters(rank))
+    for _ in range(12):
+        stacked = aggregation.cut(tree, ranks)
+        tree = aggregation.ordered(aggregation.fedit(stacked, np.ones(len(ranks))).adapters)
+    for path, f in tree.items():
+        for x, want in ((f.a[:, 0], first[path].a[:, 0]), (f.b[0], first[path].b[0])):
+            np.testing.assert_allclose(np.abs(x), np.abs(want), rtol=1e-3, atol=1e-4)
 
 
 def test_what_has_no_order_stays_and_empty_directions_can_train():
