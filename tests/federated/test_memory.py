@@ -13,7 +13,7 @@ from fedlora_jax.federated.round import Recipe, create, make_round
 from fedlora_jax.federated.task import causal_language_model
 from fedlora_jax.methods import Server, Trainable
 
-CLIENTS, BATCH_SIZE, LENGTH, WIDTH, DEPTH = 2, 4, 65, 32, 2
+CLIENTS, BATCH_SIZE, LENGTH, WIDTH, DEPTH = 2, 4, 65, 32, 3
 MODEL = functools.partial(
     models.Llama,
     vocab_size=97,

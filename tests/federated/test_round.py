@@ -77,10 +77,11 @@ def test_epochs_are_passes_over_the_clients_own_data(world):
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedsmooth_lora", "local"])
-def test_chunks_of_a_cohort_give_what_the_cohort_gives(world, name):
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_chunks_of_a_cohort_give_what_the_cohort_gives(world, name, chunk):
     whole, _, _, result = world.run(name, [COHORT])
     _, after, _, _ = world.run(name, [COHORT])
-    recipe = Recipe(world.task, method_of(name), world.training, clients_per_chunk=3)
+    recipe = Recipe(world.task, method_of(name), world.training, clients_per_chunk=chunk)
     chunked, metrics, pieces = jax.jit(functools.partial(run_round, recipe))(
         whole, world.data, COHORT, world.seed, jnp.float32(0.2)
     )
@@ -188,7 +189,7 @@ def test_nothing_recompiles_after_the_first_round(world, name, caplog):
 
 def test_jit_equals_no_jit(world):
     """Of one adapted kernel: without jit each operation on each shape is a program of its own."""
-    method, cohort = methods.fedit(), COHORT[:2]
+    method, cohort = methods.lora_fair(steps=3), COHORT[:2]
     adapters, head = world.server.trainable
     trainable = Trainable({"second": adapters["second"]}, head)
     world = world._replace(server=world.server._replace(trainable=trainable))
