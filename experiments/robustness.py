@@ -29,7 +29,7 @@ from fedlora_jax.experiment.program import make_method, schedule
 from fedlora_jax.federated import cohort, faults
 from fedlora_jax.federated.evaluation import panel_states
 from fedlora_jax.federated.faults import Faults
-from fedlora_jax.federated.round import Federation, Recipe, RoundMetrics, run_round
+from fedlora_jax.federated.round import Federation, RoundMetrics, run_round
 from fedlora_jax.methods import check_combination
 from fedlora_jax.names import lookup
 
@@ -102,7 +102,7 @@ def study(
                     known = [results[other] for other in others if other in results]
                     if not known:
                         program = program or experiment.compile_program(mine, setting)
-                        step = step or _compiled(program, setting)
+                        step = step or _compiled(program)
                         known = [_final(mine, setting, program, step, kind, seed)]
                     results[job] = known[0]
                     _write(path, config, results)
@@ -129,12 +129,12 @@ def _combines(name: str, rule: str, mine: ConfigDict) -> bool:
     return True
 
 
-def _compiled(program: Program, setting: Setting) -> Round:
+def _compiled(program: Program) -> Round:
     """A round to which the faults are given, so that all kinds are one program."""
 
     def step(chosen: Faults, *state: Any) -> tuple[Federation, RoundMetrics]:
-        training = program.training._replace(faults=chosen)
-        return run_round(Recipe(setting.task, program.method, training), *state)[:2]
+        training = program.recipe.training._replace(faults=chosen)
+        return run_round(program.recipe._replace(training=training), *state)[:2]
 
     return jax.jit(step)
 

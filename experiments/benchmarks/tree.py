@@ -20,7 +20,7 @@ from tabulate import tabulate
 from configs import digits
 from fedlora_jax import Factors, aggregation, experiment
 from fedlora_jax.federated import cohort
-from fedlora_jax.federated.round import Recipe, run_round
+from fedlora_jax.federated.round import run_round
 from fedlora_jax.lowrank import is_factors
 
 METHODS = ("flexlora",)
@@ -68,7 +68,7 @@ def uploads(
     setting = experiment.prepare(config)
     program = experiment.compile_program(config, setting)
     state = experiment.first_state(config, setting, program.method)
-    recipe = Recipe(setting.task, program.method, program.training, clients_per_chunk=CHUNK)
+    recipe = program.recipe._replace(clients_per_chunk=CHUNK)
     step = jax.jit(functools.partial(run_round, recipe))
     key, federation, found = jax.random.key(seed), state.federation, {}
     rate = jnp.float32(config.local.learning_rate)

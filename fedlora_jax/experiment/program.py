@@ -29,8 +29,8 @@ class Program(NamedTuple):
     """The compiled functions of one method.
 
     Attributes:
-      method: With all that it is combined with.
-      training: How clients train.
+      recipe: What a round does, by the method with all that it is combined with; how many clients
+        train at once is left open.
       make_round: The round on the states of a cohort that trains so many clients at once on each
         device; the same function for the same number. None stands for the whole cohort.
       evaluate: Judges the models on held-out examples.
@@ -38,12 +38,16 @@ class Program(NamedTuple):
       mesh: The devices that a cohort is spread over; None for one.
     """
 
-    method: Method
-    training: LocalTraining
+    recipe: Recipe
     make_round: Callable[[int | None], CohortRound]
     evaluate: Evaluate
     metrics: tuple[Metric, ...]
     mesh: Mesh | None
+
+    @property
+    def method(self) -> Method:
+        """How clients and server work together."""
+        return self.recipe.method
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -84,27 +88,25 @@ def compile_program(config: ml_collections.ConfigDict, setting: Setting) -> Prog
         optimizer(local), batch_size, local.steps, local.epochs, faults_of(config)
     )
     equal = lookup(_EQUAL_WEIGHTS, config.weights, "weighting of clients")
-    mesh, task = mesh_of(config), setting.task
+    recipe, mesh = Recipe(setting.task, method, training, equal), mesh_of(config)
 
     @functools.cache
     def round_of(clients_per_chunk: int | None) -> CohortRound:
-        recipe = Recipe(task, method, training, equal, clients_per_chunk)
-        return make_cohort_round(recipe, mesh=mesh)
+        return make_cohort_round(recipe._replace(clients_per_chunk=clients_per_chunk), mesh=mesh)
 
     chunk = chunking.parse(config.clients_per_chunk)
     return Program(
-        method,
-        training,
+        recipe,
         round_of,
         make_evaluate(
-            task,
+            recipe.task,
             method,
             len(setting.domains),
             batch_size=config.evaluation_batch_size,
             clients_at_once=chunk if isinstance(chunk, int) else 8,
             mesh=mesh,
         ),
-        task.metrics,
+        recipe.task.metrics,
         mesh,
     )
 
@@ -115,7 +117,7 @@ def with_step(program: Program, config: ml_collections.ConfigDict) -> Program:
     What is compiled stays: a step size is in the server's state. It does not do for one that
     `steps` where the other does not.
     """
-    return program._replace(method=make_method(config))
+    return program._replace(recipe=program.recipe._replace(method=make_method(config)))
 
 
 def mesh_of(config: ml_collections.ConfigDict) -> Mesh | None:

@@ -45,7 +45,8 @@ class Stream:
             np.asarray(x) for x in (start.data.positions, start.data.offsets, start.data.counts)
         )
         calibration = visits.calibration_batches(program.method, start.server, start.client)
-        self._visits = visits.make_visits(program.training, calibration, int(self._counts.max()))
+        training = program.recipe.training
+        self._visits = visits.make_visits(training, calibration, int(self._counts.max()))
 
     def begin(self, index: int, members: np.ndarray) -> None:
         """Begins to read what a round needs, in the background.

@@ -1,8 +1,11 @@
 """`experiments.robustness`: its table, and that it goes on from what is there."""
 
+import jax.numpy as jnp
 import pytest
 
 from experiments import robustness
+from fedlora_jax import experiment
+from fedlora_jax.federated import faults
 
 KINDS = ["none", "nan", "dropout", "huge"]
 
@@ -29,3 +32,19 @@ def test_a_study_is_a_table_and_goes_on(digits, tmp_path, monkeypatch):
     config.faults.share = 0.4
     with pytest.raises(ValueError, match="another configuration"):
         robustness.study(config, tmp_path, *what)
+
+
+@pytest.mark.parametrize("weights", ["examples", "equal"])
+def test_clients_weigh_what_is_configured(digits, monkeypatch, weights):
+    config = digits.copy_and_resolve_references()
+    config.weights = weights
+    found = []
+
+    def run_round(recipe, *state):
+        found.append(recipe.equal_weights)
+        return state
+
+    monkeypatch.setattr(robustness, "run_round", run_round)
+    program = experiment.compile_program(config, experiment.prepare(config))
+    robustness._compiled(program)(faults.make("nan", share=0.2, factor=1.0), *jnp.zeros(2))
+    assert found == [weights == "equal"]
