@@ -20,8 +20,8 @@ def ordered(adapters: PyTree) -> PyTree:
     directions are the nearest to it of rank q. The size of `a`, on which the pace of training
     depends, is that of its longest column: means over clients of unequal ranks shorten the columns
     that few have, and a mean size would fall, and `b` grow, from round to round. Where a singular
-    value is zero there is a column of `a` of that size too. A
-    product that is zero has no order: its factors stay as they are.
+    value is zero there is a column of `a` of that size too. A product that is zero has no order:
+    its factors stay as they are.
 
     When: clients of unequal ranks continue from the factors of a function that leaves them in any
     order, and nothing but the product is remembered from round to round. `flexlora`, `fedsvd` and
