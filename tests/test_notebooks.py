@@ -34,7 +34,7 @@ def shortened(notebook, name, directory):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, digits_directory, monkeypatch):
+def test_notebook_runs(path, digits_directory, tmp_path, monkeypatch):
     needed = NEEDED.get(path.stem)
     if needed and importlib.util.find_spec(needed) is None:
         pytest.skip(f"the package {needed} is not installed")
@@ -42,6 +42,7 @@ def test_notebook_runs(path, digits_directory, monkeypatch):
     nbformat.validate(notebook)
     notebook = shortened(notebook, path.stem, digits_directory)
     monkeypatch.setenv("FEDLORA_DATA_DIR", str(digits_directory / "data"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}
     )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from fedlora_jax.experiment import partitions, records, resuming
+from fedlora_jax.experiment import checkpoints, partitions, records, resuming
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.experiment.program import Program, compile_program
@@ -75,7 +75,7 @@ def restore(workdir: Path, split: str = "test") -> Finished:
         data are others than then.
     """
     config = judged_on(read_config(workdir), split)
-    if not records.checkpoints(workdir):
+    if not checkpoints.finished(workdir):
         raise FileNotFoundError(f"{workdir}: no round of this run is finished")
     setting = prepare(config)
     program = compile_program(config, setting)
@@ -84,8 +84,8 @@ def restore(workdir: Path, split: str = "test") -> Finished:
     found = resuming.newest(config, start, workdir)
     for why in found.damaged.values():
         warnings.warn(f"{why}. The state after {found.rounds} rounds is taken", stacklevel=2)
-    with contextlib.closing(records.Checkpoints(workdir, read_only=True)) as checkpoints:
-        server = checkpoints.restore(found.rounds, start.server)
+    with contextlib.closing(checkpoints.Checkpoints(workdir, read_only=True)) as kept:
+        server = kept.restore(found.rounds, start.server)
     start = start._replace(server=server)
     return Finished(config, setting, program, start, found.clients, found.rounds)
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fedlora_jax import locks
 from fedlora_jax.experiment import chunking, hosts, partitions, records, resuming
+from fedlora_jax.experiment.checkpoints import Checkpoints
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
@@ -49,7 +50,8 @@ def run(
     * `clients_per_chunk.json`: how many clients train at once, if that was left open.
     * `metrics.jsonl`: one line a round, see `docs/outputs.md`, and the same as TensorBoard events.
     * `metrics.backup`: the same lines with checksums, from which damaged ones are mended.
-    * `checkpoints/`: the last two states of the server, by Orbax, with checksums.
+    * `checkpoints/`: the last two states of the server, by Orbax, with checksums, but what no round
+      changes of a backbone that was read from files.
     * `clients/`: the states of clients that keep one, see `client_store`.
     * `adapters.npz`: the final adapters.
     * `damaged/`: what was found not to be as it was written, for a look; it is never read.
@@ -86,7 +88,9 @@ def run(
             partitions.write(found, workdir)
         resumed = _resume(config, start, workdir)
         with contextlib.ExitStack() as stack:
-            checkpoints = stack.enter_context(contextlib.closing(records.Checkpoints(workdir)))
+            # What is made here, and not read from files, may come out otherwise elsewhere.
+            given = start.server.backbone if "pretrained" in config else ()
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, given)))
             server = start.server
             if resumed.rounds:
                 server = checkpoints.restore(resumed.rounds, server)
@@ -112,7 +116,7 @@ class _Kept(NamedTuple):
     workdir: Path
     clients: ClientStore
     writer: records.MetricsWriter | None
-    checkpoints: records.Checkpoints
+    checkpoints: Checkpoints
 
 
 @contextlib.contextmanager

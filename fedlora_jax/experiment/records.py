@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, TensorBoard events, checkpoints and adapters."""
+"""What a run leaves behind beside its checkpoints: metrics, TensorBoard events and adapters."""
 
 import contextlib
 import hashlib
@@ -13,22 +13,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from tensorboardX import SummaryWriter
 
-from fedlora_jax import checksums
 from fedlora_jax.checksums import Damaged
-from fedlora_jax.experiment import hosts
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
 
 METRICS = "metrics.jsonl"
 BACKUP = "metrics.backup"
 CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 _SHA256 = "sha256"
 # What NumPy may raise on a file that is not its own.
@@ -184,76 +179,6 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
         elif isinstance(value, int | float) and name != "round":
             found.append((prefix + name, float(value)))
     return found
-
-
-def checkpoints(workdir: Path) -> list[int]:
-    """The checkpoints of a run by number of finished rounds, ascending."""
-    directory = workdir / CHECKPOINTS
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
-
-
-def check_checkpoint(workdir: Path, rounds: int) -> None:
-    """Raises Damaged if the checkpoint after so many rounds is not what was written."""
-    checksums.check(workdir / CHECKPOINTS / str(rounds))
-
-
-class Checkpoints:
-    """The last states of a run by number of finished rounds, written while the next one runs.
-
-    Each holds the checksums of its files from the moment on at which it is there.
-
-    Args:
-      workdir: Of a run.
-      read_only: Nothing is to be written, nor is what another process has not finished removed.
-    """
-
-    def __init__(self, workdir: Path, read_only: bool = False):
-        self._directory = workdir.absolute() / CHECKPOINTS
-        if read_only:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=2,
-                enable_async_checkpointing=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
-            )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
-
-    def _add_checksums(self) -> None:
-        """Called when all is written and not yet in its place."""
-        if not hosts.is_first():
-            return
-        for each in self._directory.iterdir():
-            if each.is_dir() and not (each / checksums.CHECKSUMS).exists():
-                checksums.write(each)
-
-    def restore(self, rounds: int, like: Any) -> Any:
-        """The state after so many rounds.
-
-        Raises:
-          ValueError: If the checkpoint has another structure or other shapes than `like`.
-        """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            return self._manager.restore(rounds, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"the checkpoint in {self._directory} is of another model or method: "
-                "choose another work directory, or remove this one"
-            ) from error
-
-    def oldest(self) -> int:
-        """The number of finished rounds of the oldest state that is there for good; 0 without."""
-        return min(self._manager.all_steps(), default=0)
-
-    def save(self, rounds: int, state: Any) -> None:
-        """Starts to write the state after so many rounds."""
-        self._manager.save(rounds, args=ocp.args.StandardSave(state))
-
-    def close(self) -> None:
-        """Waits until all is written."""
-        self._manager.close()
 
 
 def save_adapters(path: Path, adapters: Adapters) -> None:

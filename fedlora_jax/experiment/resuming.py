@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from fedlora_jax.checksums import Damaged
-from fedlora_jax.experiment import records
+from fedlora_jax.experiment import checkpoints, records
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.state import State
 from fedlora_jax.federated import cohort
@@ -38,9 +38,9 @@ def newest(config: ml_collections.ConfigDict, start: State, workdir: Path) -> Re
       ValueError: If they are of another model or method.
     """
     damaged: dict[int, str] = {}
-    for rounds in reversed(records.checkpoints(workdir)):
+    for rounds in reversed(checkpoints.finished(workdir)):
         try:
-            records.check_checkpoint(workdir, rounds)
+            checkpoints.check(workdir, rounds)
             return _after(rounds, config, start, workdir)._replace(damaged=damaged)
         except Damaged as error:
             damaged[rounds] = str(error)
@@ -68,7 +68,7 @@ def set_aside(found: Resumed, workdir: Path) -> list[str]:
     """Moves the checkpoints that cannot be used out of the way; returns what to say of it."""
     said = []
     for rounds, why in found.damaged.items():
-        kept = records.set_aside(workdir, f"{records.CHECKPOINTS}/{rounds}")
+        kept = records.set_aside(workdir, f"{checkpoints.DIRECTORY}/{rounds}")
         said.append(
             f"{why}. The checkpoint after round {rounds - 1} is not used, and kept as {kept}; the "
             f"run goes on after round {found.rounds - 1}, with the same results"

@@ -1,12 +1,15 @@
 """A decoder federated from files to numbers: text, rounds, metrics, and going on after a kill."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import jsonl as jsonl_config
 from fedlora_jax import experiment
+from fedlora_jax.experiment import finished
 
 pytest.importorskip("gguf", reason="needs the extra `gguf`")
 pytest.importorskip("tokenizers", reason="needs the extra `text`")
@@ -78,6 +81,38 @@ def test_it_learns_every_domain(base, unbroken):
 def test_a_run_that_goes_on_ends_with_the_same_bits(base, unbroken, tmp_path):
     assert run(base, tmp_path, rounds=2) == unbroken[:2]
     assert run(base, tmp_path, rounds=3) == unbroken
+
+
+@pytest.mark.parametrize("method", ["lora_fair", "flora"])
+def test_a_checkpoint_is_without_what_no_round_changes_of_the_pretrained_model(
+    base, tmp_path, method
+):
+    copied = tmp_path / "model.gguf"
+    copied.write_bytes(Path(base.pretrained.source).read_bytes())
+    changes = {"method": method, "pretrained.source": str(copied)}
+    whole = run(base, tmp_path / "whole", **changes, rounds=2)
+    workdir = tmp_path / "run"
+    run(base, workdir, **changes, rounds=1)
+    shapes = {
+        path[-1] if path[-1] != "kernel" else path[-2]: array.shape
+        for path, array in written(workdir, 1).items()
+        if path[0] == "backbone"
+    }
+    # What is merged into is written.
+    assert (shapes["query"] == ()) == (method == "lora_fair")
+    assert shapes["embedding"] == shapes["scale"] == ()
+    assert run(base, workdir, **changes, rounds=2) == whole
+    found = finished.restore(workdir)
+    assert found.measure()["nll"] == pytest.approx(whole[-1]["nll"], rel=1e-6)
+    files.write_random(copied, seed=1)
+    with pytest.raises(ValueError, match="backbone/.* is not what the run in .* began with"):
+        run(base, workdir, **changes, rounds=3)
+
+
+def written(workdir, rounds):
+    """The arrays of a checkpoint, by their paths."""
+    found = ocp.StandardCheckpointer().metadata(workdir / "checkpoints" / str(rounds) / "default")
+    return ocp.tree.to_flat_dict(found.item_metadata.tree)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fedlora_jax import checksums
-from fedlora_jax.experiment import records
+from fedlora_jax.experiment import checkpoints, records
+from fedlora_jax.experiment.checkpoints import Checkpoints
 from fedlora_jax.experiment.client_store import ClientStore
 
 
@@ -43,10 +44,10 @@ def test_lines_and_states_of_a_round_are_on_the_disk(tmp_path, forced):
 
 
 def test_a_checkpoint_is_on_the_disk_when_it_is_there(tmp_path, forced):
-    kept = records.Checkpoints(tmp_path)
+    kept = Checkpoints(tmp_path)
     kept.save(1, {"a": jnp.arange(6.0)})
     kept.close()
-    directory = tmp_path / records.CHECKPOINTS / "1"
+    directory = tmp_path / checkpoints.DIRECTORY / "1"
     files = [path for path in directory.rglob("*") if path.is_file()]
     later = [directory / name for name in checksums._LATER]
     assert all(path in files for path in later)
@@ -55,8 +56,8 @@ def test_a_checkpoint_is_on_the_disk_when_it_is_there(tmp_path, forced):
     # Orbax's own notes may be cut short by a power cut: it reads the state without them.
     for path in later:
         path.write_bytes(b"")
-    records.check_checkpoint(tmp_path, 1)
-    found = records.Checkpoints(tmp_path).restore(1, {"a": jnp.zeros(6)})
+    checkpoints.check(tmp_path, 1)
+    found = Checkpoints(tmp_path).restore(1, {"a": jnp.zeros(6)})
     np.testing.assert_array_equal(found["a"], np.arange(6.0))
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora_jax import Factors, lora, methods
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.experiment import records
+from fedlora_jax.experiment.checkpoints import Checkpoints
 from fedlora_jax.federated.precision import off_the_grid
 from fedlora_jax.federated.round import create
 from fedlora_jax.federated.task import classification
@@ -139,10 +139,10 @@ def assert_same_types(one, two):
 @pytest.mark.parametrize("name", ["fedit", "flora"])
 def test_a_restored_state_in_bfloat16_is_the_same_to_the_bit(run, half, name, tmp_path):
     _, last, _ = run(name, True, 0.1)
-    checkpoints = records.Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(ROUNDS, last)
     checkpoints.close()
-    checkpoints = records.Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
     restored = checkpoints.restore(ROUNDS, half.federation(method_of(name)))
     checkpoints.close()
     assert_same_types(restored, last)

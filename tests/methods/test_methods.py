@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from fedlora_jax import Factors, aggregation, lora, methods, transforms
-from fedlora_jax.experiment import records
+from fedlora_jax.experiment.checkpoints import Checkpoints
 from fedlora_jax.federated import communication
 from fedlora_jax.federated.round import Recipe, run_round
 from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
@@ -352,10 +352,10 @@ def test_state_of_absent_clients_stays(world, cohort_of, name):
 @pytest.mark.parametrize("name", ALL)
 def test_a_restored_state_goes_on_to_the_bit(world, cohort_of, name, tmp_path):
     _, _, after = cohort_of(name)
-    checkpoints = records.Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, after)
     checkpoints.close()
-    checkpoints = records.Checkpoints(tmp_path)
+    checkpoints = Checkpoints(tmp_path)
     restored = checkpoints.restore(1, world.federation(method_of(name)))
     checkpoints.close()
     _, _, second = cohort_of(name, rounds=2)
