@@ -32,13 +32,13 @@ test: $(VENV)/.test
 	@$(MAKE) --no-print-directory --jobs=2 lint tests
 
 tests: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist=loadgroup --no-loadscope-reorder --ignore=tests/parity --ignore=tests/preparation --ignore=tests/devices --ignore=tests/faults --deselect='tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --ignore=tests/parity --ignore=tests/preparation --ignore=tests/devices --ignore=tests/faults --deselect='tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
 
 devices: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/devices
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/devices
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -n 2 --dist=loadfile tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
 
 faults: $(VENV)/.test
 	FAULTS_KILLS=$(KILLS) FAULTS_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/faults

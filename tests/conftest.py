@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 # Before JAX is imported: no accelerator is asked for, unless the caller asks for one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -63,11 +64,23 @@ LONG = [
 ]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file is run by one worker, and so are those that share what they compile."""
+    # Its groups by marks, `--dist=loadgroup`, do not come about with pytest 9.2.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            name = Path(nodeid.split("::")[0]).stem
+            return TOGETHER.get(name, name)
+
+    return Together(config, log)
+
+
 def pytest_collection_modifyitems(items):
     place = {name: index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.stem, item.path.stem)))
 
 
 def pytest_collection_finish():
