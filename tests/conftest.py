@@ -87,6 +87,8 @@ def pytest_collection_finish():
     """What the libraries are made of is never garbage, and takes long to be looked through."""
     gc.collect()
     gc.freeze()
+    # Traces are many small objects that live long.
+    gc.set_threshold(20_000, 50, 50)
 
 
 def pytest_unconfigure():
@@ -98,7 +100,7 @@ def pytest_unconfigure():
 def bounded_memory():
     """A worker that holds many compiled programs, some 2 MB each, drops them."""
     yield
-    if len(jax.local_devices()[0].client.live_executables()) > 900:
+    if len(jax.local_devices()[0].client.live_executables()) > 600:
         jax.clear_caches()
 
 
