@@ -112,6 +112,7 @@ class Checkpoints:
         self._manager.save(rounds, args=ocp.args.StandardSave(kept))
 
     def _kept(self, leaf: Any) -> Any:
+        # By its shape a fingerprint is known, and so a scalar is written as it is.
         if id(leaf) not in self._given or not leaf.ndim:
             return leaf
         if id(leaf) not in self._fingerprints:

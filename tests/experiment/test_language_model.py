@@ -54,6 +54,7 @@ def base(tmp_path_factory):
     patch.undo()
 
 
+# By what changes the configuration, for all that runs of it have in common.
 PROGRAMS = {}
 
 
@@ -62,8 +63,9 @@ def run(config, workdir, rounds=3, **changes):
     config.update_from_flattened_dict({**changes, "rounds": rounds})
     setting = experiment.prepare(config)
     changes.pop("pretrained.source", None)
-    program = PROGRAMS.setdefault(str(changes), experiment.compile_program(config, setting))
-    rows = experiment.run(config, setting, program, workdir)
+    if str(changes) not in PROGRAMS:
+        PROGRAMS[str(changes)] = experiment.compile_program(config, setting)
+    rows = experiment.run(config, setting, PROGRAMS[str(changes)], workdir)
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
