@@ -11,12 +11,12 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and run little.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# XLA before jaxlib 0.12 emits fusions by way of MLIR: without it programs compile in half the time,
+# XLA before jaxlib 0.11 emits fusions by way of MLIR: without it programs compile in half the time,
 # to a seventh of the size. Later there is no such option.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jaxlib") < "0.12"),
+    + " --xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jaxlib") < "0.11"),
 )
 # Devices for the tests of a mesh.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")

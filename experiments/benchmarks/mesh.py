@@ -30,7 +30,7 @@ LEAST_EFFORT: dict[str, Any] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-if jax.__version_info__ < (0, 12):
+if jax.__version_info__ < (0, 11):
     LEAST_EFFORT["xla_cpu_use_fusion_emitters"] = False
 VOCABULARY, LENGTH, RANK, COHORT, EXAMPLES, BATCH_SIZE, STEPS = 128, 16, 4, 16, 8, 4, 4
 

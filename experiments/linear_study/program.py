@@ -199,7 +199,7 @@ def _compiler_options() -> dict[str, Any] | None:
     if jax.default_backend() != "cpu":
         return None
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    if jax.__version_info__[:2] < (0, 12):  # Later there is no such option.
+    if jax.__version_info__[:2] < (0, 11):  # Later there is no such option.
         options["xla_cpu_use_fusion_emitters"] = False
     return {**options, "xla_cpu_parallel_codegen_split_count": 1}
 
