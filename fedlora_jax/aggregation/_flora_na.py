@@ -191,7 +191,10 @@ def _alternate(
         return fit._replace(dq=fit.dq + _step(swapped, weights, mirror)), None
 
     zero = jnp.zeros_like(weights)
-    return _scale_fixed(weights, jax.lax.scan(sweep, _Fit(zero, zero), length=sweeps)[0])
+    fit = jax.lax.scan(sweep, _Fit(zero, zero), length=sweeps)[0]
+    gain, rounding = _gain(kinds, weights, fit)
+    better = gain > rounding
+    return _scale_fixed(weights, jax.tree.map(lambda x: jnp.where(better, x, 0), fit))
 
 
 def _step(kinds: Sequence[_Grams], weights: jax.Array, fit: _Fit) -> jax.Array:
@@ -219,6 +222,26 @@ def _step(kinds: Sequence[_Grams], weights: jax.Array, fit: _Fit) -> jax.Array:
     return lowrank.matmul(root.T, lowrank.matmul(root, vector))
 
 
+def _gain(kinds: Sequence[_Grams], weights: jax.Array, fit: _Fit) -> tuple[jax.Array, jax.Array]:
+    """`|M - a(p) b(p)|^2 - |M - a(Q) b(P)|^2`, and what rounding can make of it at most.
+
+    As a product of the sum and the difference of the two, so that a small gain is seen beside
+    large products. Where the clients cancel, M can be smaller than rounding of what it is a sum of.
+    """
+    zero, own = jnp.zeros_like(weights), _with_mean(weights)
+    both = _misfit(weights, fit) + _misfit(weights, _Fit(zero, zero))
+    dp, dq = _with_mean(fit.dp), _with_mean(fit.dq)
+    gain = terms = jnp.zeros((), weights.dtype)
+    for grams in kinds:
+        gain += jnp.vdot(_against(both, grams, dq), own + dp)
+        gain += jnp.vdot(_against(both, grams, own), dp)
+        a, b = (lowrank.safe_sqrt(einsum("nkkrr->nk", x)) for x in grams)
+        size = einsum("ni,ij,nj->n", a, jnp.abs(both), b)
+        for left, right in ((dq, own + dp), (own, dp)):
+            terms += jnp.sum(size * (a @ jnp.abs(left)) * (b @ jnp.abs(right)))
+    return gain, 8 * jnp.finfo(weights.dtype).eps * jax.lax.stop_gradient(terms)
+
+
 def _rounding(grams: _Grams, left: jax.Array) -> jax.Array:
     """What rounding can take from `_square` at most; all of it where `a(left)` cancels."""
     a, b = (lowrank.safe_sqrt(einsum("nkkrr->nk", x)) for x in grams)
@@ -235,21 +258,12 @@ def _scale_fixed(weights: jax.Array, fit: _Fit) -> tuple[jax.Array, jax.Array]:
 
 def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax.Array, jax.Array]:
     """Adam on the change of each coefficient relative to its client's weight."""
-    zero = jnp.zeros_like(weights)
-    first_misfit, own = _misfit(weights, _Fit(zero, zero)), _with_mean(weights)
+    own = _with_mean(weights)
     unit = sum(jnp.vdot(own, _square(grams, own) @ own) for grams in kinds)
     unit = jnp.where(unit > _TINY, unit, 1)
 
     def loss(changes: jax.Array) -> jax.Array:
-        """`|M - a(Q) b(P)|^2 - |M - a(p) b(p)|^2`, as a product of sum and difference."""
-        fit = _Fit(weights * changes[0], weights * changes[1])
-        both = _misfit(weights, fit) + first_misfit
-        dp, dq = _with_mean(fit.dp), _with_mean(fit.dq)
-        total = jnp.zeros((), weights.dtype)
-        for grams in kinds:
-            total -= jnp.vdot(_against(both, grams, dq), own + dp)
-            total -= jnp.vdot(_against(both, grams, own), dp)
-        return total / unit
+        return -_gain(kinds, weights, _Fit(weights * changes[0], weights * changes[1]))[0] / unit
 
     def step(carry: Any, index: jax.Array) -> Any:
         changes, first, second, best, least = carry

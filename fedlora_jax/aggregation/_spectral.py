@@ -106,8 +106,8 @@ def _spectral(
     # The singular values: `a` is orthonormal.
     s = lowrank.safe_sqrt(jnp.sum(best.b**2, axis=1))
     if selection == "energy":
-        # |M|^2 by Gram blocks may fall short of the energy of the directions by rounding.
-        total = jnp.maximum(lowrank.inner(ideal, ideal), jnp.sum(s**2))
+        # Not by Gram blocks: of clients that cancel nothing would be left of it but rounding.
+        total = jnp.maximum(lowrank.norm(ideal) ** 2, jnp.sum(s**2))
         before = jnp.cumsum(s**2) - s**2
         keep = (before < threshold.astype(s.dtype) * total) & (s > 0)
     else:
