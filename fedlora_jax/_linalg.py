@@ -1,9 +1,13 @@
-"""Decompositions of small matrices, safe to batch.
+"""Decompositions of small matrices, safe to batch, and fast on accelerators.
 
 jaxlib 0.10 spreads a batched LAPACK call over the threads of the CPU client and waits for them on
 one of these same threads. As many independent calls at once as there are threads, two on a small
 machine, wait for each other for ever. Later versions work through a batch in one thread. With 0.10
 on a CPU, so do these functions: a batch is a loop over single matrices.
+
+Accelerators reflect one column after the other, and one matrix after the other: Householder's QR
+of 28 matrices of 2048 x 320 takes an H200 0.7 s, in which it could multiply them a thousand times.
+There a QR decomposition is made of matrix products, see `qr_by_products`.
 """
 
 import functools
@@ -14,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
+_EXACT = jax.lax.Precision.HIGHEST
 _POOLED = jax.__version_info__[:2] == (0, 10)
 
 
@@ -63,9 +68,19 @@ def svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return u, s, v
 
 
+def products_are_cheap() -> bool:
+    """Whether a decomposition had better be made of matrix products, as on accelerators."""
+    return jax.default_backend() != "cpu"
+
+
 @_safe
 def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Householder's QR decomposition `(q, r)`: orthonormal columns also where `x` is deficient."""
+    """A QR decomposition `(q, r)`: orthonormal columns also where `x` is deficient.
+
+    The error of each column is one of rounding relative to its own norm.
+    """
+    if products_are_cheap():
+        return qr_by_products(x)
     q, r = jnp.linalg.qr(x)
     return q, r
 
@@ -73,7 +88,55 @@ def qr(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 @_safe
 def qr_r(x: jax.Array) -> jax.Array:
     """The triangle of a QR decomposition."""
+    if products_are_cheap():
+        return qr_by_products(x)[1]
     return jnp.linalg.qr(x, mode="r")
+
+
+# What is added to the diagonal of each Gram matrix, in units of its trace times rounding.
+_SHIFTS = (4.0, 4.0, 4.0, 4.0, 0.0, 0.0)
+
+
+def qr_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""`(q, r)` of one matrix by Cholesky decompositions, as good as Householder's.
+
+    With :math:`L L^T = X^T X`, :math:`X L^{-T}` has orthonormal columns, but for the square of the
+    condition of X. A shift of the diagonal makes that harmless: each time the columns come closer,
+    by up to the root of rounding, so that four times bring any X near to orthonormal columns, and
+    twice without a shift are exact.
+
+    Columns are scaled to one, so that the error of each is relative to its own norm. What depends
+    on other columns is told from them by noise as small as rounding, as Householder's reflections
+    leave it there too.
+
+    References:
+      Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, *Shifted Cholesky QR for computing the QR
+      factorization of ill-conditioned matrices*, SIAM Journal on Scientific Computing 2020.
+    """
+    rows, columns = x.shape
+    if rows < columns:
+        q = qr_by_products(x[:, :rows])[0]
+        return q, jnp.triu(jnp.matmul(q.T, x, precision=_EXACT))
+    rounding = jnp.finfo(x.dtype).eps
+    largest = jnp.max(jnp.abs(x), axis=0, initial=0)
+    there = largest > 0
+    norms = jnp.where(there, largest, 1)
+    norms = norms * jnp.sqrt(jnp.sum(jnp.square(x / norms), axis=0))
+    noise = jax.random.normal(jax.random.key(0), x.shape, x.dtype) * (rounding * rows**-0.5)
+    identity = jnp.eye(columns, dtype=x.dtype)
+
+    def orthogonalise(
+        found: tuple[jax.Array, jax.Array], shift: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        q, r = found
+        gram = jnp.matmul(q.T, q, precision=_EXACT)
+        root = jnp.linalg.cholesky(gram + shift * rounding * jnp.trace(gram) * identity)
+        q = jax.scipy.linalg.solve_triangular(root, q.T, lower=True).T
+        return (q, jnp.matmul(root.T, r, precision=_EXACT)), None
+
+    start = x / jnp.where(there, norms, 1) + noise, identity
+    (q, r), _ = jax.lax.scan(orthogonalise, start, jnp.asarray(_SHIFTS, x.dtype))
+    return q, jnp.triu(r) * jnp.where(there, norms, 0)
 
 
 @_safe

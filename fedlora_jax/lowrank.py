@@ -146,7 +146,8 @@ def norm(factors: Factors) -> Scalar:
 
     `sqrt(inner(x, x))` loses half the digits of a difference. With `a = Q R`, `|a b| = |R b|`
     keeps them: cancellation happens before anything is squared. If the rank reaches a dimension, R
-    saves nothing, and blocks of columns of the product are formed in turn and added up instead.
+    saves nothing, and blocks of rows of the product are formed in turn and added up instead; so
+    they are on accelerators always, where products cost next to nothing.
     The gradient is zero, not NaN, where the product is.
 
     Args:
@@ -156,7 +157,7 @@ def norm(factors: Factors) -> Scalar:
     if factors.a.shape[0] < factors.b.shape[1]:
         factors = transpose(factors)
     d_in, rank = factors.a.shape
-    if rank < d_in and rank <= factors.b.shape[1]:
+    if rank < d_in and rank <= factors.b.shape[1] and not _linalg.products_are_cheap():
         return vector_norm(matmul(_linalg.qr_r(factors.a), factors.b))
     return _norm_by_blocks(factors)
 
@@ -209,7 +210,7 @@ def svd(factors: Factors, rank: int | None = None) -> SVD:
 
     R is the number of columns of `a`, k the wanted rank.
 
-    * R <= min(d_in, d_out, 1024): **exact**. Householder's :math:`a = Q_a R_a` and
+    * R <= min(d_in, d_out, 1024): **exact**. The QR decompositions :math:`a = Q_a R_a` and
       :math:`b^T = Q_b R_b`, and the SVD of the core :math:`R_a R_b^T`. Nothing is squared, so that
       the error is one of rounding relative to the terms :math:`|a_i| |b_i|` of the product, and
       the difference of two products that nearly cancel keeps the digits that it has. Cost:

@@ -51,6 +51,48 @@ def test_batches_under_every_transformation(matrices, name):
     assert_close(one, two)
 
 
+def hard(kind: str, rows: int, columns: int) -> np.ndarray:
+    """A matrix `[rows, columns]` on which a Cholesky decomposition of its Gram matrix fails."""
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(rows, columns))
+    if kind == "half the rank":
+        half = columns // 2
+        x = x[:, :half] @ generator.normal(size=(half, columns))
+    elif kind == "a zero and a twin":
+        x[:, 1], x[:, 3] = 0, x[:, 2]
+    elif kind == "graded":
+        x *= 10.0 ** -np.linspace(0, 20, columns)
+    elif kind == "ones":
+        x = np.ones_like(x)
+    elif kind != "random":
+        u, _, v = np.linalg.svd(x, full_matrices=False)
+        x = u * float(kind) ** -np.linspace(0, 1, min(x.shape)) @ v
+    return x.astype(np.float32)
+
+
+HARD = ["random", "1e4", "1e12", "half the rank", "a zero and a twin", "graded", "ones"]
+
+
+@pytest.mark.parametrize("shape", [(64, 8), (300, 120), (48, 48), (20, 32)])
+def test_qr_by_products_of_what_is_hard_to_tell_apart(shape):
+    matrices = np.stack([hard(kind, *shape) for kind in HARD])
+    found = jax.jit(jax.vmap(_linalg.qr_by_products))(matrices)
+    for kind, q, r, x in zip(HARD, *map(np.float64, (*found, matrices)), strict=True):
+        np.testing.assert_allclose(q.T @ q, np.eye(min(shape)), atol=5e-6, err_msg=kind)
+        np.testing.assert_array_equal(np.tril(r, -1), 0, err_msg=kind)
+        # Each column to rounding of its own size.
+        errors = np.linalg.norm(q @ r - x, axis=0)
+        assert np.all(errors <= 5e-6 * np.linalg.norm(x, axis=0)), kind
+
+
+def test_qr_by_products_of_nothing_and_of_what_is_not_finite():
+    q, r = _linalg.qr_by_products(jnp.zeros((6, 3)))
+    np.testing.assert_allclose(q.T @ q, np.eye(3), atol=1e-6)
+    assert not np.any(r)
+    q, r = _linalg.qr_by_products(jnp.full((6, 3), jnp.nan))
+    assert np.all(np.isnan(q)) and np.all(np.isnan(r[0]))
+
+
 INDEPENDENT = """
 import os
 if hasattr(os, "sched_setaffinity"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from fedlora_jax import Factors, aggregation, lowrank
+from fedlora_jax import Factors, _linalg, aggregation, lowrank
 from tests.aggregation import cases
 
 KERNELS = {"dense": (48, 64)}
@@ -57,13 +57,30 @@ def bound(pair, seed=9):
     return functools.partial(cases.bound(pair, KERNELS), **tree)
 
 
+DECOMPOSING = [p for p in cases.ALL if p[0] in DECOMPOSE]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("pair", [p for p in cases.ALL if p[0] in DECOMPOSE], ids=cases.label)
+@pytest.mark.parametrize("pair", DECOMPOSING, ids=cases.label)
 def test_what_decomposes_is_right_to_rounding_of_its_terms(pair, kind):
     case = cases.CASES[pair[0]][pair[1]]
     if pair[0] == "fedrot_lora" and kind == "1e8" and case.options["aligned"] == "a":
         pytest.skip("which rotation is the best is below rounding there")
-    for seed in range(3):
+    assert_right_to_rounding(pair, kind, seeds=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pair", [p for p in DECOMPOSING if p[0] != "fedrot_lora"], ids=cases.label)
+def test_so_it_is_where_decompositions_are_made_of_products(pair, kind, monkeypatch):
+    monkeypatch.setattr(_linalg, "products_are_cheap", lambda: True)
+    # Of another shape, so that nothing compiled is used again.
+    monkeypatch.setitem(KERNELS, "dense", (50, 66))
+    assert_right_to_rounding(pair, kind, seeds=1)
+
+
+def assert_right_to_rounding(pair, kind, seeds):
+    case = cases.CASES[pair[0]][pair[1]]
+    for seed in range(seeds):
         stacked = cases.prepared(case, draw(kind, seed))
         got = cases.product(bound(pair)(stacked, WEIGHTS), WEIGHTS)[0]
         want = cases.expected(pair, stacked, WEIGHTS)[0]
