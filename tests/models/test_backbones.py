@@ -8,7 +8,7 @@ import pytest
 
 from fedlora_jax import lora, models
 from fedlora_jax.models import Bert, Llama, Mixer, RopeScaling, ViT
-from fedlora_jax.models.llama import rotary_frequencies
+from fedlora_jax.models.llama import causal_attention, rotary_frequencies
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16, 3)), jnp.float32)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 20, size=(2, 7)))
@@ -218,3 +218,42 @@ def test_rope_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     np.testing.assert_allclose(scaled[turns > 4], plain[turns > 4], rtol=1e-6)
     np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 8, rtol=1e-6)
     assert (np.diff(scaled) < 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_causal_attention_under_vmap_is_attention_to_what_came_before(dtype):
+    """In bfloat16 on a GPU it is another library's; the gradient too."""
+    rng = np.random.default_rng(0)
+    query, key, value = (
+        jnp.asarray(rng.normal(size=(3, 2, 10, heads, 8)), dtype) for heads in (4, 2, 2)
+    )
+
+    def masked(query, key, value):
+        key, value = (jnp.repeat(x.astype(jnp.float32), 2, axis=2) for x in (key, value))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query.astype(jnp.float32), key) / 8**0.5
+        weights = jax.nn.softmax(jnp.where(np.tril(np.ones((10, 10))), scores, -jnp.inf))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+    def value_and_gradients(attention):
+        def total(*inputs):
+            result = attention(*inputs).astype(jnp.float32)
+            return jnp.sum(result * jnp.cos(jnp.arange(8.0))), result
+
+        return jax.jit(jax.vmap(jax.grad(total, (0, 1, 2), has_aux=True)))(query, key, value)
+
+    tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            np.float32(x), np.float32(y), atol=tolerance * np.max(np.abs(y.astype(jnp.float32)))
+        ),
+        value_and_gradients(causal_attention),
+        value_and_gradients(masked),
+    )
+
+
+def test_positions_in_order_are_those_that_are_not_given():
+    model, params, tokens = case("llama")
+    at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    np.testing.assert_allclose(
+        apply(model, params, tokens), apply(model, params, tokens, None, at), atol=1e-5
+    )
