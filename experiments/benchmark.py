@@ -60,6 +60,8 @@ from typing import Any
 # Two libraries of linear algebra that both use all cores wait for each other. Threads of the
 # decompositions of small cores gain nothing, products have their own.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Processes share a GPU, where there is one.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 from absl import app, flags
@@ -145,9 +147,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def rows_of(known: Iterable[str]) -> list[str]:
-    """The rows that are asked for."""
-    rows = _ONLY.value or list(known)
+def rows_of(known: Iterable[str], defaults: Iterable[str] | None = None) -> list[str]:
+    """The rows that are asked for; if none are, `defaults`, or all that are known."""
+    rows = _ONLY.value or list(known if defaults is None else defaults)
     unknown = set(rows) - set(known)
     if unknown:
         raise app.UsageError(f"unknown rows {sorted(unknown)}; there are: {', '.join(known)}")
@@ -208,7 +210,8 @@ def memory_table() -> None:
 
 def round_table() -> None:
     """Times rounds of both sides, prints the tables and writes them."""
-    rows = rows_of([*rounds.CASES, "per_client"])
+    defaults = [*rounds.default_cases(jax.default_backend()), "per_client"]
+    rows = rows_of([*rounds.CASES, "per_client"], defaults)
     missing = [name for name in ("torch", "transformers", "peft") if not find_spec(name)]
     if _REFERENCE.value and missing:
         raise app.UsageError(
@@ -219,8 +222,6 @@ def round_table() -> None:
         chunks = rounds.sizes(_CHUNKS.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from None
-    # Processes share a GPU, where there is one.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     results: dict[str, Any] = {"environment": environment(), "cases": {}, "per_client": {}}
     for row in rows:
         print(f"{row} ...", file=sys.stderr, flush=True)

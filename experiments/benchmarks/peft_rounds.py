@@ -53,7 +53,16 @@ def backbone(case: Case) -> Any:
             "num_labels": model.num_classes,
         }
         return transformers.ViTForImageClassification(transformers.ViTConfig(**fields))
-    assert isinstance(model, Llama) and model.rope_scaling is None
+    assert isinstance(model, Llama)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_base}
+    if (scaling := model.rope_scaling) is not None:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_frequency_factor,
+            "high_freq_factor": scaling.high_frequency_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        }
     fields = {
         "vocab_size": model.vocab_size,
         "hidden_size": model.width,
@@ -62,7 +71,8 @@ def backbone(case: Case) -> Any:
         "num_key_value_heads": model.num_kv_heads,
         "intermediate_size": model.mlp_dim,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "rope_parameters": rope,
+        "max_position_embeddings": model.context or 2048,
         "tie_word_embeddings": model.tied,
         "use_cache": False,
     }
@@ -70,7 +80,7 @@ def backbone(case: Case) -> Any:
 
 
 def wrapped(case: Case, model: Any) -> Any:
-    """The model with fresh adapters, ready to be trained."""
+    """The model with fresh adapters, ready to be trained; what is trained is float32."""
     config = peft.LoraConfig(
         r=case.rank,
         lora_alpha=round(SCALE * case.rank),
@@ -78,7 +88,11 @@ def wrapped(case: Case, model: Any) -> Any:
         target_modules=list(case.torch_targets),
         modules_to_save=["classifier"] if case.head else None,
     )
-    return peft.get_peft_model(model, config).train()
+    model = peft.get_peft_model(model.to(getattr(torch, case.compute)), config).train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
 
 
 def side(
@@ -150,7 +164,8 @@ def train(
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     total = torch.zeros((), device=next(iter(arrays.values())).device)
     for batch in mine[torch.randperm(len(mine))].split(case.batch_size):
-        loss = loss_of(model, {name: x[batch] for name, x in arrays.items()})
+        with torch.autocast(total.device.type, torch.bfloat16, case.compute == "bfloat16"):
+            loss = loss_of(model, {name: x[batch] for name, x in arrays.items()})
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, CLIP_NORM)
@@ -166,7 +181,7 @@ def loss_of(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     else:
         logits = model(input_ids=batch["tokens"][:, :-1]).logits.flatten(0, 1)
         labels = batch["tokens"][:, 1:].flatten()
-    return torch.nn.functional.cross_entropy(logits, labels)
+    return torch.nn.functional.cross_entropy(logits.float(), labels)
 
 
 def copied(model: Any) -> State:

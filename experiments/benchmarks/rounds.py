@@ -49,6 +49,8 @@ class Case(NamedTuple):
       batch_size: Examples a step.
       steps: Local steps; a client has one full batch of examples for each.
       rank: r.
+      compute: Type of the arithmetic, and in which the frozen weights are stored. What is trained
+        is float32 whatever it is.
     """
 
     title: str
@@ -60,6 +62,7 @@ class Case(NamedTuple):
     batch_size: int
     steps: int
     rank: int
+    compute: str = "float32"
 
     @property
     def head(self) -> str | None:
@@ -120,15 +123,33 @@ CASES = {
         rank=8,
     ),
 }
+# Of accelerators: what fills one.
+_LARGE = {
+    "vit_s16_64": CASES["vit_s16"]._replace(clients=64),
+    "smollm2_135m_32": CASES["smollm2_135m"]._replace(clients=32),
+    "llama3_1b_16": CASES["smollm2_135m"]._replace(
+        title="Llama-3.2-1B, 256 tokens",
+        model=models.get("llama3_1b"),
+        shape=(256,),
+        clients=16,
+    ),
+}
+CASES |= {name: case._replace(compute="bfloat16") for name, case in _LARGE.items()}
 # For the cost of a client: numbers of clients, and sizes of chunks.
 COHORTS = {16: (ALL, "4"), 256: (ALL, "16", "64")}
+
+
+def default_cases(platform: str) -> list[str]:
+    """The names of the cases that are meant for a CPU, or for an accelerator."""
+    return [name for name in CASES if (name in _LARGE) == (platform != "cpu")]
 
 
 class Side(NamedTuple):
     """One side of the comparison, ready to be timed.
 
     Attributes:
-      facts: `parameters`, how many a client trains; ours also `compile_s`, by size of chunk.
+      facts: `parameters`, how many a client trains; ours also `compile_s`, by size of chunk
+        (None of a program that was compiled before and kept), and `matrix_rate`.
       seconds: From what is to be computed once to the seconds it took: PyTorch's side knows
         `round`, ours the sizes of chunks and `server`, the server's step alone.
     """
@@ -162,9 +183,39 @@ def parts(case: Case, clients: int) -> list[np.ndarray]:
 
 def task(case: Case) -> Task:
     """What is learned: classes, or each next token."""
-    if isinstance(case.model, ViT):
-        return classification(case.model, lambda batch: (batch["image"],))
-    return causal_language_model(case.model)
+    model = case.model.clone(dtype=jnp.dtype(case.compute))
+    if isinstance(model, ViT):
+        return classification(model, lambda batch: (batch["image"],))
+    return causal_language_model(model)
+
+
+def operations(case: Case) -> float:
+    r"""Floating-point operations of a round's matrix products.
+
+    A token takes 4 for each number of a frozen kernel, :math:`x W` and the gradient of x, 6 for
+    each of an adapter, whose own gradient is taken too, and :math:`12\, T w` in each block for
+    attention over T tokens of width w. What is computed twice to save memory counts once.
+    """
+    model, length = case.model, case.shape[0]
+    if isinstance(model, ViT):
+        length = (case.shape[0] // model.patch_size) ** 2 + 1
+    shapes = lora.kernel_shapes(jax.eval_shape(lambda: initial_params(case, jax.random.key(0))))
+    frozen = sum(shape.d_in * shape.d_out for shape in shapes.values())
+    if isinstance(model, Llama) and model.tied:
+        frozen += model.vocab_size * model.width
+    adapted = (shapes[path] for path in lora.select(shapes, case.targets))
+    trained = case.rank * sum(shape.d_in + shape.d_out for shape in adapted)
+    tokens = case.clients * case.examples_per_client * length
+    return tokens * (4.0 * frozen + 6.0 * trained + 12.0 * length * model.width * model.depth)
+
+
+def matrix_rate(dtype: str) -> float:
+    """Operations a second of large matrix products, one after the other; the best of several."""
+    size, count = (2048, 2) if jax.default_backend() == "cpu" else (8192, 16)
+    x, y = (jax.random.normal(jax.random.key(0), (2, size, size)) * size**-0.5).astype(dtype)
+    products = jax.jit(lambda x, y: jax.lax.fori_loop(0, count, lambda _, y: x @ y, y))
+    side = timed({}, lambda _: products(x, y).block_until_ready())
+    return 2 * size**3 * count / min([side.seconds("") for _ in range(6)][1:])
 
 
 def training(case: Case) -> LocalTraining:
@@ -173,6 +224,13 @@ def training(case: Case) -> LocalTraining:
         optax.clip_by_global_norm(CLIP_NORM), optax.adamw(1.0, weight_decay=WEIGHT_DECAY)
     )
     return LocalTraining(optimizer, case.batch_size, case.steps)
+
+
+def initial_params(case: Case, key: jax.Array) -> lora.Params:
+    """Random weights, stored in the type of the arithmetic."""
+    kind = jnp.float32 if isinstance(case.model, ViT) else jnp.int32
+    params = case.model.init(key, jnp.zeros((1, *case.shape), kind))["params"]
+    return jax.tree.map(lambda x: x.astype(case.compute), params)
 
 
 def server(case: Case, params: lora.Params, adapters: lora.Adapters) -> Server:
@@ -206,8 +264,7 @@ def ours(
 
     @jax.jit
     def fresh(key: jax.Array) -> Server:
-        kind = jnp.float32 if isinstance(case.model, ViT) else jnp.int32
-        params = case.model.init(key, jnp.zeros((1, *case.shape), kind))["params"]
+        params = initial_params(case, key)
         adapters = lora.init(key, params, targets=case.targets, rank=case.rank)
         return server(case, params, adapters)
 
@@ -215,12 +272,16 @@ def ours(
     cohort = jnp.arange(clients, dtype=jnp.int32)
     inputs = (federation, data, cohort, key, jnp.float32(LEARNING_RATE))
     programs, compile_s = {}, {}
+    kept: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: kept.append(event))
     for chunk in chunks:
+        kept.clear()
         start = time.perf_counter()
         size = None if chunk == ALL else int(chunk)
         function = make_round(Recipe(task(case), method, training(case), clients_per_chunk=size))
         programs[chunk] = function.lower(*inputs).compile()
-        compile_s[chunk] = time.perf_counter() - start
+        found = "/jax/compilation_cache/cache_hits" in kept
+        compile_s[chunk] = None if found else time.perf_counter() - start
 
     def cohort_trained(*inputs: Any) -> Any:
         return train_cohort(Recipe(task(case), method, training(case)), *inputs).uploads
@@ -236,8 +297,12 @@ def ours(
             return jax.block_until_ready(aggregate(federation.server, uploads, shares))
         return jax.block_until_ready(programs[what](*inputs))
 
-    parameters = lora.count_parameters(federation.server.trainable)
-    return timed({"parameters": parameters, "compile_s": compile_s}, compute), compute
+    facts = {
+        "parameters": lora.count_parameters(federation.server.trainable),
+        "compile_s": compile_s,
+        "matrix_rate": matrix_rate(case.compute),
+    }
+    return timed(facts, compute), compute
 
 
 def timed(facts: dict[str, Any], compute: Callable[[str], Any]) -> Side:
@@ -338,7 +403,7 @@ def measure(name: str, chunks: Sequence[str], repeats: int, reference: bool) -> 
             sides["torch"] = (process("torch"), ["round"])
         measured = compare(sides, repeats)
     described = case._asdict() | {"model": " ".join(repr(case.model).split())}
-    return {"case": described, **measured, "summary": summary(measured)}
+    return {"case": described, **measured, "summary": summary(case, measured)}
 
 
 def measure_cohorts(repeats: int) -> dict[str, Any]:
@@ -389,7 +454,7 @@ def medians(measured: Mapping[str, Any]) -> dict[str, float]:
     return {what: statistics.median(times) for what, times in measured["seconds"].items()}
 
 
-def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
+def summary(case: Case, measured: Mapping[str, Any]) -> dict[str, Any]:
     """What a row of the table says of a case, from what `compare` returns."""
     ours_s = medians(measured["ours"])
     server_s = ours_s.pop("server")
@@ -404,6 +469,8 @@ def summary(measured: Mapping[str, Any]) -> dict[str, Any]:
         "server_s": server_s,
         "server_share": server_s / ours_s[fastest],
     }
+    line["rate"] = operations(case) / line["fastest_s"]
+    line["share_of_matrix_rate"] = line["rate"] / measured["ours"]["matrix_rate"]
     if "torch" in measured:
         torch_s = medians(measured["torch"])["round"]
         line |= {
@@ -435,10 +502,13 @@ _NOTES = (
     "Seconds are medians of a round; the sides took turns, each in a process of its own. `chunk`: "
     "how many clients the fastest round of ours trains side by side. `times faster`: PyTorch's "
     "round over ours, all clients at once and in the fastest chunks. `compile`: tracing and "
-    "compiling of the same two, once for all rounds. `server`: the server's step alone, of the "
-    "fastest round. Both sides compute in float32, with AdamW and gradients clipped by their norm; "
-    "every client has one full batch for each step. PyTorch's side loads the adapter's state into "
-    "one model, trains, and copies it out, client after client, then averages."
+    "compiling of the same two, once for all rounds; `kept` if that was done before. `server`: the "
+    "server's step alone, of the fastest round. `TFLOP/s`: operations of the matrix products of a "
+    "round, none counted twice, over the time of the fastest; beside that, in per cent, what large "
+    "products alone reach. Arithmetic is float32, or bfloat16 where it says so (frozen weights "
+    "too, `torch.autocast`; what is trained is float32), with AdamW and gradients clipped by their "
+    "norm; every client has one full batch for each step. PyTorch's side loads the adapter's state "
+    "into one model, trains, and copies it out, client after client, then averages."
 )
 
 
@@ -449,7 +519,7 @@ def _table_of_cases(results: Mapping[str, Any]) -> str:
         compared = "torch_s" in line
         table.append(
             [
-                f"`{name}`: {case['title']}",
+                f"`{name}`: {case['title']}" + ", bfloat16" * (case["compute"] == "bfloat16"),
                 case["clients"],
                 f"{case['steps']} x {case['batch_size']}",
                 f"{measured['ours']['parameters']:,}",
@@ -459,8 +529,13 @@ def _table_of_cases(results: Mapping[str, Any]) -> str:
                 f"{line['torch_s']:.3g}" if compared else "",
                 f"{line['ratio_all']:.2f}" if compared else "",
                 f"{line['ratio_fastest']:.2f}" if compared else "",
-                f"{line['compile_all_s']:.0f}, {line['compile_fastest_s']:.0f}",
+                ", ".join(
+                    "kept" if seconds is None else f"{seconds:.0f}"
+                    for seconds in (line["compile_all_s"], line["compile_fastest_s"])
+                ),
                 f"{100 * line['server_share']:.2g}%",
+                f"{line['rate'] / 1e12:.3g}",
+                f"{100 * line['share_of_matrix_rate']:.0f}%",
             ]
         )
     headers = [
@@ -476,9 +551,11 @@ def _table_of_cases(results: Mapping[str, Any]) -> str:
         "times faster, fastest",
         "compile, s",
         "server",
+        "TFLOP/s",
+        "of a matrix product's",
     ]
     return tabulate(
-        table, headers, tablefmt="github", colalign=("left", *["right"] * 11), disable_numparse=True
+        table, headers, tablefmt="github", colalign=("left", *["right"] * 13), disable_numparse=True
     )
 
 

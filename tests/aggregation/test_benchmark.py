@@ -69,8 +69,10 @@ def test_a_round_beside_another(tiny_round):
     sides = {"ours": (side, ["all", "2", "server"]), "torch": (torch, ["round"])}
     measured = rounds.compare(sides, 2)
     assert all(len(times) == 2 for times in measured["ours"]["seconds"].values())
-    line = rounds.summary(measured)
+    line = rounds.summary(case, measured)
     assert line["fastest_s"] <= line["all_s"] and line["server_share"] > 0
+    assert line["rate"] == rounds.operations(case) / line["fastest_s"]
+    assert 0 < line["share_of_matrix_rate"] == line["rate"] / side.facts["matrix_rate"]
     assert line["ratio_fastest"] == 100 / line["fastest_s"] >= line["ratio_all"] > 1
 
     measured = {"case": case._asdict(), **measured, "summary": line}
