@@ -156,13 +156,19 @@ def rows_of(known: Iterable[str], defaults: Iterable[str] | None = None) -> list
     return rows
 
 
+def keep(name: str, results: dict[str, Any]) -> Path:
+    """Writes the results as JSON, also those of a table that is not finished."""
+    path = Path(_OUTPUT.value) / f"{name}_{results['environment']['platform']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    return path
+
+
 def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> None:
     """Prints a page, and writes it and the results, and a picture if there is one."""
     print(page)
-    output = Path(_OUTPUT.value)
-    output.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}_{results['environment']['platform']}"
-    (output / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n")
+    path = keep(name, results)
+    output, stem = path.parent, path.stem
     (output / f"{stem}.md").write_text(page + "\n")
     if figure is not None:
         figure.savefig(output / f"{stem}.png", dpi=120)
@@ -176,6 +182,7 @@ def aggregation_table() -> None:
     for row in rows:
         print(f"{row} ...", file=sys.stderr, flush=True)
         results["ours"][row] = worker(f"row:{row}")
+        keep("aggregation", results)
     if _REFERENCE.value:
         names = [name for name in dict.fromkeys(aggregation.ROWS[row][2] for row in rows) if name]
         if "flexlora" in rows:
@@ -229,6 +236,7 @@ def round_table() -> None:
             results[row] = rounds.measure_cohorts(_REPEATS.value)
         else:
             results["cases"][row] = rounds.measure(row, chunks, _REPEATS.value, _REFERENCE.value)
+        keep("round", results)
     write("round", results, rounds.report(results))
 
 
