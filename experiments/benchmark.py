@@ -51,11 +51,11 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Two libraries of linear algebra that both use all cores wait for each other. Threads of the
 # decompositions of small cores gain nothing, products have their own.
@@ -80,6 +80,8 @@ from experiments.benchmarks import (
     tree,
 )
 from fedlora_jax import methods
+
+Row = TypeVar("Row")
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
 _RANK = flags.DEFINE_integer("rank", 32, "Rank r.", lower_bound=1)
@@ -164,32 +166,38 @@ def keep(name: str, results: dict[str, Any]) -> Path:
     return path
 
 
+def each(
+    name: str, results: dict[str, Any], rows: Iterable[Row], prefix: str = ""
+) -> Iterator[Row]:
+    """The rows in turn, announced with the prefix; after each one the results so far are kept."""
+    for row in rows:
+        print(f"{prefix}{row} ...", file=sys.stderr, flush=True)
+        yield row
+        keep(name, results)
+
+
 def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> None:
     """Prints a page, and writes it and the results, and a picture if there is one."""
     print(page)
     path = keep(name, results)
-    output, stem = path.parent, path.stem
-    (output / f"{stem}.md").write_text(page + "\n")
+    path.with_suffix(".md").write_text(page + "\n")
     if figure is not None:
-        figure.savefig(output / f"{stem}.png", dpi=120)
-    print(f"written to {output / stem}.json and .md", file=sys.stderr)
+        figure.savefig(path.with_suffix(".png"), dpi=120)
+    print(f"written to {path} and .md", file=sys.stderr)
 
 
 def aggregation_table() -> None:
     """Measures all rows and the dense code, prints the tables and writes them."""
     rows = rows_of(aggregation.ROWS)
     results: dict[str, Any] = {"environment": environment(), "ours": {}, "dense": {}}
-    for row in rows:
-        print(f"{row} ...", file=sys.stderr, flush=True)
+    for row in each("aggregation", results, rows):
         results["ours"][row] = worker(f"row:{row}")
-        keep("aggregation", results)
     if _REFERENCE.value:
         names = [name for name in dict.fromkeys(aggregation.ROWS[row][2] for row in rows) if name]
         if "flexlora" in rows:
             names += ["svd_by_qr"] * ("svd_by_qr" not in names) + ["svd_full"] * _FULL_SVD.value
             results["kinds"] = {"flexlora": worker("kinds:flexlora")}
-        for name in names:
-            print(f"dense {name} ...", file=sys.stderr, flush=True)
+        for name in each("aggregation", results, names, "dense "):
             results["dense"][name] = worker(f"dense:{name}")
     write("aggregation", results, aggregation.page(results))
 
@@ -197,8 +205,7 @@ def aggregation_table() -> None:
 def programs_table() -> None:
     """Measures the program of every method, prints the table and writes it."""
     results: dict[str, Any] = {"environment": environment(), "methods": {}}
-    for name in rows_of(sorted(methods.REGISTRY)):
-        print(f"{name} ...", file=sys.stderr, flush=True)
+    for name in each("programs", results, rows_of(sorted(methods.REGISTRY))):
         results["methods"][name] = worker(f"program:{name}")
     write("programs", results, programs.page(results))
 
@@ -208,10 +215,10 @@ def memory_table() -> None:
     results: dict[str, Any] = {"environment": environment(), "rounds": []}
     for count, length in ((1, 128), (4, 128), (1, 512), (4, 512)):
         line: dict[str, Any] = {"clients": count, "length": length}
-        for name in rows_of(memory.LOSSES):
-            print(f"{count} clients, {length} tokens, {name} ...", file=sys.stderr, flush=True)
-            line[name] = worker(f"memory:{count},{length},{name}")["working_bytes"]
         results["rounds"].append(line)
+        prefix = f"{count} clients, {length} tokens, "
+        for name in each("memory", results, rows_of(memory.LOSSES), prefix):
+            line[name] = worker(f"memory:{count},{length},{name}")["working_bytes"]
     write("memory", results, memory.page(results))
 
 
@@ -230,13 +237,11 @@ def round_table() -> None:
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     results: dict[str, Any] = {"environment": environment(), "cases": {}, "per_client": {}}
-    for row in rows:
-        print(f"{row} ...", file=sys.stderr, flush=True)
+    for row in each("round", results, rows):
         if row == "per_client":
             results[row] = rounds.measure_cohorts(_REPEATS.value)
         else:
             results["cases"][row] = rounds.measure(row, chunks, _REPEATS.value, _REFERENCE.value)
-        keep("round", results)
     write("round", results, rounds.report(results))
 
 
@@ -269,8 +274,8 @@ def clients_table() -> None:
     """Measures rounds against N and K, prints the table and writes it and a picture."""
     results: dict[str, Any] = {"environment": environment(), "points": []}
     for name in rows_of(clients.METHODS):
-        for num_clients, cohort_size in clients.points():
-            print(f"{name}, N = {num_clients}, K = {cohort_size} ...", file=sys.stderr, flush=True)
+        prefix = f"{name}, (N, K) = "
+        for num_clients, cohort_size in each("clients", results, clients.points(), prefix):
             point = worker(f"clients:{name},{num_clients},{cohort_size}")
             results["points"].append(point)
     write("clients", results, clients.page(results), clients.draw(results))
@@ -295,8 +300,7 @@ def tree_table() -> None:
     results: dict[str, Any] = {"environment": environment(), "methods": {}}
     for name in rows_of(tree.METHODS):
         seeds = results["methods"].setdefault(name, {})
-        for seed in range(_SEEDS.value):
-            print(f"{name}, seed {seed} ...", file=sys.stderr, flush=True)
+        for seed in each("tree", results, range(_SEEDS.value), f"{name}, seed "):
             seeds[str(seed)] = worker(f"tree:{name},{seed}")
     write("tree", results, tree.page(results), tree.draw(results))
 
@@ -304,8 +308,7 @@ def tree_table() -> None:
 def endurance_table() -> None:
     """Runs many rounds of every method, prints the table and writes it; fails if one fails."""
     results: dict[str, Any] = {"environment": environment(), "rounds": _ENDURED.value, "rows": {}}
-    for name in rows_of(endurance.names()):
-        print(f"{name} ...", file=sys.stderr, flush=True)
+    for name in each("endurance", results, rows_of(endurance.names())):
         results["rows"][name] = worker(f"endurance:{name}")
     write("endurance", results, endurance.page(results))
     failed = [name for name, row in results["rows"].items() if endurance.faults(row)]
