@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 
-_EXACT = jax.lax.Precision.HIGHEST
+_HIGHEST = jax.lax.Precision.HIGHEST
 _POOLED = jax.__version_info__[:2] == (0, 10)
 
 
@@ -116,7 +116,7 @@ def qr_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows, columns = x.shape
     if rows < columns:
         q = qr_by_products(x[:, :rows])[0]
-        return q, jnp.triu(jnp.matmul(q.T, x, precision=_EXACT))
+        return q, jnp.triu(jnp.matmul(q.T, x, precision=_HIGHEST))
     rounding = jnp.finfo(x.dtype).eps
     largest = jnp.max(jnp.abs(x), axis=0, initial=0)
     there = largest > 0
@@ -129,10 +129,10 @@ def qr_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         found: tuple[jax.Array, jax.Array], shift: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         q, r = found
-        gram = jnp.matmul(q.T, q, precision=_EXACT)
+        gram = jnp.matmul(q.T, q, precision=_HIGHEST)
         root = jnp.linalg.cholesky(gram + shift * rounding * jnp.trace(gram) * identity)
         q = jax.scipy.linalg.solve_triangular(root, q.T, lower=True).T
-        return (q, jnp.matmul(root.T, r, precision=_EXACT)), None
+        return (q, jnp.matmul(root.T, r, precision=_HIGHEST)), None
 
     start = x / jnp.where(there, norms, 1) + noise, identity
     (q, r), _ = jax.lax.scan(orthogonalise, start, jnp.asarray(_SHIFTS, x.dtype))

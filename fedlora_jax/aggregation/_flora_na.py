@@ -235,16 +235,22 @@ def _gain(kinds: Sequence[_Grams], weights: jax.Array, fit: _Fit) -> tuple[jax.A
     for grams in kinds:
         gain += jnp.vdot(_against(both, grams, dq), own + dp)
         gain += jnp.vdot(_against(both, grams, own), dp)
-        a, b = (lowrank.safe_sqrt(einsum("nkkrr->nk", x)) for x in grams)
+        a, b = _sizes(grams)
         size = einsum("ni,ij,nj->n", a, jnp.abs(both), b)
         for left, right in ((dq, own + dp), (own, dp)):
             terms += jnp.sum(size * (a @ jnp.abs(left)) * (b @ jnp.abs(right)))
     return gain, 8 * jnp.finfo(weights.dtype).eps * jax.lax.stop_gradient(terms)
 
 
+def _sizes(grams: _Grams) -> tuple[jax.Array, jax.Array]:
+    """`|a_k|` and `|b_k|` of the kernels of a shape, `[n, K + 1]` each."""
+    a, b = (lowrank.safe_sqrt(einsum("nkkrr->nk", x)) for x in grams)
+    return a, b
+
+
 def _rounding(grams: _Grams, left: jax.Array) -> jax.Array:
     """What rounding can take from `_square` at most; all of it where `a(left)` cancels."""
-    a, b = (lowrank.safe_sqrt(einsum("nkkrr->nk", x)) for x in grams)
+    a, b = _sizes(grams)
     terms = jnp.sum(jnp.abs(left) * a, axis=1) * lowrank.safe_sqrt(jnp.sum(b**2, axis=1))
     return 8 * jnp.finfo(left.dtype).eps * jnp.sum(terms**2)
 

@@ -137,18 +137,18 @@ class Attention(nn.Module):
         value = project(self.num_kv_heads, "value")
         if positions is None:
             mixed = causal_attention(query, key, value)
-            return dense(x.shape[-1], "out")(mixed.reshape(*x.shape[:2], -1)), None
-        if cache is None:
-            visible = positions[:, None, :] <= positions[:, :, None]
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            cache = LayerCache(
-                cache.key.at[rows, positions].set(key.astype(cache.key.dtype)),
-                cache.value.at[rows, positions].set(value.astype(cache.value.dtype)),
-            )
-            key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
-            visible = jnp.arange(key.shape[1]) <= positions[:, :, None]
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
+            if cache is None:
+                visible = positions[:, None, :] <= positions[:, :, None]
+            else:
+                rows = jnp.arange(x.shape[0])[:, None]
+                cache = LayerCache(
+                    cache.key.at[rows, positions].set(key.astype(cache.key.dtype)),
+                    cache.value.at[rows, positions].set(value.astype(cache.value.dtype)),
+                )
+                key, value = cache.key.astype(query.dtype), cache.value.astype(query.dtype)
+                visible = jnp.arange(key.shape[1]) <= positions[:, :, None]
+            mixed = jax.nn.dot_product_attention(query, key, value, mask=visible[:, None])
         return dense(x.shape[-1], "out")(mixed.reshape(*x.shape[:2], -1)), cache
 
 
