@@ -92,6 +92,10 @@ def add_combinations(config: ml_collections.ConfigDict) -> None:
     # memory; "all"; or "4"
     config.clients_per_chunk = "auto"
 
+    # Go through the model's blocks in a loop: compiled sooner where they are many, for the memory
+    # of one more backbone.
+    config.model.loop = False
+
     config.mesh = ml_collections.ConfigDict()
     config.mesh.clients = 1  # devices that a cohort is spread over
     config.mesh.model = 1  # devices that one backbone is spread over

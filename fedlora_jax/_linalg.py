@@ -11,7 +11,7 @@ There a QR decomposition is made of matrix products, see `qr_by_products`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -52,6 +52,26 @@ def _safe(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
         return jax.jvp(function, primals, tangents)
 
     return functools.wraps(function)(safe)
+
+
+def finite_rows(arrays: Iterable[jax.Array]) -> jax.Array:
+    """Which of K rows are finite in all arrays `[K, ...]`, bool `[K]`; true without any.
+
+    A sum is finite if its terms are, scaled so that it cannot overflow. It is a product, for which
+    nothing is compiled: of an array's `isfinite` and `all` the compiler makes five functions, and
+    puts the chain over the arrays into whatever depends on the result.
+    """
+
+    def small_sums(x: jax.Array) -> jax.Array:
+        wide = x.reshape(len(x), -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale = jnp.full(wide.shape[1], 2.0**-32, wide.dtype)
+        return jnp.matmul(wide, scale, precision=_HIGHEST)
+
+    sums = [small_sums(x) for x in arrays]
+    if not sums:
+        return jnp.asarray(True)
+    found = jnp.isfinite(jnp.stack(sums)).astype(jnp.float32)
+    return jnp.matmul(jnp.ones(len(sums)), found, precision=_HIGHEST) == len(sums)
 
 
 @_safe

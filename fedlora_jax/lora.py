@@ -23,11 +23,14 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from fedlora_jax import bounds, lowrank
+from fedlora_jax import blocks, bounds, lowrank
 from fedlora_jax.lowrank import Factors
 
 Params: TypeAlias = Mapping[str, Any]
 Adapters: TypeAlias = dict[str, Factors]
+
+# Where a module finds its adapters while it is applied.
+_COLLECTION, _TERMS = "adapters", "terms"
 
 if not __debug__ and not hasattr(nn.module, "_global_interceptor_stack"):
     raise ImportError(
@@ -208,7 +211,8 @@ def apply(
     Args:
       model: Any Linen module.
       params: Its parameters, or variables with a collection `params`; frozen as far as this
-        function goes, and shared under a `vmap` that maps the adapters alone.
+        function goes, and shared under a `vmap` that maps the adapters alone. With those of
+        `blocks.stack` it loops over its blocks, and the adapters may be stacked or not.
       adapters: From module path to `Factors`.
       *args: Inputs of the model.
       scale: The factor s (alpha / r, or alpha / sqrt(r), in PEFT's terms).
@@ -221,7 +225,8 @@ def apply(
 
     Raises:
       ValueError: If an adapter belongs to a layer that is not called, is not an `nn.Dense` or
-        `nn.DenseGeneral` over trailing axes, or has other dimensions.
+        `nn.DenseGeneral` over trailing axes, or has other dimensions; or if blocks are looped over
+        and their adapters are not alike.
 
     Examples:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -235,6 +240,16 @@ def apply(
       Array([[6., 6.]], dtype=float32)
     """
     trees = [adapters] if offset is None else [adapters, offset]
+    variables = dict(params) if "params" in params else {"params": params}
+    if blocks.is_stacked(variables["params"]):
+        trees = [t if blocks.is_stacked(t) else blocks.stack_adapters(t) for t in trees]
+        for tree in trees:
+            blocks.check_depth(variables["params"], tree)
+    terms = {path: _at(path, trees) for path in sorted({path for tree in trees for path in tree})}
+    # As variables, for Linen to take apart where it loops over blocks.
+    variables[_COLLECTION] = traverse_util.unflatten_dict(
+        {(*path.split("/"), _TERMS) if path else (_TERMS,): found for path, found in terms.items()}
+    )
     called: set[str] = set()
 
     def intercept(
@@ -245,7 +260,9 @@ def apply(
     ) -> Any:
         outputs = run(*inputs, **options)
         path = "/".join(context.module.path)
-        found = [tree[path] for tree in trees if path in tree]
+        # Lifted transforms of a model may pass its parameters on and nothing else.
+        here: tuple[Factors, ...] | None = context.module.get_variable(_COLLECTION, _TERMS)
+        found = here or terms.get(path)
         if not found or context.method_name != "__call__":
             return outputs
         called.add(path)
@@ -253,16 +270,19 @@ def apply(
         change = _low_rank(x, found, scale, _shape_of(context.module, path, x), path)
         return (outputs + change).astype(outputs.dtype)
 
-    variables = params if "params" in params else {"params": params}
     with _intercepting(intercept):
         result = model.apply(variables, *args, **kwargs)
-    unused = {path for tree in trees for path in tree} - called
+    unused = terms.keys() - called
     if unused:
         layers = ", ".join(kernel_shapes(params))
         raise ValueError(
             f"no layer was called at the path of the adapters {sorted(unused)}. Layers: {layers}"
         )
     return result
+
+
+def _at(path: str, trees: Sequence[Adapters]) -> tuple[Factors, ...]:
+    return tuple(tree[path] for tree in trees if path in tree)
 
 
 @contextlib.contextmanager

@@ -121,3 +121,15 @@ def test_independent_batches_on_two_cores_end():
         [sys.executable, "-c", INDEPENDENT], cwd=root, env=environment, timeout=120
     )
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_row_is_finite_if_all_of_it_is(wrong, dtype):
+    """The largest numbers there are do not overflow, and infinities do not cancel."""
+    largest = float(jnp.finfo(dtype).max)
+    arrays = [np.full((6, 40, 3), largest), np.full((6, 70), -largest), np.zeros((6, 1))]
+    arrays[0][1, 7, 2] = arrays[1][2, 69] = arrays[2][3, 0] = wrong
+    arrays[0][4, 0, 0], arrays[1][4, 0] = wrong, -wrong
+    found = jax.jit(_linalg.finite_rows)([jnp.asarray(x, dtype) for x in arrays])
+    np.testing.assert_array_equal(found, [True, False, False, False, False, True])

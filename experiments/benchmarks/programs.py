@@ -57,6 +57,7 @@ def lower(
     loss: str = "whole",
     length: int = WINDOW,
     remat: bool = False,
+    loop: bool = False,
     clients_per_chunk: int | None = 1,
 ) -> jax.stages.Lowered:
     """The program of a round of a method with its defaults, not yet compiled.
@@ -91,7 +92,7 @@ def lower(
         examples, each = {"tokens": tokens, "answer": tokens > 0}, jnp.zeros(clients, jnp.int32)
         return ClientData(examples, jnp.zeros(len(tokens), jnp.int32), each, each, jnp.float32(1))
 
-    task = LOSSES[loss](model)
+    task = LOSSES[loss](model)._replace(loop=loop)
     return make_round(Recipe(task, made, training, clients_per_chunk=clients_per_chunk)).lower(
         jax.eval_shape(federation, key),
         jax.eval_shape(data),

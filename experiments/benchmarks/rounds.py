@@ -51,6 +51,7 @@ class Case(NamedTuple):
       rank: r.
       compute: Type of the arithmetic, and in which the frozen weights are stored. What is trained
         is float32 whatever it is.
+      loop: Whether ours goes through the blocks in a loop.
     """
 
     title: str
@@ -63,6 +64,7 @@ class Case(NamedTuple):
     steps: int
     rank: int
     compute: str = "float32"
+    loop: bool = False
 
     @property
     def head(self) -> str | None:
@@ -134,7 +136,10 @@ _LARGE = {
         clients=16,
     ),
 }
-CASES |= {name: case._replace(compute="bfloat16") for name, case in _LARGE.items()}
+CASES |= {
+    name: case._replace(compute="bfloat16", loop=isinstance(case.model, Llama))
+    for name, case in _LARGE.items()
+}
 # For the cost of a client: numbers of clients, and sizes of chunks.
 COHORTS = {16: (ALL, "4"), 256: (ALL, "16", "64")}
 
@@ -185,8 +190,10 @@ def task(case: Case) -> Task:
     """What is learned: classes, or each next token."""
     model = case.model.clone(dtype=jnp.dtype(case.compute))
     if isinstance(model, ViT):
-        return classification(model, lambda batch: (batch["image"],))
-    return causal_language_model(model)
+        learned = classification(model, lambda batch: (batch["image"],))
+    else:
+        learned = causal_language_model(model)
+    return learned._replace(loop=case.loop)
 
 
 def operations(case: Case) -> float:

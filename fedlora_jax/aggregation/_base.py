@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fedlora_jax import _batching, bounds, lowrank
+from fedlora_jax import _batching, _linalg, bounds, lowrank
 from fedlora_jax.lowrank import Factors
 
 PyTree: TypeAlias = Any
@@ -334,15 +334,9 @@ def check_fit(stacked: PyTree, tree: PyTree) -> None:
 
 
 def finite_everywhere(stacked: PyTree) -> jax.Array:
-    """`finite_clients` of all kernels together."""
-    return functools.reduce(jnp.logical_and, map(finite_clients, leaves(stacked)))
-
-
-def finite_clients(clients: Factors) -> jax.Array:
     """Which clients hold finite factors alone, `[K]`."""
     # Not by the largest value: on a CPU a maximum over thousands of numbers passes NaN over.
-    a, b = (jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in clients)
-    return jax.lax.stop_gradient(a & b)
+    return jax.lax.stop_gradient(_linalg.finite_rows(jax.tree.leaves(stacked)))
 
 
 def present_clients(stacked: PyTree, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from fedlora_jax import bounds, lowrank
+from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import PyTree
 from fedlora_jax.lowrank import Factors
@@ -84,7 +84,7 @@ def gram(
         present &= _base.finite_everywhere(named)
     for change in arrays:
         flat = change.reshape(len(present), -1)
-        present &= jnp.all(jnp.isfinite(flat), axis=1)
+        present &= _linalg.finite_rows([flat])
         flat = jnp.where(present[:, None], flat, 0)
         total += lowrank.matmul(flat, flat.T)
     usable = present & jnp.isfinite(jnp.diagonal(total))

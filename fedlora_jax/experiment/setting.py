@@ -75,6 +75,8 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
         first["image"] = stored.image(0)[None]
     params = _backbone(config, model, inputs(jax.tree.map(jnp.asarray, first)))
     task = _task(config, model.clone(dtype=dtype_of(config.precision.compute)), inputs)
+    # A run of earlier times has no such switch.
+    task = task._replace(loop=config.model.get("loop", False))
     return Setting(task, params, train, test, domains, stored)
 
 

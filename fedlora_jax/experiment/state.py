@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from fedlora_jax import lora
+from fedlora_jax import blocks, lora
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.data.partition import Parts
 from fedlora_jax.experiment import partitions
@@ -83,6 +83,8 @@ def first_state(
         targets=config.lora.targets,
         rank=config.lora.rank,
     )
+    if setting.task.loop:
+        blocks.check(backbone, adapters)
     server = Server(
         backbone,
         Trainable(adapters, head),

@@ -17,6 +17,7 @@ from scipy import sparse
 from fedlora_jax.federated import cohort, placement
 from fedlora_jax.federated.metrics import Score
 from fedlora_jax.federated.task import Batch, Task, Weighted, outputs
+from fedlora_jax.lora import Params
 from fedlora_jax.methods import Method, Server, Trainable
 
 PyTree: TypeAlias = Any
@@ -248,16 +249,17 @@ def make_evaluate(
     if of_sets and task.predict is None:
         raise ValueError(f"{of_sets[0].name} needs predictions, and the task has none")
 
-    def run(server: Server, trainable: Trainable, examples: Batch) -> _Found:
+    def run(frozen: Params, scale: jax.Array, trainable: Trainable, examples: Batch) -> _Found:
         def of_batch(batch: Batch) -> _Found:
-            given = outputs(task, server.backbone, trainable, batch, scale=server.scale)
+            given = outputs(task, frozen, trainable, batch, scale=scale)
             values = {m.name: m.measure(given, batch) for m in task.metrics if m.measure}
             return _Found(values, task.predict(given) if of_sets and task.predict else None)
 
         return _in_batches(of_batch, examples, batch_size, mesh)
 
     def of_server(server: Server, test: HeldOut) -> _OfServer:
-        found = run(server, server.trainable, test.examples)
+        frozen = task.frozen(server.backbone)
+        found = run(frozen, server.scale, server.trainable, test.examples)
         totals, weights = {}, {}
         for name, (value, weight) in found.values.items():
             totals[name] = jax.ops.segment_sum(value * weight, test.cells, len(test.domains))
@@ -267,11 +269,12 @@ def make_evaluate(
     def of_panel(server: Server, clients: PyTree, test: HeldOut) -> _OfPanel:
         personal = method.personal
         assert personal is not None
+        frozen = task.frozen(server.backbone)
 
         def of_client(inputs: tuple[PyTree, jax.Array, jax.Array]) -> _OfPanel:
             client, own, shares = inputs
             examples = {name: values[own] for name, values in test.examples.items()}
-            found = run(server, personal(server, client), examples)
+            found = run(frozen, server.scale, personal(server, client), examples)
             of_domain = test.domains[test.cells[own]]
             domains, means = {}, {}
             for name, (value, weight) in found.values.items():

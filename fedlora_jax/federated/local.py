@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fedlora_jax import blocks
 from fedlora_jax.federated.faults import Faults
 from fedlora_jax.federated.task import Batch, Task, outputs
 from fedlora_jax.lora import Adapters, Params
@@ -24,7 +25,9 @@ class LocalTraining(NamedTuple):
 
     Attributes:
       optimizer: Any optax optimiser, made with a learning rate of 1: its updates are multiplied by
-        the round's. Each client starts it afresh in each round.
+        the round's. Each client starts it afresh in each round. Where blocks are in a loop
+        (`Task.loop`) it sees those of all blocks as one array, which SGD, Adam and clipping by the
+        norm of all do not mind, and what treats each array by itself does.
       batch_size: Examples a step. A client's last batch in an epoch may hold fewer.
       steps: Optimisation steps a round, or
       epochs: passes over the client's own data instead, if this is not 0.
@@ -66,7 +69,7 @@ def train(
     Args:
       task: What is learned.
       training: How.
-      backbone: Frozen parameters.
+      backbone: Frozen parameters, from `Task.frozen`.
       scale: The factor s.
       start: Initial values, which of them move, and the frozen offset.
       batch_of: From the step to a batch and its mask `[B]`. An example with mask 0 has no
@@ -79,6 +82,9 @@ def train(
     Returns:
       What was trained, and the loss before a step, mean over the steps, `[]`.
     """
+    looped = blocks.is_stacked(backbone)
+    if looped:
+        start = _stacked(start)
     moves = trained_mask(start)
     loss = functools.partial(_loss, task, backbone, scale, start.offset)
 
@@ -86,7 +92,9 @@ def train(
         trainable: Trainable, batch: Batch, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         value = loss(trainable, batch, mask)
-        return value if penalty is None else value + penalty(trainable), value
+        if penalty is not None:
+            return value + penalty(_unstacked(trainable) if looped else trainable), value
+        return value, value
 
     def step(index: jax.Array, carry: _Carry) -> _Carry:
         batch, mask = batch_of(index)
@@ -118,7 +126,20 @@ def train(
     last = jax.lax.fori_loop(0, longest, step, first)
     taken = jnp.maximum(last.steps, 1)
     mean_gradient = jax.tree.map(lambda x: x / taken, last.gradient)
-    return Trained(last.trainable, mean_gradient), last.loss / taken
+    trained = Trained(last.trainable, mean_gradient)
+    return Trained(*map(_unstacked, trained)) if looped else trained, last.loss / taken
+
+
+def _stacked(start: Start) -> Start:
+    trainable = start.trainable
+    return start._replace(
+        trainable=trainable._replace(adapters=blocks.stack_adapters(trainable.adapters)),
+        offset=None if start.offset is None else blocks.stack_adapters(start.offset),
+    )
+
+
+def _unstacked(trainable: Trainable) -> Trainable:
+    return trainable._replace(adapters=blocks.unstack_adapters(trainable.adapters))
 
 
 class _Carry(NamedTuple):

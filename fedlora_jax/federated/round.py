@@ -10,12 +10,12 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from fedlora_jax import _batching, aggregation, bounds, lowrank
+from fedlora_jax import _batching, _linalg, aggregation, bounds, lowrank
 from fedlora_jax.data.clients import ClientData, CohortExamples, local_batch
 from fedlora_jax.federated import faults, local, placement, precision, randomness, visits
 from fedlora_jax.federated.local import BatchOf, LocalTraining
 from fedlora_jax.federated.task import Task
-from fedlora_jax.lora import Adapters
+from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.methods import (
     Context,
     Method,
@@ -197,7 +197,7 @@ def train_cohort(
     learning_rate: ArrayLike,
 ) -> CohortResult:
     """The first half of `run_round`: trains the clients of a cohort over one backbone."""
-    shared = _shared(federation.server, data, seed, learning_rate)
+    shared = _shared(recipe.task, federation.server, data, seed, learning_rate)
     states = _rows(federation.clients, cohort)
     faulty = _faulty(recipe.training, shared, cohort)
     members = _members(states, federation.ranks, data, cohort, faulty)
@@ -224,6 +224,7 @@ class _Shared(NamedTuple):
     """What the clients of a cohort have in common."""
 
     server: Server
+    frozen: Params
     examples: dict[str, jax.Array]
     positions: jax.Array
     seed: jax.Array
@@ -244,9 +245,12 @@ def _members(
     return _Members(states, cohort, ranks[who], counts, data.offsets[who], own, faulty)
 
 
-def _shared(server: Server, data: ClientData, seed: jax.Array, learning_rate: ArrayLike) -> _Shared:
+def _shared(
+    task: Task, server: Server, data: ClientData, seed: jax.Array, learning_rate: ArrayLike
+) -> _Shared:
     examples = {} if isinstance(data.examples, CohortExamples) else data.examples
-    return _Shared(server, examples, data.positions, seed, learning_rate)
+    frozen = task.frozen(server.backbone)
+    return _Shared(server, frozen, examples, data.positions, seed, learning_rate)
 
 
 def _faulty(training: LocalTraining, shared: _Shared, cohort: jax.Array) -> jax.Array | None:
@@ -349,7 +353,7 @@ def _of_client(
         at = server.trainable._replace(adapters=adapters)
         own = batches_of(visits.CALIBRATION)
         available = training.steps_of_epoch(member.num_examples)
-        frozen = (task, server.backbone, server.scale)
+        frozen = (task, shared.frozen, server.scale)
         return local.gradient(*frozen, at, offset, own, jnp.minimum(batches, available))
 
     start = method.start(server, member.state, Context(key("start"), gradient, member.rank))
@@ -358,7 +362,7 @@ def _of_client(
     trained, loss = local.train(
         task,
         training,
-        server.backbone,
+        shared.frozen,
         server.scale,
         start,
         batches_of(visits.BATCHES),
@@ -454,7 +458,7 @@ def run_cohort(
       clients did.
     """
     method, training = recipe.method, recipe.training
-    shared = _shared(server, data, seed, learning_rate)
+    shared = _shared(recipe.task, server, data, seed, learning_rate)
     faulty = _faulty(training, shared, cohort)
     members = _members(states, ranks, data, cohort, faulty)
     result = _train(recipe, shared, members, mesh)
@@ -653,15 +657,8 @@ def _kept(states: PyTree, new: PyTree, finite: jax.Array) -> PyTree:
 
 def _all_finite(tree: PyTree) -> jax.Array:
     """Whether all arrays are finite, for each entry of their common leading axis."""
-    checks = [
-        jnp.all(jnp.isfinite(x).reshape(len(x), -1), axis=1)
-        for x in jax.tree.leaves(tree)
-        if jnp.issubdtype(x.dtype, jnp.inexact)
-    ]
-    # Counted by a product: the compiler makes of `all` a chain over the arrays, and puts it into
-    # every operation that depends on the result, of which there is one an array.
-    counts = lowrank.matmul(jnp.ones(len(checks)), jnp.stack(checks).astype(jnp.float32))
-    return counts == len(checks)
+    distinct = {id(x): x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return _linalg.finite_rows(distinct.values())
 
 
 def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

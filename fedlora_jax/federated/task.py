@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lora
+from fedlora_jax import blocks, lora
 from fedlora_jax.federated import metrics
 from fedlora_jax.federated.metrics import Batch, Measure, Metric, Weighted, equally
 from fedlora_jax.lora import Adapters, Params
@@ -37,6 +37,8 @@ class Task(NamedTuple):
       loss: `(outputs, batch) -> Weighted`, the loss of each example and how much it counts.
       metrics: How the model is judged; the first is the headline.
       predict: `outputs -> [B]`, for metrics of sets; None for a task without them.
+      loop: Go through the model's blocks in a loop (`blocks`): compiled in a fraction of the time
+        where they are many, for the memory of one more backbone.
     """
 
     model: nn.Module
@@ -44,6 +46,11 @@ class Task(NamedTuple):
     loss: Measure
     metrics: tuple[Metric, ...] = ()
     predict: Callable[[Any], jax.Array] | None = None
+    loop: bool = False
+
+    def frozen(self, backbone: Params) -> Params:
+        """A backbone as the model is to be given it, for `outputs`: once a program."""
+        return blocks.stack(backbone) if self.loop else backbone
 
 
 # The metrics that a kind of task can be judged by.
@@ -135,7 +142,7 @@ def outputs(
     scale: jax.Array,
     offset: Adapters | None = None,
 ) -> Any:
-    """The model's outputs on a batch, from frozen and trained parameters."""
+    """The model's outputs on a batch, from parameters of `Task.frozen` and trained ones."""
     return lora.apply(
         task.model,
         lora.join_head(backbone, trainable.head),

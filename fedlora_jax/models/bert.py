@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from fedlora_jax.blocks import over_blocks
+
 Variant = Literal["bert", "roberta"]
 Pooling = Literal["none", "first", "mean"]
 
@@ -129,12 +131,13 @@ class Bert(nn.Module):
         mask = tokens != self.pad_token if mask is None else mask.astype(bool)
         x = self._embed(tokens, token_types)
 
-        block = nn.remat(Block) if self.remat else Block
+        kind = nn.remat(Block) if self.remat else Block
         mlp_dim = self.mlp_dim or 4 * self.width
-        for i in range(self.depth):
-            x = block(
-                self.num_heads, mlp_dim, self.layer_norm_epsilon, self.dtype, name=f"block_{i}"
-            )(x, mask)
+
+        def block(name: str) -> nn.Module:
+            return kind(self.num_heads, mlp_dim, self.layer_norm_epsilon, self.dtype, name=name)
+
+        x = over_blocks(self, block, self.depth, x, mask)
 
         x = x.astype(jnp.float32)
         if self.pooling == "first":

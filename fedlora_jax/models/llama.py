@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from fedlora_jax.blocks import over_blocks
+
 
 class RopeScaling(NamedTuple):
     """Llama 3's stretching of the rotary wavelengths to contexts longer than it was trained on.
@@ -213,9 +215,9 @@ class Block(nn.Module):
         x: jax.Array,
         angle: jax.Array,
         positions: jax.Array | None,
-        cache: LayerCache | None,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        """`[B, T, width] -> [B, T, width]`, and the cache with these tokens in it."""
+        cache: LayerCache | None = None,
+    ) -> Any:
+        """`[B, T, width] -> [B, T, width]`; with a cache a pair, and these tokens in it."""
 
         def normalise(x: jax.Array, name: str) -> jax.Array:
             return RMSNorm(self.norm_epsilon, self.dtype, name=name)(x)
@@ -225,7 +227,8 @@ class Block(nn.Module):
         )
         attended, cache = attention(normalise(x, "norm1"), angle, positions, cache)
         x = x + attended
-        return x + SwiGLU(self.mlp_dim, self.dtype, name="mlp")(normalise(x, "norm2")), cache
+        x = x + SwiGLU(self.mlp_dim, self.dtype, name="mlp")(normalise(x, "norm2"))
+        return x if cache is None else (x, cache)
 
 
 class Llama(nn.Module):
@@ -314,19 +317,26 @@ class Llama(nn.Module):
 
         embedding = nn.Embed(self.vocab_size, self.width, dtype=self.dtype, name="embedding")
         x = embedding(tokens)
-        block = nn.remat(Block) if self.remat else Block
-        layers: list[Any] = []
-        for i in range(self.depth):
-            x, layer = block(
+        kind = nn.remat(Block) if self.remat else Block
+
+        def block(name: str) -> nn.Module:
+            return kind(
                 self.num_heads,
                 self.num_kv_heads,
                 self._head_dim,
                 self.mlp_dim,
                 self.norm_epsilon,
                 self.dtype,
-                name=f"block_{i}",
-            )(x, angle, positions, None if cache is None else cache.layers[i])
-            layers.append(layer)
+                name=name,
+            )
+
+        layers: list[LayerCache] = []
+        if cache is None:
+            x = over_blocks(self, block, self.depth, x, angle, positions)
+        else:
+            for i, layer in enumerate(cache.layers):
+                x, layer = block(f"block_{i}")(x, angle, positions, layer)
+                layers.append(layer)
 
         if only is not None:
             x = jnp.take_along_axis(x, only[:, None, None], axis=1)

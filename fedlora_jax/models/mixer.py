@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from fedlora_jax.blocks import over_blocks
 from fedlora_jax.models.vit import MLP
 
 LAYER_NORM_EPSILON = 1e-6
@@ -83,12 +84,14 @@ class Mixer(nn.Module):
         )(images)
         x = x.reshape(x.shape[0], -1, self.width)
 
-        block = nn.remat(MixerBlock) if self.remat else MixerBlock
+        kind = nn.remat(MixerBlock) if self.remat else MixerBlock
         token_mlp_dim = self.token_mlp_dim or self.width // 2
         channel_mlp_dim = self.channel_mlp_dim or 4 * self.width
-        for i in range(self.depth):
-            x = block(token_mlp_dim, channel_mlp_dim, self.dtype, name=f"block_{i}")(x)
 
+        def block(name: str) -> nn.Module:
+            return kind(token_mlp_dim, channel_mlp_dim, self.dtype, name=name)
+
+        x = over_blocks(self, block, self.depth, x)
         x = nn.LayerNorm(LAYER_NORM_EPSILON, dtype=self.dtype, name="norm")(x)
         return nn.Dense(self.num_classes, name="head")(x.mean(axis=1).astype(jnp.float32))
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from fedlora_jax.blocks import over_blocks
+
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     r"""What `jax.nn.dot_product_attention` computes, in the form whose gradient costs less on CPU.
@@ -156,12 +158,13 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], -1, self.width)
         x = self._add_class_token_and_positions(x)
 
-        block = nn.remat(Block) if self.remat else Block
+        kind = nn.remat(Block) if self.remat else Block
         mlp_dim = self.mlp_dim or 4 * self.width
-        for i in range(self.depth):
-            x = block(
-                self.num_heads, mlp_dim, self.layer_norm_epsilon, self.dtype, name=f"block_{i}"
-            )(x)
+
+        def block(name: str) -> nn.Module:
+            return kind(self.num_heads, mlp_dim, self.layer_norm_epsilon, self.dtype, name=name)
+
+        x = over_blocks(self, block, self.depth, x)
 
         norm = nn.LayerNorm(self.layer_norm_epsilon, dtype=self.dtype, name="norm")
         return nn.Dense(self.num_classes, name="head")(norm(x[:, 0]).astype(jnp.float32))

@@ -98,9 +98,9 @@ def write(path, params, kind="F32", frequencies=None, context=128, **changed):
     return stored
 
 
-def write_random(path, seed=0, **changed):
-    """A file of `MODEL`, but of one block, with random weights."""
-    model, tokens = MODEL.clone(depth=1), jnp.zeros((1, 2), jnp.int32)
+def write_random(path, seed=0, depth=1, **changed):
+    """A file of `MODEL`, but of so many blocks, with random weights."""
+    model, tokens = MODEL.clone(depth=depth), jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) / 8, shapes)
