@@ -79,7 +79,6 @@ from experiments.benchmarks import (
     streaming,
     tree,
 )
-from fedlora_jax import methods
 
 Row = TypeVar("Row")
 
@@ -205,7 +204,7 @@ def aggregation_table() -> None:
 def programs_table() -> None:
     """Measures the program of every method, prints the table and writes it."""
     results: dict[str, Any] = {"environment": environment(), "methods": {}}
-    for name in each("programs", results, rows_of(sorted(methods.REGISTRY))):
+    for name in each("programs", results, rows_of(programs.rows())):
         results["methods"][name] = worker(f"program:{name}")
     write("programs", results, programs.page(results))
 

@@ -30,6 +30,7 @@ SMOLLM2 = {
     "rope_base": 100_000.0,
     "tied": True,
 }
+_LOOP, _LOOPED = "+loop", ("fedit", "fedsmooth_lora")
 WINDOW, BATCH_SIZE, STEPS, EXAMPLES = 128, 4, 10, 64
 
 
@@ -72,6 +73,7 @@ def lower(
       loss: A key of `LOSSES`.
       length: Tokens of a text.
       remat: Whether blocks are computed again in the backward pass.
+      loop: Whether blocks are gone through in a loop.
       clients_per_chunk: How many clients are side by side; None for all.
     """
     model = Llama(depth=blocks, remat=remat, **SMOLLM2)  # type: ignore[arg-type]
@@ -102,14 +104,21 @@ def lower(
     )
 
 
-def measure(method: str, *, blocks: int, clients: int, rank: int) -> dict[str, Any]:
+def rows() -> list[str]:
+    """What is measured: each method, and some with the blocks in a loop as well."""
+    names = sorted(methods.REGISTRY)
+    return [row for name in names for row in (name, name + _LOOP)[: 1 + (name in _LOOPED)]]
+
+
+def measure(row: str, *, blocks: int, clients: int, rank: int) -> dict[str, Any]:
     """Lines of StableHLO, seconds, and memory in bytes; for a process of its own.
 
     The peak is that of the whole process, which has held no array: all that it needed, to load
     the library, to trace and to compile.
     """
     start = time.perf_counter()
-    lowered = lower(method, blocks=blocks, clients=clients, rank=rank)
+    name, loop = row.removesuffix(_LOOP), row.endswith(_LOOP)
+    lowered = lower(name, blocks=blocks, clients=clients, rank=rank, loop=loop)
     traced = time.perf_counter()
     lines = lowered.as_text().count("\n")
     begun = time.perf_counter()
@@ -173,8 +182,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         tabulate(table, headers=headers, tablefmt="github", colalign=("left", *["right"] * 6)),
         "",
-        "`lines`: of StableHLO. `peak`: most resident memory of the process that traced and "
-        "compiled. `held`: state and data of the round; `working`: what it needs besides, as the "
-        "compiler plans it.",
+        "`+loop`: with the blocks in a loop. `lines`: of StableHLO. `peak`: most resident memory "
+        "of the process that traced and compiled. `held`: state and data of the round; "
+        "`working`: what it needs besides, as the compiler plans it.",
     ]
     return "\n".join(lines)
