@@ -29,7 +29,7 @@ from fedlora_jax.lowrank import Factors
 Params: TypeAlias = Mapping[str, Any]
 Adapters: TypeAlias = dict[str, Factors]
 
-# Where a module finds its adapters while it is applied.
+# Where a block in a loop finds its own adapters.
 _COLLECTION, _TERMS = "adapters", "terms"
 
 if not __debug__ and not hasattr(nn.module, "_global_interceptor_stack"):
@@ -241,15 +241,17 @@ def apply(
     """
     trees = [adapters] if offset is None else [adapters, offset]
     variables = dict(params) if "params" in params else {"params": params}
-    if blocks.is_stacked(variables["params"]):
+    looped = blocks.is_stacked(variables["params"])
+    if looped:
         trees = [t if blocks.is_stacked(t) else blocks.stack_adapters(t) for t in trees]
         for tree in trees:
             blocks.check_depth(variables["params"], tree)
     terms = {path: _at(path, trees) for path in sorted({path for tree in trees for path in tree})}
-    # As variables, for Linen to take apart where it loops over blocks.
-    variables[_COLLECTION] = traverse_util.unflatten_dict(
-        {(*path.split("/"), _TERMS) if path else (_TERMS,): found for path, found in terms.items()}
-    )
+    if looped:
+        # As variables, for Linen to take apart in its loop.
+        variables[_COLLECTION] = traverse_util.unflatten_dict(
+            {(*path.split("/"), _TERMS): found for path, found in terms.items()}
+        )
     called: set[str] = set()
 
     def intercept(
@@ -260,9 +262,9 @@ def apply(
     ) -> Any:
         outputs = run(*inputs, **options)
         path = "/".join(context.module.path)
-        # Lifted transforms of a model may pass its parameters on and nothing else.
-        here: tuple[Factors, ...] | None = context.module.get_variable(_COLLECTION, _TERMS)
-        found = here or terms.get(path)
+        found: tuple[Factors, ...] | None = terms.get(path)
+        if path.startswith(blocks.LOOPED):
+            found = context.module.get_variable(_COLLECTION, _TERMS)
         if not found or context.method_name != "__call__":
             return outputs
         called.add(path)
