@@ -30,8 +30,9 @@ SMOLLM2 = {
     "rope_base": 100_000.0,
     "tied": True,
 }
-_LOOP, _LOOPED = "+loop", ("fedit", "fedsmooth_lora")
 WINDOW, BATCH_SIZE, STEPS, EXAMPLES = 128, 4, 10, 64
+# What ends the name of a row with the blocks in a loop, and which methods have one.
+_LOOP, _LOOPED = "+loop", ("fedit", "fedsmooth_lora")
 
 
 def next_token(model: Llama) -> Task:
@@ -106,8 +107,7 @@ def lower(
 
 def rows() -> list[str]:
     """What is measured: each method, and some with the blocks in a loop as well."""
-    names = sorted(methods.REGISTRY)
-    return [row for name in names for row in (name, name + _LOOP)[: 1 + (name in _LOOPED)]]
+    return sorted([*methods.REGISTRY, *(name + _LOOP for name in _LOOPED)])
 
 
 def measure(row: str, *, blocks: int, clients: int, rank: int) -> dict[str, Any]:

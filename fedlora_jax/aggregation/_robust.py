@@ -376,7 +376,7 @@ def _entrywise(stacked: PyTree, weights: jax.Array, function: Any) -> PyTree:
                 f"expected arrays [K={len(present)}, ...] for {len(present)} weights, got one of "
                 f"shape {list(jnp.shape(x))}"
             )
-        present &= jnp.all(jnp.isfinite(x).reshape(len(present), -1), axis=1)
+    present &= _linalg.finite_rows(jax.tree.leaves(stacked))
 
     def of(x: jax.Array) -> jax.Array:
         wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))

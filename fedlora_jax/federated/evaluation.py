@@ -257,8 +257,7 @@ def make_evaluate(
 
         return _in_batches(of_batch, examples, batch_size, mesh)
 
-    def of_server(server: Server, test: HeldOut) -> _OfServer:
-        frozen = task.frozen(server.backbone)
+    def of_server(server: Server, frozen: Params, test: HeldOut) -> _OfServer:
         found = run(frozen, server.scale, server.trainable, test.examples)
         totals, weights = {}, {}
         for name, (value, weight) in found.values.items():
@@ -266,10 +265,9 @@ def make_evaluate(
             weights[name] = jax.ops.segment_sum(weight, test.cells, len(test.domains))
         return _OfServer(totals, weights, found.predictions)
 
-    def of_panel(server: Server, clients: PyTree, test: HeldOut) -> _OfPanel:
+    def of_panel(server: Server, frozen: Params, clients: PyTree, test: HeldOut) -> _OfPanel:
         personal = method.personal
         assert personal is not None
-        frozen = task.frozen(server.backbone)
 
         def of_client(inputs: tuple[PyTree, jax.Array, jax.Array]) -> _OfPanel:
             client, own, shares = inputs
@@ -294,9 +292,10 @@ def make_evaluate(
         server: Server, clients: PyTree, test: HeldOut
     ) -> tuple[_OfServer | None, _OfPanel | None]:
         of_all = method.shared or method.personal is None
+        frozen = task.frozen(server.backbone)
         return (
-            of_server(server, test) if of_all else None,
-            None if method.personal is None else of_panel(server, clients, test),
+            of_server(server, frozen, test) if of_all else None,
+            None if method.personal is None else of_panel(server, frozen, clients, test),
         )
 
     def evaluate(server: Server, clients: PyTree, test: HeldOut) -> Evaluation:

@@ -82,8 +82,7 @@ def train(
     Returns:
       What was trained, and the loss before a step, mean over the steps, `[]`.
     """
-    looped = blocks.is_stacked(backbone)
-    if looped:
+    if blocks.is_stacked(backbone):
         start = _stacked(start)
     moves = trained_mask(start)
     loss = functools.partial(_loss, task, backbone, scale, start.offset)
@@ -92,9 +91,7 @@ def train(
         trainable: Trainable, batch: Batch, mask: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         value = loss(trainable, batch, mask)
-        if penalty is not None:
-            return value + penalty(_unstacked(trainable) if looped else trainable), value
-        return value, value
+        return value if penalty is None else value + penalty(_unstacked(trainable)), value
 
     def step(index: jax.Array, carry: _Carry) -> _Carry:
         batch, mask = batch_of(index)
@@ -126,8 +123,7 @@ def train(
     last = jax.lax.fori_loop(0, longest, step, first)
     taken = jnp.maximum(last.steps, 1)
     mean_gradient = jax.tree.map(lambda x: x / taken, last.gradient)
-    trained = Trained(last.trainable, mean_gradient)
-    return Trained(*map(_unstacked, trained)) if looped else trained, last.loss / taken
+    return Trained(_unstacked(last.trainable), _unstacked(mean_gradient)), last.loss / taken
 
 
 def _stacked(start: Start) -> Start:
@@ -139,6 +135,7 @@ def _stacked(start: Start) -> Start:
 
 
 def _unstacked(trainable: Trainable) -> Trainable:
+    """By kernel, as it is where nothing was stacked."""
     return trainable._replace(adapters=blocks.unstack_adapters(trainable.adapters))
 
 

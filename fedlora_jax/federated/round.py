@@ -657,8 +657,8 @@ def _kept(states: PyTree, new: PyTree, finite: jax.Array) -> PyTree:
 
 def _all_finite(tree: PyTree) -> jax.Array:
     """Whether all arrays are finite, for each entry of their common leading axis."""
-    distinct = {id(x): x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
-    return _linalg.finite_rows(distinct.values())
+    arrays, _ = _distinct(tree)
+    return _linalg.finite_rows(x for x in arrays if jnp.issubdtype(x.dtype, jnp.inexact))
 
 
 def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
