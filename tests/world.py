@@ -19,6 +19,7 @@ from fedlora_jax.federated.task import Task, classification
 from fedlora_jax.methods import Server, Trainable
 
 COHORT = jnp.array([0, 2, 3, 6])
+NOBODY = -1
 COUNTS = (3, 9, 4, 17, 8, 5, 12)
 SCALE = 1.5
 
@@ -151,6 +152,11 @@ def _gradients(model, backbone, scale, trainable, batch):
         return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
 
     return jax.vmap(jax.grad(loss), in_axes=(None, 0))(trainable, batch)
+
+
+def alone(*clients: int) -> jax.Array:
+    """A cohort of some clients with places for four, so that one program serves all."""
+    return jnp.array([*clients, *[NOBODY] * (len(COHORT) - len(clients))])
 
 
 def any_client(federation: Federation):

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from fedlora_jax.checksums import Damaged
 from fedlora_jax.lora import Adapters
@@ -123,6 +122,8 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, first_round: int):
+        from tensorboardX import SummaryWriter  # which imports torch wherever that is installed
+
         kept = [json.dumps(row) for row in read_metrics(workdir, first_round)[:first_round]]
         _mend(workdir / METRICS, [line.encode() for line in kept])
         _mend(workdir / BACKUP, [_sealed(line).encode() for line in kept])

@@ -411,7 +411,7 @@ def run_round(
       recipe: What is learned, and how.
       federation: The state before the round.
       data: The data of all clients.
-      cohort: Identities, int32 `[K]`, without repetition.
+      cohort: Identities, int32 `[K]`, without repetition but of -1, see `run_cohort`.
       seed: The seed's key.
       learning_rate: Of this round.
 
@@ -637,7 +637,8 @@ def _put(clients: PyTree, cohort: jax.Array, states: PyTree) -> PyTree:
     absent = len(cohort)
     num_clients = len(jax.tree.leaves(clients)[0]) if jax.tree.leaves(clients) else 0
     # Gathered by each client's place in the cohort: a scatter is a loop of its own for each array.
-    place = jnp.full(num_clients, absent).at[cohort].set(jnp.arange(absent))
+    who = jnp.where(cohort < 0, num_clients, cohort)
+    place = jnp.full(num_clients, absent).at[who].set(jnp.arange(absent), mode="drop")
 
     def put(stacked: jax.Array, values: jax.Array) -> jax.Array:
         renewed = (place < absent).reshape(-1, *[1] * (values.ndim - 1))

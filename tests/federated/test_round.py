@@ -18,7 +18,7 @@ from fedlora_jax.federated.round import (
     train_cohort,
 )
 from fedlora_jax.methods import Trainable
-from tests.world import COHORT, learning_rate, method_of, positions, train_by_hand
+from tests.world import COHORT, NOBODY, alone, learning_rate, method_of, positions, train_by_hand
 
 AVERAGING = ["fedit", "lora_fair", "flora_na"]
 
@@ -76,11 +76,11 @@ def test_epochs_are_passes_over_the_clients_own_data(world):
     assert np.isfinite(metrics.client_loss).all()
 
 
-@pytest.mark.parametrize("name", ["fedit", "fedsmooth_lora", "local"])
-@pytest.mark.parametrize("chunk", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "chunk"), [("fedit", 1), ("fedit", 3), ("fedsmooth_lora", 3), ("local", 3)]
+)
 def test_chunks_of_a_cohort_give_what_the_cohort_gives(world, name, chunk):
-    whole, _, _, result = world.run(name, [COHORT])
-    _, after, _, _ = world.run(name, [COHORT])
+    whole, after, _, result = world.run(name, [COHORT])
     recipe = Recipe(world.task, method_of(name), world.training, clients_per_chunk=chunk)
     chunked, metrics, pieces = jax.jit(functools.partial(run_round, recipe))(
         whole, world.data, COHORT, world.seed, jnp.float32(0.2)
@@ -140,7 +140,7 @@ def test_memory_that_does_not_fit_is_seen():
 
 
 def test_second_round_starts_from_the_first_with_its_own_rate_and_batches(world):
-    federation, _ = rounds(world, "fedit", [COHORT, COHORT[:1]])
+    federation, _ = rounds(world, "fedit", [COHORT, alone(0)])
     first, _ = rounds(world, "fedit", [COHORT])
     assert_close(
         federation.server.trainable, train_by_hand(world, 0, first.server.trainable, round_index=1)
@@ -149,7 +149,7 @@ def test_second_round_starts_from_the_first_with_its_own_rate_and_batches(world)
 
 @pytest.mark.parametrize("name", AVERAGING)
 def test_one_client_is_its_own_aggregate(world, name):
-    federation, metrics = rounds(world, name, [COHORT[:1]])
+    federation, metrics = rounds(world, name, [alone(0)])
     trained = train_by_hand(world, 0, world.server.trainable)
     for path, (a, b) in federation.server.trainable.adapters.items():
         start, end = world.server.trainable.adapters[path], trained.adapters[path]
@@ -188,12 +188,13 @@ def test_nothing_recompiles_after_the_first_round(world, name, caplog):
 
 
 def test_jit_equals_no_jit(world):
-    """Of one adapted kernel: without jit each operation on each shape is a program of its own."""
-    method, cohort = methods.lora_fair(steps=3), COHORT[:2]
+    """Small: without jit each operation on each shape is a program of its own."""
+    method, cohort = methods.lora_fair(steps=2), COHORT[:2]
     adapters, head = world.server.trainable
     trainable = Trainable({"second": adapters["second"]}, head)
     world = world._replace(server=world.server._replace(trainable=trainable))
-    step = functools.partial(run_round, Recipe(world.task, method, world.training))
+    training = world.training._replace(optimizer=optax.sgd(1.0), steps=2)
+    step = functools.partial(run_round, Recipe(world.task, method, training))
     state = (world.federation(method), world.data, cohort, world.seed, jnp.float32(0.2))
     jitted, _, _ = jax.jit(step)(*state)
     with jax.disable_jit():
@@ -207,7 +208,7 @@ def test_diverged_client_is_left_out(world, name):
     x = world.data.examples["x"].at[poisoned].set(jnp.nan)
     bad = world._replace(data=world.data._replace(examples={**world.data.examples, "x": x}))
     with_it, metrics = rounds(bad, name, [COHORT])
-    without, _ = rounds(world, name, [jnp.array([0, 3, 6])])
+    without, _ = rounds(world, name, [alone(0, 3, 6)])
     assert int(metrics.excluded) == 1
     assert np.isfinite(metrics.loss) and np.isfinite(metrics.aggregation_error)
     assert_close(with_it.server.trainable, without.server.trainable)
@@ -228,6 +229,16 @@ def test_if_all_diverge_the_server_keeps_its_state(world):
     federation, metrics = rounds(bad, "fedit", [COHORT])
     assert int(metrics.excluded) == len(COHORT)
     assert_equal(federation.server.trainable, world.server.trainable)
+
+
+def test_a_place_of_nobody_changes_nobody(world):
+    """Wherever it is, also beside the last of all clients."""
+    one, metrics = rounds(world, "local", [jnp.array([NOBODY, 6, NOBODY, 0])])
+    two, _ = rounds(world, "local", [alone(0, 6)])
+    assert_equal(one.clients, two.clients)
+    assert int(metrics.excluded) == 0
+    moved = jax.tree.map(lambda x: np.any(x != x[3], axis=tuple(range(1, x.ndim))), one.clients)
+    assert all(x.tolist() == [k in (0, 6) for k in range(7)] for x in jax.tree.leaves(moved))
 
 
 def test_local_clients_train_alone_and_absent_ones_stay(world):

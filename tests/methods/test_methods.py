@@ -15,7 +15,7 @@ from fedlora_jax.experiment.checkpoints import Checkpoints
 from fedlora_jax.federated import communication
 from fedlora_jax.federated.round import Recipe, run_round
 from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
-from tests.world import COHORT, any_client, method_of, train_by_hand
+from tests.world import COHORT, alone, any_client, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
 EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "random_basis_lora", "rolora"]
@@ -85,7 +85,7 @@ def test_one_client_alone_is_centralised_training(world, name, rounds):
     """The global model is what plain LoRA steps on that client's data give, in its own words."""
     if name == "central":  # the world's data are not pooled, but one client is all there is here
         name = "fedit"
-    before, after, _, result = world.run(name, [jnp.array([3])] * rounds)
+    before, after, _, result = world.run(name, [alone(3)] * rounds)
     first = jax.tree.map(lambda x: x[0], result.start)
     penalty = method_of(name).penalty
 
