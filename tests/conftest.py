@@ -51,7 +51,8 @@ TOGETHER = {
 }
 # What takes long goes first, the longest before all, so that no worker is left alone with one.
 LONG = [
-    *TOGETHER,
+    "world",
+    "stacks",
     "test_programs",
     "test_notebooks",
     "test_papers",
@@ -72,15 +73,25 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            name = Path(nodeid.split("::")[0]).stem
-            return TOGETHER.get(name, name)
+            return group_of(Path(nodeid.split("::")[0]).stem)
 
     return Together(config, log)
 
 
+def group_of(file):
+    return TOGETHER.get(file, file)
+
+
 def pytest_collection_modifyitems(items):
+    """In the world method by method: a method's programs are made once, and then dropped."""
     place = {name: index for index, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+    def key(item):
+        group = group_of(item.path.stem)
+        parameters = item.callspec.params if group == "world" and hasattr(item, "callspec") else {}
+        return place.get(group, len(LONG)), str(parameters.get("name", ""))
+
+    items.sort(key=key)
 
 
 def pytest_collection_finish():

@@ -84,7 +84,10 @@ def first_state(
         rank=config.lora.rank,
     )
     if setting.task.loop:
-        blocks.check(backbone, adapters)
+        try:
+            blocks.check(backbone, adapters)
+        except ValueError as error:
+            raise ValueError(f"config.model.loop=True is impossible here: {error}") from error
     server = Server(
         backbone,
         Trainable(adapters, head),
