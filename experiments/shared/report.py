@@ -1,5 +1,6 @@
 """Tables and plots from the metrics of finished runs."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -321,8 +322,29 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
         "## Plots",
         plots.save(workdir, drawn),
     ]
+    records.write_atomically(workdir / "runs.jsonl", curves(runs, metric))
     records.write_atomically(workdir / "report.md", "\n\n".join(parts) + "\n")
     return workdir / "report.md"
+
+
+def curves(runs: Runs, metric: Metric) -> str:
+    """A line of JSON a run: the headline metric and the aggregation error after each round.
+
+    It is what differences under a seed need, of methods that have not run yet too.
+    """
+    lines = [
+        {
+            "method": name,
+            "seed": rows[0]["seed"],
+            **{
+                field: [None if row[field] is None else float(f"{row[field]:.6g}") for row in rows]
+                for field in (metric.name, "aggregation_error")
+            },
+        }
+        for name, seeds in runs.items()
+        for rows in seeds
+    ]
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def aligned(head: list[str], rows: list[list[str]], style: str) -> str:

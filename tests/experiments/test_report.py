@@ -1,5 +1,7 @@
 """Tables and plots from metrics."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -122,6 +124,19 @@ def test_report_of_many_methods(tmp_path):
     # The method on pooled data is not among those that aggregate.
     assert "over the 17 methods that aggregate, within each seed: mean -" in text
     assert len({tuple(look.items()) for look in plots.styles(names).values()}) == 18
+
+
+def test_a_line_for_each_run_has_what_differences_need(tmp_path, runs):
+    report.write(tmp_path, runs, study(dict.fromkeys(runs, 0.1)))
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(x["method"], x["seed"]) for x in lines] == [(m, s) for m in runs for s in range(3)]
+    assert lines[1] == {
+        "method": "local",
+        "seed": 1,
+        "accuracy": [0.3, 0.41],
+        "aggregation_error": [None, None],
+    }
+    assert lines[-1]["aggregation_error"] == [0.1, 0.1]
 
 
 def test_report_of_few_methods(tmp_path, runs):
