@@ -27,15 +27,11 @@ def assert_close(got, want, rtol=1e-4, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), got, want)
 
 
-# By the identities of a method and of its training, which are held here.
-PROGRAMS = {}
-
-
 def run(world, method, rounds=1, training=None, cohort=COHORT):
     """States before and after each round, and what the clients did."""
-    recipe = Recipe(world.task, method, training or world.training)
-    program = jax.jit(functools.partial(run_round, recipe))
-    _, step = PROGRAMS.setdefault((id(method), id(recipe.training)), (recipe, program))
+    step = jax.jit(
+        functools.partial(run_round, Recipe(world.task, method, training or world.training))
+    )
     federation, history = world.federation(method), []
     for index in range(rounds):
         rate = jnp.float32(0.2 / (1 + index))
@@ -229,13 +225,9 @@ def test_server_optimizers_are_those_of_the_paper(world, name):
         np.testing.assert_allclose(got, step, rtol=1e-4, atol=2e-6)
 
 
-@functools.cache
-def private(name, clip, noise):
-    return transforms.private(method_of(name), clip=clip, noise_multiplier=noise)
-
-
 def privately(world, name, clip, noise):
-    return run(world, private(name, clip, noise))[0]
+    method = transforms.private(method_of(name), clip=clip, noise_multiplier=noise)
+    return run(world, method)[0]
 
 
 @pytest.mark.parametrize("name", ["fedit", "ffa_lora"])
