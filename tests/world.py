@@ -46,7 +46,10 @@ class World(NamedTuple):
     seed: jax.Array
 
     def run(self, name: str, cohorts, ranks=None, **options):
-        """A round for each cohort; the state before the last one, after it, and what came of it."""
+        """A round for each cohort; the state before the last one, after it, and what came of it.
+
+        That is of NumPy, which is sliced and added without a program for each shape.
+        """
         method = method_of(name)
         federation = before = self.federation(method, ranks)
         metrics = result = None
@@ -55,7 +58,7 @@ class World(NamedTuple):
             federation, metrics, result = _compiled(name, self.task, self.training, *options)(
                 federation, self.data, cohort, self.seed, learning_rate(federation)
             )
-        return before, federation, metrics, result
+        return before, federation, *jax.device_get((metrics, result))
 
     def go_on(self, name: str, federation: Federation) -> Federation:
         """The state after one more round."""
@@ -112,17 +115,17 @@ def train_by_hand(
     optimiser sees it.
     """
     server, training = world.server, training or world.training
+    trainable = jax.device_get(trainable)
     backbone = server.backbone if backbone is None else backbone
     key = randomness.of_client(world.seed, "batches", round_index, client)
 
     def masked(tree):
         if trains is None:
             return tree
-        return jax.tree.map(lambda x, keep: jnp.where(keep, x, 0), tree, trains)
+        return jax.tree.map(lambda x, keep: np.where(keep, x, 0), tree, trains)
 
     # Compiled once for all clients, whose last batches differ in size.
     gradients = functools.partial(_gradients, world.task.model, backbone, server.scale)
-    update = jax.jit(training.optimizer.update)
     state = jax.jit(training.optimizer.init)(trainable)
     count, own = world.data.counts[client], positions(world.data, client)
     for step in range(int(training.steps_of(count))):
@@ -131,14 +134,20 @@ def train_by_hand(
         every = gradients(trainable, batch)
         slope = jax.tree.map(lambda g, mask=mask: np.asarray(g)[mask].mean(0), every)
         slope = masked(correct(slope, trainable))
-        updates, state = update(slope, state, trainable)
-        rate = 0.2 / (1 + round_index)
-        updates = jax.tree.map(lambda u, rate=rate: rate * u, masked(updates))
-        trainable = optax.apply_updates(trainable, updates)
+        updates, state = _update(training.optimizer.update, slope, state, trainable)
+        rate = np.float32(0.2 / (1 + round_index))
+        updates = masked(jax.device_get(updates))
+        trainable = jax.tree.map(lambda x, u, rate=rate: x + rate * u, trainable, updates)
     return trainable
 
 
 _local_batch = jax.jit(local_batch, static_argnums=3)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _update(update, *arguments):
+    """An optimiser's, one program for all that train by hand."""
+    return update(*arguments)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -161,7 +170,7 @@ def alone(*clients: int) -> jax.Array:
 
 def any_client(federation: Federation):
     """The state of a client."""
-    return jax.tree.map(lambda x: x[0], federation.clients)
+    return jax.tree.map(lambda x: x[0], jax.device_get(federation.clients))
 
 
 def positions(data: ClientData, client: int) -> np.ndarray:

@@ -54,10 +54,10 @@ def models_of(server):
 def ideal(world, before, result):
     """`W + s sum_k p_k (a_k b_k + offset_k)` from what the clients arrived at."""
     counts = np.float64(world.data.counts[COHORT])
-    changes = jax.vmap(change)(result.start, result.trained)
+    changes = jax.device_get(jax.jit(jax.vmap(change))(result.start, result.trained))
     total = None
     for index, share in enumerate(counts / counts.sum()):
-        mine = kernels(before.server, jax.tree.map(lambda x, i=index: x[i], changes))
+        mine = kernels(before.server, at(changes, index))
         mine = {path: share * kernel for path, kernel in mine.items()}
         total = mine if total is None else {path: total[path] + mine[path] for path in mine}
     return total
@@ -86,16 +86,16 @@ def test_one_client_alone_is_centralised_training(world, name, rounds):
     if name == "central":  # the world's data are not pooled, but one client is all there is here
         name = "fedit"
     before, after, _, result = world.run(name, [alone(3)] * rounds)
-    first = jax.tree.map(lambda x: x[0], result.start)
+    first = at(result.start, 0)
     penalty = method_of(name).penalty
 
     def correct(gradient, trainable):
         """HetLoRA has a term of its own in the loss."""
         if penalty is None:
             return gradient
-        mine = jax.tree.map(lambda x: x[3], before.clients)
-        slope = jax.grad(penalty, argnums=3)(before.server, mine, first, trainable)
-        return jax.tree.map(jnp.add, gradient, slope)
+        mine = at(jax.device_get(before.clients), 3)
+        slope = slope_of(penalty)(before.server, mine, first, trainable)
+        return jax.tree.map(np.add, gradient, slope)
 
     trained = train_by_hand(
         world,
@@ -114,6 +114,12 @@ def test_one_client_alone_is_centralised_training(world, name, rounds):
         after.server.trainable.head,
         trained.head,
     )
+
+
+@functools.cache
+def slope_of(penalty):
+    """The gradient of a method's term in the loss, compiled once."""
+    return jax.jit(jax.grad(penalty, argnums=3))
 
 
 RANKED = [name for name in ALL if "unequal_ranks" not in method_of(name).refuses]
@@ -209,7 +215,7 @@ def test_impossible_ranks_are_refused(world, ranks):
 
 
 def test_hetlora_prunes_a_tail_that_shrinks_and_keeps_what_it_pruned(world):
-    method = methods.hetlora(pruning=5.0)
+    method, penalty = methods.hetlora(pruning=5.0), jax.jit(aggregation.tail_penalty)
     step = jax.jit(functools.partial(run_round, Recipe(world.task, method, world.training)))
     ones = jax.tree.map(jnp.ones_like, world.server.trainable.adapters)
     server = world.server._replace(trainable=world.server.trainable._replace(adapters=ones))
@@ -221,10 +227,8 @@ def test_hetlora_prunes_a_tail_that_shrinks_and_keeps_what_it_pruned(world):
         # The state says what the next round has.
         kept = np.asarray(federation.clients)[COHORT]
         before, after = (
-            np.array(
-                [aggregation.tail_penalty(at(tree, k), int(r)) for k, r in enumerate(ranks[-1])]
-            )
-            for tree in (result.start.trainable.adapters, result.trained.adapters)
+            np.array([penalty(at(tree, k), r) for k, r in enumerate(ranks[-1])])
+            for tree in jax.device_get((result.start.trainable.adapters, result.trained.adapters))
         )
         pruned = (after < before) & (ranks[-1] > 1)
         np.testing.assert_array_equal(kept, np.where(pruned, ranks[-1] - 1, ranks[-1]))
@@ -325,7 +329,7 @@ def test_a_mean_would_do_where_the_page_says_so(world, cohort_of, name):
     weights = world.data.counts[COHORT].astype(jnp.float32)
     before, result, _ = cohort_of(name)
     mean = methods.mean(result.uploads, weights)
-    copies = jax.tree.map(lambda x: jnp.stack([x] * len(COHORT)), mean)
+    copies = jax.tree.map(lambda x: np.stack([x] * len(COHORT)), mean)
     one, _ = method_of(name).aggregate(before.server, result.uploads, weights)
     two, _ = method_of(name).aggregate(before.server, copies, weights)
     for x, y in zip(*map(jax.tree.leaves, (model_and_head(one), model_and_head(two)))):
@@ -353,7 +357,7 @@ def test_state_of_absent_clients_stays(world, cohort_of, name):
     before, _, after = cohort_of(name)
     absent = [i for i in range(len(world.data.counts)) if i not in COHORT.tolist()]
     for x, y in zip(jax.tree.leaves(before.clients), jax.tree.leaves(after.clients), strict=True):
-        np.testing.assert_array_equal(x[jnp.array(absent)], y[jnp.array(absent)])
+        np.testing.assert_array_equal(np.asarray(x)[absent], np.asarray(y)[absent])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -367,7 +371,7 @@ def test_a_restored_state_goes_on_to_the_bit(world, cohort_of, name, tmp_path):
     checkpoints.close()
     _, _, second = cohort_of(name, rounds=2)
     # By way of NumPy, or the program would be compiled again for arrays tied to a device.
-    resumed = world.go_on(name, jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), restored))
+    resumed = world.go_on(name, jax.device_get(restored))
     jax.tree.map(np.testing.assert_array_equal, resumed, second)
 
 
@@ -420,7 +424,7 @@ def test_bytes_are_those_of_the_arrays_that_cross(world, cohort_of, name):
     method = method_of(name)
     made = communication.messages(method, before.server, any_client(before), len(COHORT))
     counted = communication.count(method, after.server, made, 0)
-    upload = jax.tree.map(lambda x: x[0], result.uploads)
+    upload = at(result.uploads, 0)
     arrays = jax.tree.leaves(method.sent(upload, 0))
     assert counted.up == sum(np.asarray(x).nbytes for x in arrays)
     _, aggregated = method.aggregate(before.server, result.uploads, jnp.ones(len(COHORT)))
@@ -499,11 +503,9 @@ def test_rolora_sends_the_other_factor_in_odd_rounds(world):
 def test_personal_model_is_the_clients_own(world, cohort_of, name):
     _, result, after = cohort_of(name)
     for position, client in enumerate(COHORT.tolist()):
-        own = method_of(name).personal(
-            after.server, jax.tree.map(lambda x, c=client: x[c], after.clients)
-        )
+        own = method_of(name).personal(after.server, at(after.clients, client))
         for path, factors in own.adapters.items():
-            trained = jax.tree.map(lambda x, k=position: x[k], result.trained.adapters[path])
+            trained = at(result.trained.adapters[path], position)
             np.testing.assert_array_equal(factors.b, trained.b)
             if name == "local":
                 np.testing.assert_array_equal(factors.a, trained.a)
@@ -515,7 +517,7 @@ def test_personal_model_is_the_clients_own(world, cohort_of, name):
 def test_clients_that_go_on_are_judged_where_they_ended(world, cohort_of, name):
     """Up to what the truncation to rank r drops of a change of rank 2 r."""
     _, result, after = cohort_of(name)
-    method = method_of(name)
+    personal = jax.jit(method_of(name).personal)
     # Here no two layers have one shape.
     uploads = {
         path: jax.tree.map(lambda x: x[:, 0], factors)
@@ -524,8 +526,8 @@ def test_clients_that_go_on_are_judged_where_they_ended(world, cohort_of, name):
         )
     }
     for client in range(len(world.data.counts)):
-        mine = jax.tree.map(lambda x, c=client: x[c], after.clients)
-        reached = kernels(after.server, method.personal(after.server, mine).adapters)
+        mine = at(jax.device_get(after.clients), client)
+        reached = kernels(after.server, personal(after.server, mine).adapters)
         for path, kernel in reached.items():
             if client not in COHORT.tolist():
                 np.testing.assert_allclose(kernel, lora.kernels(after.server.backbone)[path])

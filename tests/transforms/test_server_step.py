@@ -260,9 +260,10 @@ def test_steps_survive_in_bfloat16(world, name):
         federation = create(jax.random.key(5), method, server, len(COUNTS))
         first = server = federation.server
         clients = jax.tree.map(lambda x: x[COHORT], federation.clients)
-        uploads, _ = uploads_of(method, server, clients, jax.random.key(1))
-        small = lambda x, own: own + 1e-3 * (x - own)  # noqa: E731
-        uploads = jax.tree.map(small, uploads, server.trainable)
+        send = jax.jit(functools.partial(uploads_of, method))
+        uploads, _ = jax.device_get(send(server, clients, jax.random.key(1)))
+        small = lambda x, own: own + np.float32(1e-3) * (x - own)  # noqa: E731
+        uploads = jax.tree.map(small, uploads, jax.device_get(server.trainable))
         aggregate = jax.jit(method.aggregate)
         for _ in range(2):
             server, _ = aggregate(server, uploads, WEIGHTS)

@@ -28,7 +28,7 @@ def assert_close(got, want, rtol=1e-4, atol=1e-5):
 
 
 def run(world, method, rounds=1, training=None, cohort=COHORT):
-    """States before and after each round, and what the clients did."""
+    """States before and after each round, and what the clients did; of NumPy, as in `World.run`."""
     step = jax.jit(
         functools.partial(run_round, Recipe(world.task, method, training or world.training))
     )
@@ -36,7 +36,7 @@ def run(world, method, rounds=1, training=None, cohort=COHORT):
     for index in range(rounds):
         rate = jnp.float32(0.2 / (1 + index))
         after, metrics, result = step(federation, world.data, cohort, world.seed, rate)
-        history.append((federation, result, metrics, after))
+        history.append(jax.device_get((federation, result, metrics, after)))
         federation = after
     return history
 
@@ -79,7 +79,7 @@ def test_refusals_are_of_known_combinations():
 
 def test_fedprox_pulls_towards_the_start(world):
     (_, result, _, _), *_ = run(world, transforms.fedprox(methods.fedit(), mu=0.7))
-    start = world.server.trainable
+    start = jax.device_get(world.server.trainable)
 
     def correct(gradient, trainable):
         return jax.tree.map(lambda g, x, y: g + 0.7 * (x - y), gradient, trainable, start)
@@ -105,30 +105,30 @@ def scaffolded(world):
 
 def test_scaffold_is_algorithm_1(world, scaffolded):
     training, history = scaffolded
-    zero = jax.tree.map(jnp.zeros_like, world.server.trainable)
+    zero = jax.tree.map(np.zeros_like, world.server.trainable)
     server_control, own = zero, {int(client): zero for client in COHORT}
-    reached = world.server.trainable
+    reached = jax.device_get(world.server.trainable)
     for index, (_, _, _, after) in enumerate(history):
         rate, trained = 0.2 / (1 + index), []
         changes = []
         for client in COHORT.tolist():
-            shift = jax.tree.map(jnp.subtract, server_control, own[client])
+            shift = jax.tree.map(np.subtract, server_control, own[client])
             end = train_by_hand(
                 world,
                 client,
                 reached,
                 index,
                 training=training,
-                correct=lambda g, _, shift=shift: jax.tree.map(jnp.add, g, shift),
+                correct=lambda g, _, shift=shift: jax.tree.map(np.add, g, shift),
             )
             moved = jax.tree.map(lambda x, y, r=rate: (x - y) / (3 * r), reached, end)
             new = jax.tree.map(lambda m, s: m - s, moved, shift)  # option II
-            changes.append(jax.tree.map(jnp.subtract, new, own[client]))
+            changes.append(jax.tree.map(np.subtract, new, own[client]))
             own[client] = new
             trained.append(end)
         reached = mean(trained)
         added = mean(changes, np.array(COUNTS)[np.asarray(COHORT)] / sum(COUNTS))
-        server_control = jax.tree.map(jnp.add, server_control, added)
+        server_control = jax.tree.map(np.add, server_control, added)
         assert_close(after.server.trainable, reached, rtol=1e-3, atol=1e-5)
         assert_close(after.server.memory.own, server_control, rtol=1e-3, atol=1e-4)
         for client in COHORT.tolist():
@@ -242,16 +242,16 @@ def test_privacy_without_clip_or_noise_is_the_round_by_equal_weights(world, name
 
 def test_clients_are_clipped_over_all_that_they_send(world):
     before, result, _, after = privately(world, "fedit", clip=0.05, noise=0.0)
-    total = jax.tree.map(jnp.zeros_like, world.server.trainable)
+    total = jax.tree.map(np.zeros_like, world.server.trainable)
     for position in range(len(COHORT)):
         change = jax.tree.map(
             lambda x, y, k=position: x[k] - y, result.uploads, before.server.trainable
         )
-        norm = np.sqrt(sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(change)))
+        norm = np.sqrt(sum(np.sum(x**2) for x in jax.tree.leaves(change)))
         assert norm > 0.05
         total = jax.tree.map(lambda x, y, n=norm: x + y * 0.05 / n / len(COHORT), total, change)
     assert_close(
-        after.server.trainable, jax.tree.map(jnp.add, before.server.trainable, total), atol=1e-6
+        after.server.trainable, jax.tree.map(np.add, before.server.trainable, total), atol=1e-6
     )
 
 
@@ -259,7 +259,7 @@ def test_clients_are_clipped_over_all_that_they_send(world):
 def test_noise_has_the_stated_size_and_leaves_what_is_not_sent(world, name):
     clip, noise = 0.5, 40.0
     before, _, _, after = privately(world, name, clip, noise)
-    difference = jax.tree.map(jnp.subtract, after.server.trainable, before.server.trainable)
+    difference = jax.tree.map(np.subtract, after.server.trainable, before.server.trainable)
     sent = [difference.head, [f.b for f in difference.adapters.values()]]
     values = np.concatenate([np.ravel(x) for x in jax.tree.leaves(sent)])
     deviation = clip * noise / len(COHORT)
