@@ -1,11 +1,11 @@
 """The regimes of three papers on the six domains of digits: all clients present, SGD, one epoch.
 
     python -m experiments.compare --config=configs/digits_regimes.py:regime=lora_fair \\
-        --methods=fedit,lora_fair,flexlora,flora,ffa_lora --seeds=3 --workdir=runs/fair
+        --methods=fedit,lora_fair,flexlora,flora,ffa_lora --seeds=5 --workdir=runs/fair
     python -m experiments.compare --config=configs/digits_regimes.py:regime=fedsmooth_lora \\
-        --methods=fedit,flora,frlora,fedsmooth_lora --seeds=3 --workdir=runs/smooth
+        --methods=fedit,flora,frlora,fedsmooth_lora --seeds=5 --workdir=runs/smooth
     python -m experiments.compare --config=configs/digits_regimes.py:regime=flora_na,alpha=0.3 \\
-        --methods=fedit,flora_na,flexlora,fedex_lora --seeds=3 --workdir=runs/na
+        --methods=fedit,flora_na,flexlora,fedex_lora --seeds=5 --workdir=runs/na
 
 The federation of `configs/digits.py` has thirty clients, of whom eighteen train eight steps by
 AdamW. The papers have few, all of whom train an epoch by SGD 0.01 with momentum 0.9:
