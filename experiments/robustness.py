@@ -9,24 +9,23 @@ One program is compiled for a method with a rule. Writes `results.json` after ea
 `README.md` with the tables; given the same command again, it goes on from the runs that are there.
 """
 
-import json
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.shared import report
+from experiments.shared import report, rounds
 from experiments.shared.apps import command, method_names, progress_bar, run
 from fedlora_jax import experiment, locks, transforms
-from fedlora_jax.experiment import Program, Setting, State, records
+from fedlora_jax.experiment import Program, Setting, records
 from fedlora_jax.experiment.measure import in_words
-from fedlora_jax.experiment.program import make_method, schedule
-from fedlora_jax.federated import cohort, faults
+from fedlora_jax.experiment.program import make_method
+from fedlora_jax.federated import faults
 from fedlora_jax.federated.evaluation import panel_states
 from fedlora_jax.federated.faults import Faults
 from fedlora_jax.federated.round import Federation, RoundMetrics, run_round
@@ -150,13 +149,9 @@ def _final(
     chosen = faults.make(
         "zeros" if kind == "none" else kind, share=share, factor=config.faults.factor
     )
-    state: State = experiment.first_state(config, setting, program.method)
-    key, rate_of, federation = jax.random.key(seed), schedule(config), state.federation
-    for index in range(config.rounds):
-        sizes = {"num_clients": len(state.ranks), "cohort_size": state.cohort_size}
-        members = cohort.sample(key, index, **sizes)
-        rate = jnp.float32(rate_of(index))
-        federation, metrics = step(chosen, federation, state.data, members, key, rate)
+    state = experiment.first_state(config, setting, program.method)
+    after = rounds.rounds(config, state, functools.partial(step, chosen))
+    for federation, metrics in after:  # noqa: B007
         if int(metrics.excluded) == state.cohort_size - int(metrics.absent or 0):
             break
     clients = federation.clients
@@ -170,13 +165,9 @@ def _final(
 
 
 def _read(path: Path, config: ConfigDict) -> Results:
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    if found["config"] != _record(config):
-        raise ValueError(f"{path} is of another configuration: choose another --out, or remove it")
     return {
-        (row["method"], row["rule"], row["kind"], row["seed"]): _value(row) for row in found["runs"]
+        (row["method"], row["rule"], row["kind"], row["seed"]): _value(row)
+        for row in rounds.read(path, config)
     }
 
 
@@ -190,16 +181,7 @@ def _write(path: Path, config: ConfigDict, results: Results) -> None:
         {**dict(zip(keys, job, strict=True)), "value": value if np.isfinite(value) else None}
         for job, value in results.items()
     ]
-    text = json.dumps({"config": _record(config), "runs": runs}, indent=1)
-    records.write_atomically(path, text + "\n")
-
-
-def _record(config: ConfigDict) -> Any:
-    """The configuration, but for what the study sets itself and where things lie."""
-    mine = config.to_dict()
-    for name in ("method", "seed", "backbone_dir", "mesh"):
-        mine.pop(name, None)
-    return json.loads(json.dumps(mine, default=list))
+    rounds.write(path, config, runs)
 
 
 def page(
