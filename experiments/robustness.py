@@ -150,7 +150,7 @@ def _final(
         "zeros" if kind == "none" else kind, share=share, factor=config.faults.factor
     )
     state = experiment.first_state(config, setting, program.method)
-    after = rounds.rounds(config, state, functools.partial(step, chosen))
+    after = rounds.each(config, state, functools.partial(step, chosen))
     for federation, metrics in after:  # noqa: B007
         if int(metrics.excluded) == state.cohort_size - int(metrics.absent or 0):
             break

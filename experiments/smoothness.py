@@ -29,6 +29,7 @@ from experiments.shared import report, rounds
 from experiments.shared.apps import command, method_names, progress_bar, run
 from fedlora_jax import experiment, locks, lora
 from fedlora_jax.experiment import Program, Setting, chunking, records
+from fedlora_jax.experiment.program import make_method
 from fedlora_jax.federated.round import Federation, run_round, train_cohort
 from fedlora_jax.methods import Server
 
@@ -64,6 +65,7 @@ def study(
 
     Raises:
       ValueError: If a method has no model for all, or `out` holds runs of another configuration.
+      FloatingPointError: If training diverges; what is in `results.json` stays.
     """
     configs = {name: _with(config, name) for name in names}
     path, runs = out / "results.json", rounds.read(out / "results.json", config)
@@ -88,7 +90,7 @@ def _with(config: ConfigDict, name: str) -> ConfigDict:
     mine = config.copy_and_resolve_references()
     mine.method = name
     experiment.check(mine)
-    if not experiment.program.make_method(mine).shared:
+    if not make_method(mine).shared:
         raise ValueError(f"{name} has no model for all whose changes could be compared")
     return mine
 
@@ -106,7 +108,7 @@ def _compiled(config: ConfigDict, program: Program) -> Callable[..., Any]:
         data, cohort, seed, rate = given
         first = train_cohort(begin, federation, data, cohort, seed, 0.0)
         after, metrics, _ = run_round(recipe, federation, data, cohort, seed, rate)
-        return after, (first.loss.mean(), jnp.nanmean(metrics.client_loss))
+        return after, (jnp.nanmean(first.loss), jnp.nanmean(metrics.client_loss))
 
     return jax.jit(step)
 
@@ -119,13 +121,19 @@ def _followed(
     begin = last = kernels(state.server)
     change: Kernels | None = None
     cosines, losses = [], []
-    for federation, found in rounds.rounds(config, state, step):
+    for federation, found in rounds.each(config, state, step):
+        losses.append([float(x) for x in found])
+        if not np.isfinite(losses[-1]).all():
+            raise FloatingPointError(
+                f"{config.method} diverged under seed {config.seed}, round {len(losses) - 1}: "
+                "clients lose no finite number. Try a smaller config.local.learning_rate or "
+                "config.local.clip_norm; the runs before it are kept"
+            )
         now = kernels(federation.server)
         moved = {path: now[path] - last[path] for path in now}
         if change is not None:
             cosines.append(cosine(change, moved))
         change, last = moved, now
-        losses.append([float(x) for x in found])
     whole = [directions(last[path] - begin[path]) for path in begin]
     first, every = zip(*losses, strict=True)
     return {

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from fedlora_jax.experiment import State, records
@@ -16,7 +15,7 @@ from fedlora_jax.federated import cohort
 from fedlora_jax.federated.round import Federation
 
 
-def rounds(
+def each(
     config: ConfigDict, state: State, step: Callable[..., tuple[Federation, Any]]
 ) -> Iterator[tuple[Federation, Any]]:
     """The federation after each round, and what else `step` returns.
@@ -52,7 +51,7 @@ def read(path: Path, config: ConfigDict) -> list[dict[str, Any]]:
 
 def write(path: Path, config: ConfigDict, runs: Sequence[dict[str, Any]]) -> None:
     """Writes the runs of a study, each a JSON object, with the configuration that all share."""
-    text = json.dumps({"config": _shared(config), "runs": list(runs)}, indent=1, default=_plain)
+    text = json.dumps({"config": _shared(config), "runs": runs}, indent=1)
     records.write_atomically(path, text + "\n")
 
 
@@ -62,7 +61,3 @@ def _shared(config: ConfigDict) -> Any:
     for name in ("method", "seed", "backbone_dir", "mesh"):
         mine.pop(name, None)
     return json.loads(json.dumps(mine, default=list))
-
-
-def _plain(value: Any) -> Any:
-    return np.asarray(value).tolist()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments import smoothness
-from fedlora_jax import experiment
+from fedlora_jax import experiment, lora
 
 
 def test_cosine_and_directions_of_known_kernels():
@@ -60,6 +60,15 @@ def test_the_first_step_is_that_of_the_round(digits, tmp_path):
     assert row["loss"][0] != row["loss"][1]
 
 
+def test_a_run_that_diverges_is_named(digits, tmp_path):
+    config = digits.copy_and_resolve_references()
+    config.rounds, config.local.learning_rate, config.local.clip_norm = 3, 1e30, 1e30
+    with pytest.raises(
+        FloatingPointError, match="fedit diverged under seed 0, round [012]: .*kept"
+    ):
+        smoothness.study(config, tmp_path, ["fedit"], 1)
+
+
 def test_the_model_is_that_of_the_run(digits):
     """What it looks at is the merged model that is judged."""
     config = digits.copy_and_resolve_references()
@@ -70,8 +79,6 @@ def test_the_model_is_that_of_the_run(digits):
     adapters = state.server.trainable.adapters
     moved = jax.tree.map(lambda x: x + 0.1, adapters)
     server = state.server._replace(trainable=state.server.trainable._replace(adapters=moved))
-    merged = smoothness.lora.kernels(
-        smoothness.lora.merge(server.backbone, moved, scale=server.scale)
-    )
+    merged = lora.kernels(lora.merge(server.backbone, moved, scale=server.scale))
     for path, kernel in smoothness.kernels(server).items():
         np.testing.assert_allclose(kernel.ravel(), np.ravel(merged[path]), rtol=1e-5, atol=1e-6)
