@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Most modules of what is installed are never imported: Python compiles those that are.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PYTEST := $(BIN)/python -m pytest
+# Two workers, each of which takes files as it is free.
+WORKERS := -n 2 --no-loadscope-reorder
+PRETRAINED := 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+PARITY := tests/parity tests/preparation $(PRETRAINED)
 
 # Of `make faults`: how often runs are killed, and after how many seconds no further method begins.
 KILLS ?= 50
 SECONDS ?= 1200
 
-.PHONY: help demo test tests devices parity faults faults-short endurance lint format clean
+.PHONY: help demo test tests devices parity faults faults-short rest endurance lint format clean
 
 help:
 	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
@@ -18,7 +24,8 @@ help:
 	@echo "make parity  set up, then check backbones and adapters against torch, transformers and peft,"
 	@echo "             and prepare small public data sets"
 	@echo "make faults  set up, then kill runs of every method, fill their disk, start them twice"
-	@echo "             (20 minutes at most; make faults-short: one minute)"
+	@echo "             (20 minutes at most; make faults-short: two minutes)"
+	@echo "make rest    devices, parity and faults-short in one go, which takes less time"
 	@echo "make endurance set up, then 2,000 rounds of every method: finite, one program, no more memory"
 	@echo "             (tens of minutes)"
 	@echo "make format  format the code"
@@ -32,19 +39,22 @@ test: $(VENV)/.test
 	@$(MAKE) --no-print-directory --jobs=2 lint tests
 
 tests: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder --ignore=tests/parity --ignore=tests/preparation --ignore=tests/devices --ignore=tests/faults --deselect='tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+	$(PYTEST) $(WORKERS) $(patsubst %,--ignore=%,tests/devices tests/parity tests/preparation tests/faults) --deselect=$(PRETRAINED)
 
 devices: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/devices
+	$(PYTEST) $(WORKERS) tests/devices
 
 parity: $(VENV)/.parity
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder tests/parity tests/preparation 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
+	$(PYTEST) $(WORKERS) $(PARITY)
 
 faults: $(VENV)/.test
-	FAULTS_KILLS=$(KILLS) FAULTS_SECONDS=$(SECONDS) $(BIN)/python -m pytest tests/faults
+	FAULTS_KILLS=$(KILLS) FAULTS_SECONDS=$(SECONDS) $(PYTEST) tests/faults
 
 faults-short: $(VENV)/.test
-	FAULTS_KILLS=1 $(BIN)/python -m pytest tests/faults -k 'killed or signal or full_disk'
+	FAULTS_KILLS=1 $(PYTEST) tests/faults
+
+rest: $(VENV)/.parity
+	FAULTS_KILLS=1 FAULTS_SECONDS=$(SECONDS) $(PYTEST) $(WORKERS) tests/devices $(PARITY) tests/faults
 
 endurance: $(VENV)/.core
 	$(BIN)/python -m experiments.benchmark endurance

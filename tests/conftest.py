@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import functools
 import gc
 import importlib.metadata
 import os
@@ -53,6 +54,7 @@ TOGETHER = {
 LONG = [
     "world",
     "stacks",
+    "test_mesh",
     "test_programs",
     "test_notebooks",
     "test_papers",
@@ -62,6 +64,8 @@ LONG = [
     "test_loop",
     "test_resuming",
     "test_evaluate",
+    "test_hosts",
+    "test_gguf",
 ]
 
 
@@ -111,7 +115,7 @@ def pytest_unconfigure():
 def bounded_memory():
     """A worker that holds many compiled programs, some 2 MB each, drops them."""
     yield
-    if len(jax.local_devices()[0].client.live_executables()) > 600:
+    if len(jax.local_devices()[0].client.live_executables()) > 900:
         jax.clear_caches()
 
 
@@ -123,12 +127,29 @@ def digits_directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def digits(digits_directory):
-    """The configuration of the demo's data with a model whose rounds take a moment."""
+    """The configuration of the demo's data with a model whose rounds take a moment.
+
+    The data are read once by a worker: thousands of small records take a second each time.
+    """
+    from fedlora_jax.data import sources
     from tests.tiny import tiny_digits
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORA_DATA_DIR", str(digits_directory / "data"))
+        patch.setattr(sources, "load", functools.partial(_remembered, sources.load))
         yield tiny_digits(digits_directory)
+
+
+_LOADED: dict = {}
+
+
+def _remembered(load, *args, **options):
+    key = (*args, *sorted(options.items()), os.environ["FEDLORA_DATA_DIR"])
+    if key not in _LOADED:
+        _LOADED[key] = load(*args, **options)
+        for array in _LOADED[key].values():
+            array.flags.writeable = False
+    return dict(_LOADED[key])
 
 
 @pytest.fixture(scope="session")

@@ -71,8 +71,14 @@ class World(NamedTuple):
         return federation, metrics.loss
 
     def federation(self, method: methods.Method, ranks=None) -> Federation:
+        """The state before the first round, made once for a method."""
         dtype = self.task.model.dtype
-        return create(jax.random.key(5), method, self.server, len(COUNTS), ranks, dtype)
+        parts = [method, *jax.tree.leaves(self.server)]
+        key = (*map(id, parts), ranks and tuple(ranks), dtype)
+        if key not in _FIRST:
+            made = create(jax.random.key(5), method, self.server, len(COUNTS), ranks, dtype)
+            _FIRST[key] = made, parts
+        return _FIRST[key][0]
 
 
 def make_world() -> World:
@@ -181,6 +187,10 @@ def positions(data: ClientData, client: int) -> np.ndarray:
 def learning_rate(federation: Federation) -> jax.Array:
     """Of the round that comes."""
     return jnp.float32(0.2) / (1 + federation.server.round)
+
+
+# With what it was made of, whose place in memory nothing else then takes.
+_FIRST: dict[tuple, tuple[Federation, list]] = {}
 
 
 # One object a method and one program a method, for all tests of a process.

@@ -8,22 +8,12 @@ import pytest
 
 from fedlora_jax import aggregation, lowrank
 from tests.aggregation import cases
+from tests.jaxprs import equations
 
 # Primes, so that no other size is a multiple of them; K r is below both, then above both.
 D_IN, D_OUT = 101, 127
 KERNELS = {"one": (D_IN, D_OUT), "two": (D_IN, D_OUT)}
 COUNTS = {"few": (3, 2), "many": (67, 2)}
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def assert_never_dense(function, *arguments):

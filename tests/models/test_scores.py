@@ -11,6 +11,7 @@ import pytest
 from fedlora_jax import lora
 from fedlora_jax.models import Llama
 from fedlora_jax.models.generate import generate
+from tests.jaxprs import equations
 
 SIZES = dict(vocab_size=37, width=16, depth=1, num_heads=4, num_kv_heads=2, mlp_dim=24)
 MODELS = {"tied": Llama(**SIZES, tied=True), "untied": Llama(**SIZES)}
@@ -115,14 +116,7 @@ def test_padding_on_the_right_moves_nothing():
 
 def arrays(jaxpr):
     """The sizes of all arrays in a jaxpr and those inside it."""
-    for equation in jaxpr.eqns:
-        yield from (math.prod(variable.aval.shape) for variable in equation.outvars)
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from arrays(inner)
+    return (math.prod(x.aval.shape) for each in equations(jaxpr) for x in each.outvars)
 
 
 @pytest.mark.parametrize("name", MODELS)
