@@ -42,28 +42,32 @@ from absl import flags
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
 
-# Files of one worker, which share the programs of the small world, and of the stacks of adapters.
+# Files of one worker, which share the programs of the small world, those of the stacks of adapters,
+# and a process that has imported what the commands import.
 TOGETHER = {
     **dict.fromkeys(
         ["test_precision", "test_methods", "test_round", "test_transforms", "test_server_step"],
         "world",
     ),
     **dict.fromkeys(["test_properties", "test_scales", "test_checks", "test_identities"], "stacks"),
+    **dict.fromkeys(
+        ["test_programs", "test_tune", "test_evaluate", "test_linear"]
+        + ["test_aggregate", "test_partition", "test_prepare_data"],
+        "commands",
+    ),
 }
 # What takes long goes first, the longest before all, so that no worker is left alone with one.
 LONG = [
     "world",
     "stacks",
     "test_mesh",
-    "test_programs",
+    "commands",
     "test_notebooks",
     "test_papers",
     "test_language_model",
-    "test_tune",
     "test_sketch",
     "test_loop",
     "test_resuming",
-    "test_evaluate",
     "test_hosts",
     "test_gguf",
 ]
@@ -121,8 +125,14 @@ def bounded_memory():
 
 @pytest.fixture(scope="session")
 def digits_directory(tmp_path_factory):
-    """Where a worker makes the demo's data and the tiny backbone, once; tests only read them."""
-    return tmp_path_factory.mktemp("digits")
+    """Where the demo's data and the tiny backbone are made, once for all workers.
+
+    Tests only read them.
+    """
+    own = tmp_path_factory.getbasetemp()
+    directory = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "digits"
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 @pytest.fixture(scope="module")
