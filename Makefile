@@ -71,16 +71,18 @@ format: $(VENV)/.test
 clean:
 	rm -rf $(VENV) runs
 
-$(VENV)/.core: pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.core
+$(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable '.[test]'
-	touch $@
+	touch $(VENV)/.core $@
 
 $(VENV)/.parity: $(VENV)/.test
 	$(INSTALL) --editable '.[parity]'
