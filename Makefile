@@ -8,7 +8,9 @@ PYTEST := $(BIN)/python -m pytest
 # Two workers, each of which takes files as it is free.
 WORKERS := -n 2 --no-loadscope-reorder
 PRETRAINED := 'tests/test_notebooks.py::test_notebook_runs[fine_tune_a_language_model]'
-PARITY := tests/parity tests/preparation $(PRETRAINED)
+PARITY := tests/parity tests/preparation
+# What `make tests` leaves out, and `make rest` runs.
+APART := tests/devices $(PARITY) tests/faults
 
 # Of `make faults`: how often runs are killed, and after how many seconds no further method begins.
 KILLS ?= 50
@@ -38,13 +40,13 @@ test: $(VENV)/.test
 	@$(MAKE) --no-print-directory --jobs=2 lint tests
 
 tests: $(VENV)/.test
-	$(PYTEST) $(WORKERS) $(patsubst %,--ignore=%,tests/devices tests/parity tests/preparation tests/faults) --deselect=$(PRETRAINED)
+	$(PYTEST) $(WORKERS) $(APART:%=--ignore=%) --deselect=$(PRETRAINED)
 
 devices: $(VENV)/.test
 	$(PYTEST) $(WORKERS) tests/devices
 
 parity: $(VENV)/.parity
-	$(PYTEST) $(WORKERS) $(PARITY)
+	$(PYTEST) $(WORKERS) $(PARITY) $(PRETRAINED)
 
 faults: $(VENV)/.test
 	FAULTS_KILLS=$(KILLS) FAULTS_SECONDS=$(SECONDS) $(PYTEST) tests/faults
@@ -53,7 +55,7 @@ faults-short: $(VENV)/.test
 	FAULTS_KILLS=1 $(PYTEST) tests/faults
 
 rest: $(VENV)/.parity
-	FAULTS_KILLS=1 FAULTS_SECONDS=$(SECONDS) $(PYTEST) $(WORKERS) tests/devices $(PARITY) tests/faults
+	FAULTS_KILLS=1 $(PYTEST) $(WORKERS) $(APART) $(PRETRAINED)
 
 endurance: $(VENV)/.core
 	$(BIN)/python -m experiments.benchmark endurance

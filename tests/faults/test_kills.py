@@ -16,7 +16,11 @@ from tests.faults.runs import arguments, lines, outcome, wait_for
 KILLS = int(os.environ.get("FAULTS_KILLS", "2"))
 SECONDS = float(os.environ.get("FAULTS_SECONDS", "60"))
 NAMES = sorted(methods.REGISTRY, key=lambda name: (name != "fedsa_lora", name))
-BEGAN = time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def began():
+    return time.monotonic()
 
 
 def kills_of(name):
@@ -30,16 +34,16 @@ def unfinished(workdir):
 
 
 @pytest.mark.parametrize("method", [name for name in NAMES if kills_of(name)])
-def test_a_killed_run_ends_as_one_that_was_not(program, tmp_path, method):
-    if time.monotonic() - BEGAN > SECONDS:
+def test_a_killed_run_ends_as_one_that_was_not(program, began, tmp_path, method):
+    if time.monotonic() - began > SECONDS:
         pytest.skip("no time is left")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     command = program.start("train", *arguments(program, method, whole))
     assert wait_for(command, lambda: lines(whole))
-    began = time.monotonic()
+    started = time.monotonic()
     code, _, err = command.wait()
     assert code == 0, err
-    taken = time.monotonic() - began
+    taken = time.monotonic() - started
     for kill in kills_of(method):
         moment = random.Random(kill)
         known, before = lines(killed), unfinished(killed)

@@ -11,11 +11,10 @@ from fedlora_jax import lora, methods
 from fedlora_jax.federated.round import Recipe, create, make_round
 from fedlora_jax.federated.task import classification
 from fedlora_jax.methods import Server, Trainable
-from tests.jaxprs import equations
 from tests.world import COHORT, COUNTS, method_of
 
-# Of fedit's operations a layer. On top come a second gradient (fedsmooth_lora), a second product in
-# the model, and what is written of each kernel where layers of a kind are stacked or taken apart.
+# Of fedit's lines a layer. On top come a second gradient (fedsmooth_lora), a second product in the
+# model, and what is written of each kernel where layers of a kind are stacked or taken apart.
 LIMIT = 1.5
 
 
@@ -33,16 +32,16 @@ class Deep(nn.Module):
 
 @pytest.fixture(scope="module")
 def a_layer(world):
-    """The operations that a method has for a layer."""
+    """The lines of StableHLO that a method has for a layer."""
 
     @functools.cache
     def growth(name):
-        return (operations(world, name, 4) - operations(world, name, 2)) / 2
+        return (lines(world, name, 4) - lines(world, name, 2)) / 2
 
     return growth
 
 
-def operations(world, name, depth):
+def lines(world, name, depth):
     model = Deep(depth)
     params = jax.eval_shape(model.init, jax.random.key(0), world.data.examples["x"])["params"]
     backbone = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
@@ -54,8 +53,8 @@ def operations(world, name, depth):
     )
     task = classification(model, lambda batch: (batch["x"],))
     function = make_round(Recipe(task, method, world.training))
-    traced = function.trace(federation, world.data, COHORT, world.seed, jnp.float32(0.1))
-    return sum(1 for _ in equations(traced.jaxpr.jaxpr))
+    lowered = function.lower(federation, world.data, COHORT, world.seed, jnp.float32(0.1))
+    return lowered.as_text().count("\n")
 
 
 @pytest.mark.parametrize("name", sorted(methods.REGISTRY))
