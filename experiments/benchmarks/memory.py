@@ -58,7 +58,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         "What a round needs besides its state and data, as the compiler plans it. `logits`: the "
         "size of one array of those of all clients' batches. `whole`: they are kept; `chunked`: "
-        "those of 128 tokens at a time, made again in the backward pass. `remat`: the blocks are "
-        "computed again, too.",
+        "those of 128 tokens at a time. `remat`: the blocks are computed again in the backward "
+        "pass.",
     ]
     return "\n".join(lines)

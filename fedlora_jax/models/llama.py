@@ -283,8 +283,9 @@ class Llama(nn.Module):
         Args:
           tokens: Token ids `[B, T]`.
           targets: Token ids `[B, T]` to be scored, the next one at each position. The logits are
-            then made, and in the backward pass made again, for 128 tokens at a time: no array of
-            `B T vocab_size` elements exists.
+            then made for 128 tokens at a time, and again in the backward pass only for a head that
+            is trained or adapted: no array of `B T vocab_size` elements exists. First derivatives
+            only.
           positions: `[B, T]`; by default 0 .. T-1.
           cache: Keys and values of S positions, from `empty_cache` or an earlier call; tokens are
             written at their positions, each below S, and see all positions up to their own.
@@ -376,15 +377,22 @@ def _logits(head: nn.Dense | nn.Embed, x: jax.Array) -> jax.Array:
 def _scores(head: nn.Dense | nn.Embed, x: jax.Array, targets: jax.Array) -> TokenScores:
     r"""Scores targets `[B, T]` by what comes before the head, `[B, T, width]`, chunk by chunk.
 
-    The negative log-likelihood is :math:`\log \sum_v e^{z_v} - z_y`.
+    The negative log-likelihood of a token is :math:`\log \sum_v e^{z_v} - z_y`, its gradient for the
+    logits :math:`\mathrm{softmax}(z) - e_y`. It depends on its own row of x alone, so that the
+    gradient for that row is known, but for a factor, as soon as the logits are: they need not be
+    made again for it, but only for a head that is trained or adapted itself.
     """
 
     def score(head: Any, carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
         x, target = chunk
-        logits = _logits(head, x)
+        logits, pull_back = nn.vjp(_logits, head, x, vjp_variables=False)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return None, TokenScores(nll, jnp.argmax(logits, axis=-1) == target)
+        total = jax.nn.logsumexp(logits, axis=-1)
+        places = jnp.arange(logits.shape[-1])
+        slope = jnp.exp(logits - total[:, None]) - (places == target[:, None])
+        *_, gradient = pull_back(jax.lax.stop_gradient(slope))
+        correct = jnp.argmax(logits, axis=-1) == target
+        return None, (TokenScores(total - chosen, correct), jax.lax.stop_gradient(gradient))
 
     count = targets.size
     size = min(_CHUNK, count)
@@ -393,12 +401,54 @@ def _scores(head: nn.Dense | nn.Embed, x: jax.Array, targets: jax.Array) -> Toke
         padding = [(0, -count % size)] + [(0, 0)] * (array.ndim - 1)
         return jnp.pad(array, padding).reshape(-1, size, *array.shape[1:])
 
-    chunks = chunked(x.reshape(count, -1)), chunked(targets.reshape(count))
+    def whole(chunks: jax.Array) -> jax.Array:
+        return chunks.reshape(-1, *chunks.shape[2:])[:count]
+
+    rows = x.reshape(count, -1)
+    chunks = chunked(jax.lax.stop_gradient(rows)), chunked(targets.reshape(count))
     # Lifted by Linen, so that a head keeps its path, and with it its adapter.
     loop = nn.scan(
         nn.remat(score, prevent_cse=False),
         variable_broadcast="params",
         split_rngs={"params": False},
     )
-    _, scores = loop(head, None, chunks)
-    return TokenScores(*(each.reshape(-1)[:count].reshape(targets.shape) for each in scores))
+    _, found = loop(head, None, chunks)
+    scores, gradient = jax.tree.map(whole, found)
+    nll = _with_gradient(scores.nll, rows, gradient)
+    return TokenScores(nll.reshape(targets.shape), scores.correct.reshape(targets.shape))
+
+
+@jax.custom_vjp
+def _with_gradient(y: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """y `[n]`, whose derivative for row i of x `[n, d]` is row i of `gradient`, of y_i alone.
+
+    That is besides what y itself depends on.
+    """
+    return y
+
+
+@jax.custom_jvp
+def _times_gradient(cotangent: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    return cotangent.astype(gradient.dtype)[:, None] * gradient
+
+
+@_times_gradient.defjvp
+def _times_gradient_jvp(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "scores of given targets have first derivatives only: for second ones take the logits"
+    )
+
+
+def _with_gradient_forward(
+    y: jax.Array, x: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return y, (x, gradient)
+
+
+def _with_gradient_backward(
+    kept: tuple[jax.Array, jax.Array], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    return cotangent, _times_gradient(cotangent, *kept), None
+
+
+_with_gradient.defvjp(_with_gradient_forward, _with_gradient_backward)

@@ -64,10 +64,10 @@ def krum(x, f):
 
 
 def geometric_median(x, p):
-    v = np.median(x, axis=0)
-    for _ in range(20000):
+    v, before = np.median(x, axis=0), np.inf
+    while np.linalg.norm(v - before) > 1e-13 * np.linalg.norm(v):
         beta = p / np.maximum(np.linalg.norm(x - v, axis=1), 1e-12)
-        v = beta @ x / beta.sum()
+        before, v = v, beta @ x / beta.sum()
     return v
 
 

@@ -1,6 +1,7 @@
 """Tokens scored in chunks against plain logits and optax's cross-entropy."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +166,40 @@ def test_memory_is_that_of_one_chunk():
 
     whole = 8 * 128 * model.vocab_size * 4
     assert working(from_logits) > whole > 2 * working(in_chunks)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_made_once_unless_the_head_is_trained(name):
+    """By the products in the compiled program: the loop is one of one step here."""
+    model = MODELS[name]
+    params = jax.eval_shape(model.init, jax.random.key(0), INPUTS)["params"]
+    adapters = jax.eval_shape(lambda p: adapters_of(model, p, "attention|mlp"), params)
+
+    def products(function):
+        text = jax.jit(function).lower(adapters, params).compile().as_text()
+        return len(re.findall(r"= \S+ dot\(", text))
+
+    def total(score):
+        return lambda adapters, params: jnp.sum(score(model, params, adapters)[0])
+
+    assert products(total(chunked)) == products(total(plain))
+    assert products(jax.grad(total(chunked))) == products(jax.grad(total(plain)))
+    both = (jax.grad(total(score), argnums=(0, 1)) for score in (chunked, plain))
+    assert products(next(both)) == 1 + products(next(both))
+
+
+def test_second_derivatives_are_refused():
+    model = MODELS["tied"]
+    params = parameters(model)
+
+    def loss(adapters):
+        return jnp.sum(chunked(model, params, adapters).nll)
+
+    def slope(adapters):
+        return sum(jnp.sum(x) for x in jax.tree.leaves(jax.grad(loss)(adapters)))
+
+    with pytest.raises(NotImplementedError, match="take the logits"):
+        jax.eval_shape(jax.grad(slope), adapters_of(model, params))
 
 
 def test_what_cannot_be_scored():
