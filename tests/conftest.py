@@ -21,9 +21,11 @@ os.environ.setdefault(
 )
 # Devices for the tests of a mesh.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
-# What one worker has compiled the other reads, and so does a test that makes the same program anew.
-# The directory is new for each run of the tests. With a bound on its size JAX locks it, and looks
-# at all that is there whenever it adds something: short compilations are not kept.
+# No line of ours is noted beside each operation, which takes a while and nobody reads.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
+# What one command or notebook has compiled the next one reads. The directory is new for each run
+# of the tests. With a bound on its size JAX locks it, and looks at all that is there whenever it
+# adds something: short compilations are not kept.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     os.environ["JAX_COMPILATION_CACHE_DIR"]
     if "PYTEST_XDIST_WORKER" in os.environ
@@ -39,6 +41,8 @@ import jax
 import pytest
 from absl import flags
 
+# The tests themselves make few programs twice, and would look for each of thousands.
+jax.config.update("jax_enable_compilation_cache", False)
 # chex defines flags when it is imported and reads them when it asserts.
 flags.FLAGS.mark_as_parsed()
 
@@ -119,7 +123,7 @@ def pytest_unconfigure():
 def bounded_memory():
     """A worker that holds many compiled programs, some 2 MB each, drops them."""
     yield
-    if len(jax.local_devices()[0].client.live_executables()) > 900:
+    if len(jax.local_devices()[0].client.live_executables()) > 800:
         jax.clear_caches()
 
 
