@@ -377,10 +377,10 @@ def _logits(head: nn.Dense | nn.Embed, x: jax.Array) -> jax.Array:
 def _scores(head: nn.Dense | nn.Embed, x: jax.Array, targets: jax.Array) -> TokenScores:
     r"""Scores targets `[B, T]` by what comes before the head, `[B, T, width]`, chunk by chunk.
 
-    The negative log-likelihood of a token is :math:`\log \sum_v e^{z_v} - z_y`, its gradient for the
-    logits :math:`\mathrm{softmax}(z) - e_y`. It depends on its own row of x alone, so that the
-    gradient for that row is known, but for a factor, as soon as the logits are: they need not be
-    made again for it, but only for a head that is trained or adapted itself.
+    The negative log-likelihood of a token is :math:`\log \sum_v e^{z_v} - z_y`, its gradient for
+    the logits :math:`\mathrm{softmax}(z) - e_y`. It depends on its own row of x alone, so that the
+    gradient for that row is known, but for a factor, as soon as the logits are. They are made again
+    only for the gradient of a head that is trained or adapted itself.
     """
 
     def score(head: Any, carry: None, chunk: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
