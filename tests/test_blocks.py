@@ -55,7 +55,7 @@ def assert_close(found, expected, rtol=1e-4):
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_those_without_a_loop(name, remat):
     model, inputs = MODELS[name]
-    model = model.clone(remat=remat, depth=2)
+    model = model.clone(remat=remat)
     params = parameters(model, inputs)
     adapters = adapters_of(model, params)
     offset = jax.tree.map(lambda x: 0.5 * x[::-1], adapters)

@@ -388,9 +388,8 @@ def _scores(head: nn.Dense | nn.Embed, x: jax.Array, targets: jax.Array) -> Toke
         logits, pull_back = nn.vjp(_logits, head, x, vjp_variables=False)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         total = jax.nn.logsumexp(logits, axis=-1)
-        places = jnp.arange(logits.shape[-1])
-        slope = jnp.exp(logits - total[:, None]) - (places == target[:, None])
-        *_, gradient = pull_back(jax.lax.stop_gradient(slope))
+        slope = jnp.exp(logits - total[:, None]) - jax.nn.one_hot(target, logits.shape[-1])
+        *_, gradient = pull_back(slope)
         correct = jnp.argmax(logits, axis=-1) == target
         return None, (TokenScores(total - chosen, correct), jax.lax.stop_gradient(gradient))
 
@@ -429,6 +428,7 @@ def _with_gradient(y: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array
 
 @jax.custom_jvp
 def _times_gradient(cotangent: jax.Array, x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient for x, which is an argument so that its own derivative is refused, not zero."""
     return cotangent.astype(gradient.dtype)[:, None] * gradient
 
 

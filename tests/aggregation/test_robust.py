@@ -64,10 +64,12 @@ def krum(x, f):
 
 
 def geometric_median(x, p):
-    v, before = np.median(x, axis=0), np.inf
-    while np.linalg.norm(v - before) > 1e-13 * np.linalg.norm(v):
+    v = np.median(x, axis=0)
+    for _ in range(20000):
         beta = p / np.maximum(np.linalg.norm(x - v, axis=1), 1e-12)
         before, v = v, beta @ x / beta.sum()
+        if np.linalg.norm(v - before) < 1e-13 * np.linalg.norm(v):
+            break
     return v
 
 
