@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from experiments.shared.apps import run
 from fedlora_jax import experiment
 from fedlora_jax.experiment import Setting
+from fedlora_jax.lora import Params
 
 _BATCH = 64
 
@@ -54,16 +55,15 @@ def features(setting: Setting, examples: dict[str, np.ndarray]) -> np.ndarray:
         return inputs[0] if context.module.path == ("head",) else run(*inputs, **options)
 
     @jax.jit
-    def head_input(batch: dict[str, jax.Array]) -> Any:
+    def head_input(params: Params, batch: dict[str, jax.Array]) -> Any:
         with nn.intercept_methods(skip_head):
-            inputs = setting.task.inputs(batch)
-            return setting.task.model.apply({"params": setting.params}, *inputs)
+            return setting.task.model.apply({"params": params}, *setting.task.inputs(batch))
 
-    count = len(examples["label"])
+    count, params = len(examples["label"]), jax.device_put(setting.params)
     found = []
     for start in range(0, count, _BATCH):
         index = np.arange(start, start + _BATCH).clip(max=count - 1)
-        found.append(head_input({name: x[index] for name, x in examples.items()}))
+        found.append(head_input(params, {name: x[index] for name, x in examples.items()}))
     return np.concatenate(found)[:count]
 
 

@@ -1,5 +1,6 @@
 """The last states of a run, by Orbax: without what whoever goes on has at hand, and checksummed."""
 
+import weakref
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -41,7 +42,8 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, given: PyTree = (), *, read_only: bool = False):
         self._directory = workdir.absolute() / DIRECTORY
-        self._given = {id(leaf): leaf for leaf in jax.tree.leaves(given)}
+        # What a method merges into is not held here, when the run has gone on from it.
+        self._given = weakref.WeakValueDictionary({id(x): x for x in jax.tree.leaves(given)})
         self._fingerprints: dict[int, jax.Array] = {}
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True)

@@ -26,6 +26,8 @@ from fedlora_jax.experiment.state import State, everywhere, first_state, rows
 from fedlora_jax.experiment.streaming import Stream
 from fedlora_jax.federated import cohort, communication, placement
 from fedlora_jax.federated.evaluation import panel_states
+from fedlora_jax.federated.round import PyTree, RoundMetrics
+from fedlora_jax.lora import Params
 from fedlora_jax.methods import Server
 
 Progress = Callable[[], Any]
@@ -88,10 +90,11 @@ def run(
             partitions.write(found, workdir)
         resumed = _resume(config, start, workdir)
         with contextlib.ExitStack() as stack:
-            # What is made here, and not read from files, may come out otherwise elsewhere.
-            given = start.server.backbone if "pretrained" in config else ()
-            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir, given)))
-            server = start.server
+            checkpoints = Checkpoints(workdir, _given(config, start))
+            stack.enter_context(contextlib.closing(checkpoints))
+            # From here on nothing holds a state of the server but the last one: after each round a
+            # method that merges has other kernels.
+            server, start = start.server, start.outlined()
             if resumed.rounds:
                 server = checkpoints.restore(resumed.rounds, server)
             writer = None
@@ -102,12 +105,26 @@ def run(
                 advance()
             if resumed.rounds < rounds:
                 kept = _Kept(workdir, resumed.clients, writer, checkpoints)
-                inputs = (config, setting, program, start, server, resumed, rounds)
-                server = _train(*inputs, kept, advance, announce)
+                stream = Stream(setting.stored, start, program, jax.random.key(config.seed))
+                stack.enter_context(contextlib.closing(stream))
+                train = _make_train(
+                    config, program, start, server, resumed, rounds, stream, kept, announce
+                )
+                record = _make_record(config, setting, program, start, kept)
+                for index in range(resumed.rounds, rounds):
+                    server, results = train(index, server)
+                    record(index, server, results)
+                    advance()
         with hosts.first_before_others("finished"):
             if hosts.is_first():
                 records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
         return records.read_metrics(workdir, max(rounds, resumed.rounds))
+
+
+def _given(config: ml_collections.ConfigDict, start: State) -> Params:
+    """The part of the state that whoever goes on with the run reads from files."""
+    # What is made here, and not read from files, may come out otherwise elsewhere.
+    return start.server.backbone if "pretrained" in config else {}
 
 
 class _Kept(NamedTuple):
@@ -147,24 +164,33 @@ def _resume(config: ml_collections.ConfigDict, start: State, workdir: Path) -> R
     return resumed
 
 
-def _train(
+class _Results(NamedTuple):
+    """What a round gives besides the server's state, on the host."""
+
+    who: Participation
+    states: PyTree
+    measured: RoundMetrics
+    seconds: dict[str, float]
+
+
+def _make_train(
     config: ml_collections.ConfigDict,
-    setting: Setting,
     program: Program,
     start: State,
     server: Server,
     resumed: Resumed,
     rounds: int,
+    stream: Stream,
     kept: _Kept,
-    advance: Progress,
     announce: Callable[[str], Any] | None,
-) -> Server:
-    """Runs what is left of so many rounds; the state after the last one."""
-    mesh, first, last = program.mesh, resumed.rounds, resumed.last
-    seed = jax.random.key(config.seed)
+) -> Callable[[int, Server], tuple[Server, _Results]]:
+    """Builds `(round, server before it) -> (server after it, results)`.
+
+    How many clients train at once is found with the state that the run goes on from.
+    """
+    mesh, last, seed = program.mesh, resumed.last, jax.random.key(config.seed)
     sizes = {"num_clients": len(start.data.counts), "cohort_size": start.cohort_size}
     draw = functools.partial(cohort.sample, seed, **sizes)
-    measure = make_measure(config, program, setting.domains, start)
     rate_of = schedule(config)
 
     def inputs(index: int, chosen: np.ndarray) -> tuple[Any, ...]:
@@ -175,38 +201,54 @@ def _train(
         data = stream.data(index, members)
         return states, start.ranks, data, rows(members, mesh), *shared
 
-    with contextlib.closing(Stream(setting.stored, start, program, seed)) as stream:
-        chosen, devices = np.asarray(draw(first)), placement.devices(mesh)
-        some = chosen[: chunking.MOST * devices]
-        trial, arguments = ((server, *inputs(first, who)) for who in (some, chosen))
-        each = -(-len(chosen) // devices)
-        round_function = chunking.of_run(
-            config, program.make_round, arguments, trial, each, kept.workdir, announce
-        )
-        del arguments, trial  # They hold the examples of a round.
-        for index in range(first, rounds):
-            chosen = np.asarray(draw(index))
-            who = Participation(chosen, communication.absences(last, chosen, index))
-            last[chosen] = index
-            began = time.perf_counter()
-            given = inputs(index, chosen)
-            if index + 1 < rounds:
-                stream.begin(index + 1, placement.padded(np.asarray(draw(index + 1)), mesh))
-            server, states, measured = round_function(server, *given)
-            states, measured = hosts.gathered(states), jax.device_get(measured)
-            seconds = time.perf_counter() - began
-            answers = start.cohort_size - int(measured.absent or 0)
-            _stop_or_warn(int(measured.excluded), answers, index, kept.workdir)
-            with hosts.first_before_others("states written"):
-                kept.clients.write(index, chosen, _first(states, start.cohort_size))
-            judged = panel_states(program.method, kept.clients.read, start.test)
-            row = {**measure(index, who, server, judged, measured), **stream.waited()}
-            if kept.writer is not None:
-                kept.writer.write({**row, "seconds": seconds})
-            kept.checkpoints.save(index + 1, server)
-            kept.clients.forget(kept.checkpoints.oldest())
-            advance()
-    return server
+    chosen, devices = np.asarray(draw(resumed.rounds)), placement.devices(mesh)
+    some = chosen[: chunking.MOST * devices]
+    trial, arguments = ((server, *inputs(resumed.rounds, who)) for who in (some, chosen))
+    each = -(-len(chosen) // devices)
+    round_function = chunking.of_run(
+        config, program.make_round, arguments, trial, each, kept.workdir, announce
+    )
+
+    def train(index: int, server: Server) -> tuple[Server, _Results]:
+        chosen = np.asarray(draw(index))
+        who = Participation(chosen, communication.absences(last, chosen, index))
+        last[chosen] = index
+        began = time.perf_counter()
+        given = inputs(index, chosen)
+        if index + 1 < rounds:
+            stream.begin(index + 1, placement.padded(np.asarray(draw(index + 1)), mesh))
+        server, states, measured = round_function(server, *given)
+        states, measured = hosts.gathered(states), jax.device_get(measured)
+        seconds = {**stream.waited(), "seconds": time.perf_counter() - began}
+        return server, _Results(who, states, measured, seconds)
+
+    return train
+
+
+def _make_record(
+    config: ml_collections.ConfigDict,
+    setting: Setting,
+    program: Program,
+    start: State,
+    kept: _Kept,
+) -> Callable[[int, Server, _Results], None]:
+    """Builds `(round, server after it, results)`, which measures and saves them."""
+    measure = make_measure(config, program, setting.domains, start)
+
+    def record(index: int, server: Server, results: _Results) -> None:
+        who, states, measured, seconds = results
+        answers = start.cohort_size - int(measured.absent or 0)
+        _stop_or_warn(int(measured.excluded), answers, index, kept.workdir)
+        with hosts.first_before_others("states written"):
+            kept.clients.write(index, who.cohort, _first(states, start.cohort_size))
+        judged = panel_states(program.method, kept.clients.read, start.test)
+        row = measure(index, who, server, judged, measured)
+        if kept.writer is not None:
+            kept.writer.write({**row, **seconds})
+        kept.checkpoints.save(index + 1, server)
+        kept.clients.forget(kept.checkpoints.oldest())
+
+    return record
 
 
 def _first(tree: Any, count: int) -> Any:

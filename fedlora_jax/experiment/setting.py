@@ -37,7 +37,8 @@ class Setting(NamedTuple):
 
     Attributes:
       task: The model, what it reads, and the loss.
-      params: Pretrained parameters.
+      params: Pretrained parameters, in the host's memory: devices hold those of the run that is on,
+        each what the mesh gives it.
       train: Training examples of all clients, dict of arrays `[M, ...]`; without the images where
         these stay in their files.
       test: Held-out examples.
@@ -253,7 +254,7 @@ def _backbone(
     if "pretrained" in config:
         wanted, key = config.pretrained, jax.random.key(0)
         return pretrained.load(
-            model, wanted.source, *inputs, new=wanted.new, key=key, dtype=storage
+            model, wanted.source, *inputs, new=wanted.new, key=key, dtype=storage, on_host=True
         )
     examples = _load(config, config.pretraining.split)[0]
     _check_values(config, model, config.pretraining.split, examples)
@@ -264,7 +265,7 @@ def _backbone(
         statistics=config.data.statistics,
         **config.pretraining.options,
     )
-    return jax.tree.map(lambda x: x.astype(storage), made)
+    return jax.device_get(jax.tree.map(lambda x: x.astype(storage), made))
 
 
 def _backbone_path(config: ml_collections.ConfigDict) -> Path:

@@ -46,6 +46,10 @@ class State(NamedTuple):
         clients = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], count, 0), self.client)
         return Federation(self.server, clients, self.ranks)
 
+    def outlined(self) -> "State":
+        """The same with shapes in the place of the server's arrays, which it does not hold."""
+        return self._replace(server=jax.eval_shape(lambda server: server, self.server))
+
 
 def first_state(
     config: ml_collections.ConfigDict,
@@ -76,7 +80,9 @@ def first_state(
         )
     if method.pooled:
         parts = [np.concatenate(parts)]
-    backbone, head = lora.split_head(setting.params, config.lora.head)
+    # Several devices may each hold a part alone, and are given it from the host.
+    params = jax.device_put(setting.params) if mesh is None else setting.params
+    backbone, head = lora.split_head(params, config.lora.head)
     adapters = lora.init(
         randomness.stream(seed, "adapters"),
         backbone,

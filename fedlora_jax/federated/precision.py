@@ -54,7 +54,7 @@ def off_the_grid(key: jax.Array, server: Server, dtype: DTypeLike) -> Server:
 
     Args:
       key: A random key; the digits of a kernel depend on it and on its path.
-      server: Float32 kernels are treated, others stay.
+      server: Float32 kernels are treated, others stay. What is on the host stays there.
       dtype: Type of the model's arithmetic; nothing is done if it is not bfloat16.
     """
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -64,7 +64,8 @@ def off_the_grid(key: jax.Array, server: Server, dtype: DTypeLike) -> Server:
         if kernel.dtype != jnp.float32:
             return kernel
         path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        return _with_digits(path_key, kernel)
+        found = _with_digits(path_key, kernel)
+        return found if isinstance(kernel, jax.Array) else jax.device_get(found)
 
     backbone = lora.map_kernels(server.backbone, server.trainable.adapters, drawn)
     return server._replace(backbone=backbone)

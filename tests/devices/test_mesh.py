@@ -171,6 +171,34 @@ def test_a_backbone_split_over_devices_gives_the_same_round():
         )
 
 
+@pytest.mark.parametrize("name", ["fedit", "fedex_lora"])
+def test_no_device_holds_the_whole_of_a_split_backbone(tmp_path, monkeypatch, name):
+    """Neither before a run nor in it; also where kernels are widened to be merged into."""
+    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
+    config = tiny_digits(tmp_path)
+    config.method, config.mesh.clients, config.mesh.model, config.rounds = name, 2, 2, 2
+    config.precision.storage = config.precision.compute = "bfloat16"
+    elsewhere = jax.live_arrays()
+    setting = experiment.prepare(config)
+    program = experiment.compile_program(config, setting)
+    before = {id(x) for x in elsewhere}
+
+    def whole():
+        """New arrays of the shape of a split kernel that are whole on any device."""
+        new = [x for x in jax.live_arrays() if id(x) not in before]
+        return [shard.data.shape for x in new for shard in x.global_shards].count((16, 16))
+
+    assert whole() == 0
+    state = experiment.first_state(config, setting, program.method, mesh=program.mesh)
+    kernel = state.server.backbone["block_0"]["attention"]["query"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (16, 8)
+    assert kernel.dtype == (jnp.bfloat16 if name == "fedit" else jnp.float32)
+    assert whole() == 0
+    found = []
+    experiment.run(config, setting, program, tmp_path / "run", lambda: found.append(whole()))
+    assert len(found) == config.rounds and not any(found)
+
+
 def test_the_untouched_model_is_judged_on_the_mesh_too(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
     config = tiny_digits(tmp_path)

@@ -228,16 +228,33 @@ def test_everything_at_once(run, make, tmp_path):
         assert 0.5 < row["cosine"] < 1 and row["cosine_b"] == pytest.approx(1, abs=1e-5)
 
 
+def wide_kernels():
+    """The buffers of float32 that have the shape of an adapted kernel."""
+    arrays = [x for x in jax.live_arrays() if x.shape == (16, 16) and x.dtype == jnp.float32]
+    return arrays, {x.unsafe_buffer_pointer() for x in arrays}
+
+
 def test_bfloat16_by_configuration(run, make, tmp_path):
-    """Killed and gone on with; near float32, on the same backbone."""
+    """Killed and gone on with; near float32, on the same backbone.
+
+    Of the kernels that are merged into it holds the last state alone, in float32.
+    """
     types = {"precision.compute": "bfloat16", "precision.storage": "bfloat16"}
     config = make(method="flora", **types)
     setting = experiment.prepare(config)
     assert {x.dtype for x in jax.tree.leaves(setting.params)} == {np.dtype(jnp.bfloat16)}
     assert setting.task.model.dtype == jnp.bfloat16
     program = experiment.compile_program(config, setting)
-    experiment.run(make(method="flora", rounds=2, **types), setting, program, tmp_path / "half")
-    rows = experiment.run(config, setting, program, tmp_path / "half")
+    (kept, others), held = wide_kernels(), []
+
+    def advance():
+        held.append(len(wide_kernels()[1] - others))
+
+    short = make(method="flora", rounds=2, **types)
+    experiment.run(short, setting, program, tmp_path / "half", advance)
+    rows = experiment.run(config, setting, program, tmp_path / "half", advance)
+    assert held[:2] == [1, 1] and held[-1] == 1
+    del kept
     whole = run(make(method="flora"), tmp_path / "whole")
     for row, wanted in zip(rows, whole, strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=0.01)

@@ -135,9 +135,9 @@ def test_the_pages(sent):
     assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
 
 
-def test_rounds_endure(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("digits")
+def test_rounds_endure():
     """So few say nothing of the process's memory."""
-    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path))
     name = "fedsa_lora:bfloat16"
     row = endurance.measure(name, 20)
     assert set(endurance.faults(row)) <= {"more memory"} and name in endurance.names()

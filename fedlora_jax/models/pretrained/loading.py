@@ -113,6 +113,7 @@ def load(
     new: str | None = None,
     key: jax.Array | None = None,
     dtype: DTypeLike = jnp.float32,
+    on_host: bool = False,
 ) -> dict[str, Any]:
     """Reads pretrained parameters for a model.
 
@@ -125,6 +126,8 @@ def load(
         what the checkpoint has for them is ignored, e.g. `'^head$'` for another number of classes.
       key: A random key for them.
       dtype: Storage type of the parameters.
+      on_host: Leaves them in the host's memory, as NumPy's arrays: for a model that no one device
+        can hold, or that is wanted there later.
 
     Returns:
       Parameters as `model.init(...)['params']` would have them.
@@ -139,9 +142,11 @@ def load(
     tensors = open_tensors(locate(source))
     readings = _plan(model, {p: s for p, s in flat.items() if p not in fresh}, fresh, tensors)
 
-    values = {reading.path: _read(reading, dtype) for reading in readings}
+    # Unlike `jnp.asarray`, `device_put` takes an aligned array over without a copy on CPU.
+    place = jax.device_get if on_host else jax.device_put
+    values = {reading.path: place(_read(reading, dtype)) for reading in readings}
     if fresh:
-        values |= _initialised(model, inputs, fresh, key, dtype)
+        values |= place(_initialised(model, inputs, fresh, key, dtype))
     return traverse_util.unflatten_dict({tuple(path.split("/")): values[path] for path in flat})
 
 
@@ -262,7 +267,7 @@ def _is_square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
 
 
-def _read(reading: _Reading, dtype: DTypeLike) -> jax.Array:
+def _read(reading: _Reading, dtype: DTypeLike) -> np.ndarray | jax.Array:
     """The value of one parameter, in our layout."""
     if _is_resized(reading):
         table = reading.tensor.read(np.float32)
@@ -272,8 +277,7 @@ def _read(reading: _Reading, dtype: DTypeLike) -> jax.Array:
     stored = (stop - start, *reading.tensor.shape[1:])
     in_their_order = value.transpose(np.argsort(_axes(reading))) if reading.torch else value
     reading.tensor.read_into(in_their_order.reshape(stored), start)
-    # Unlike `jnp.asarray`, this takes an aligned array over without a copy on CPU.
-    return jax.device_put(value)
+    return value
 
 
 def resize_positions(table: jax.Array | np.ndarray, shape: tuple[int, ...]) -> jax.Array:
