@@ -105,6 +105,16 @@ def test_a_new_head(vit, tmp_path):
     equal({**loaded, "head": params["head"]}, params)
 
 
+def test_on_the_host(vit, tmp_path):
+    """The same numbers: as they are stored, of other sides of the images, and new ones."""
+    write_safetensors(tmp_path / "model.safetensors", vit[1])
+    options = {"new": "^head$", "key": jax.random.key(3), "dtype": jnp.bfloat16}
+    larger = jax.ShapeDtypeStruct((1, 48, 48, 3), jnp.float32)
+    there = pretrained.load(VIT, tmp_path, larger, **options, on_host=True)
+    assert {type(x) for x in jax.tree.leaves(there)} == {np.ndarray}
+    equal(there, pretrained.load(VIT, tmp_path, larger, **options))
+
+
 def test_one_error_lists_everything(vit, tmp_path):
     _, tensors = vit
     tensors = dict(tensors)
