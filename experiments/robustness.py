@@ -40,7 +40,6 @@ ABSENT = ("dropout", "crash", "nan")
 # Method, rule, kind and seed; and by them the headline metric after the last round.
 Job: TypeAlias = tuple[str, str, str, int]
 Results: TypeAlias = dict[Job, float]
-Round: TypeAlias = Callable[..., tuple[Federation, RoundMetrics]]
 
 
 def main() -> None:
@@ -88,7 +87,7 @@ def study(
     setting = experiment.prepare(config)
     with progress_bar(len(configs) * len(kinds) * num_seeds, unit="run") as bar:
         for (name, rule), mine in configs.items():
-            step, program = None, None
+            make, program = None, None
             for seed in range(num_seeds):
                 for kind in kinds:
                     bar.set_description(f"{name}, {rule}, {kind}, seed {seed}")
@@ -101,8 +100,8 @@ def study(
                     known = [results[other] for other in others if other in results]
                     if not known:
                         program = program or experiment.compile_program(mine, setting)
-                        step = step or _compiled(program)
-                        known = [_final(mine, setting, program, step, kind, seed)]
+                        make = make or _compiled(program)
+                        known = [_final(mine, setting, program, make, kind, seed)]
                     results[job] = known[0]
                     _write(path, config, results)
     return setting.task.metrics[0].sentence, results
@@ -128,18 +127,23 @@ def _combines(name: str, rule: str, mine: ConfigDict) -> bool:
     return True
 
 
-def _compiled(program: Program) -> Round:
+def _compiled(program: Program) -> rounds.Make:
     """A round to which the faults are given, so that all kinds are one program."""
 
-    def step(chosen: Faults, *state: Any) -> tuple[Federation, RoundMetrics]:
-        training = program.recipe.training._replace(faults=chosen)
-        return run_round(program.recipe._replace(training=training), *state)[:2]
+    @functools.cache
+    def make(size: int) -> Callable[..., tuple[Federation, RoundMetrics]]:
+        def step(chosen: Faults, *state: Any) -> tuple[Federation, RoundMetrics]:
+            training = program.recipe.training._replace(faults=chosen)
+            recipe = program.recipe._replace(training=training, clients_per_chunk=size)
+            return run_round(recipe, *state)[:2]
 
-    return jax.jit(step)
+        return jax.jit(step)
+
+    return make
 
 
 def _final(
-    config: ConfigDict, setting: Setting, program: Program, step: Round, kind: str, seed: int
+    config: ConfigDict, setting: Setting, program: Program, make: rounds.Make, kind: str, seed: int
 ) -> float:
     """The headline metric after the last round, or after the first in which all diverge."""
     config = config.copy_and_resolve_references()
@@ -150,7 +154,7 @@ def _final(
         "zeros" if kind == "none" else kind, share=share, factor=config.faults.factor
     )
     state = experiment.first_state(config, setting, program.method)
-    after = rounds.each(config, state, functools.partial(step, chosen))
+    after = rounds.each(config, state, make, chosen)
     for federation, metrics in after:  # noqa: B007
         if int(metrics.excluded) == state.cohort_size - int(metrics.absent or 0):
             break

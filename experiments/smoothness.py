@@ -15,6 +15,7 @@ Kernels are formed and decomposed on the host: it is made for small models. Writ
 after each run, and `README.md` with the table; given the same command again, it goes on.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,7 +29,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.shared import report, rounds
 from experiments.shared.apps import command, method_names, progress_bar, run
 from fedlora_jax import experiment, locks, lora
-from fedlora_jax.experiment import Program, Setting, chunking, records
+from fedlora_jax.experiment import Program, Setting, records
 from fedlora_jax.experiment.program import make_method
 from fedlora_jax.federated.round import Federation, run_round, train_cohort
 from fedlora_jax.methods import Server
@@ -74,12 +75,12 @@ def study(
     with progress_bar(len(names) * num_seeds, unit="run") as bar:
         for name, mine in configs.items():
             program = experiment.compile_program(mine, setting)
-            step = _compiled(mine, program)
+            make = _compiled(program)
             for seed in range(num_seeds):
                 bar.set_description(f"{name}, seed {seed}")
                 if (name, seed) not in known:
                     mine.seed = seed
-                    found = _followed(mine, setting, program, step)
+                    found = _followed(mine, setting, program, make)
                     known[name, seed] = {"method": name, "seed": seed, **found}
                     rounds.write(path, config, list(known.values()))
                 bar.update()
@@ -95,33 +96,37 @@ def _with(config: ConfigDict, name: str) -> ConfigDict:
     return mine
 
 
-def _compiled(config: ConfigDict, program: Program) -> Callable[..., Any]:
+def _compiled(program: Program) -> rounds.Make:
     """A round, and what its clients lose at their first and over all steps.
 
     The first is a step at a rate of zero.
     """
-    chunk = chunking.parse(config.clients_per_chunk)
-    recipe = program.recipe._replace(clients_per_chunk=chunk if isinstance(chunk, int) else 1)
-    begin = recipe._replace(training=recipe.training._replace(steps=1, epochs=0))
 
-    def step(federation: Federation, *given: Any) -> tuple[Federation, tuple[jax.Array, ...]]:
-        data, cohort, seed, rate = given
-        first = train_cohort(begin, federation, data, cohort, seed, 0.0)
-        after, metrics, _ = run_round(recipe, federation, data, cohort, seed, rate)
-        return after, (jnp.nanmean(first.loss), jnp.nanmean(metrics.client_loss))
+    @functools.cache
+    def make(size: int) -> Callable[..., Any]:
+        recipe = program.recipe._replace(clients_per_chunk=size)
+        begin = recipe._replace(training=recipe.training._replace(steps=1, epochs=0))
 
-    return jax.jit(step)
+        def step(federation: Federation, *given: Any) -> tuple[Federation, tuple[jax.Array, ...]]:
+            data, cohort, seed, rate = given
+            first = train_cohort(begin, federation, data, cohort, seed, 0.0)
+            after, metrics, _ = run_round(recipe, federation, data, cohort, seed, rate)
+            return after, (jnp.nanmean(first.loss), jnp.nanmean(metrics.client_loss))
+
+        return jax.jit(step)
+
+    return make
 
 
 def _followed(
-    config: ConfigDict, setting: Setting, program: Program, step: Callable[..., Any]
+    config: ConfigDict, setting: Setting, program: Program, make: rounds.Make
 ) -> dict[str, Any]:
     """A run, looked at after each round."""
     state = experiment.first_state(config, setting, program.method)
     begin = last = kernels(state.server)
     change: Kernels | None = None
     cosines, losses = [], []
-    for federation, found in rounds.each(config, state, step):
+    for federation, found in rounds.each(config, state, make):
         losses.append([float(x) for x in found])
         if not np.isfinite(losses[-1]).all():
             raise FloatingPointError(

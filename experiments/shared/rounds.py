@@ -3,35 +3,43 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from fedlora_jax.experiment import State, records
+from fedlora_jax.experiment import State, chunking, records
 from fedlora_jax.experiment.program import schedule
 from fedlora_jax.federated import cohort
 from fedlora_jax.federated.round import Federation
 
+Make: TypeAlias = Callable[[int], Callable[..., tuple[Federation, Any]]]
+
 
 def each(
-    config: ConfigDict, state: State, step: Callable[..., tuple[Federation, Any]]
+    config: ConfigDict, state: State, make: Make, *first: Any
 ) -> Iterator[tuple[Federation, Any]]:
-    """The federation after each round, and what else `step` returns.
+    """The federation after each round, and what else the round returns.
 
     Args:
-      config: With the seed of the run.
+      config: With the seed of the run, and how many clients are to train at once.
       state: From `experiment.first_state`, under that seed.
-      step: `(federation, data, cohort, seed, learning_rate) -> (federation, anything)`, as
-        `run_round` takes them.
+      make: From a number of clients at once to a jitted `(*first, federation, data, cohort, seed,
+        learning_rate) -> (federation, anything)`; the same function for the same number.
+      *first: What the round is given besides.
     """
     key, rate_of, federation = jax.random.key(config.seed), schedule(config), state.federation
     sizes = {"num_clients": len(state.ranks), "cohort_size": state.cohort_size}
-    for index in range(config.rounds):
+
+    def inputs(index: int) -> tuple[Any, ...]:
         members = cohort.sample(key, index, **sizes)
-        rate = jnp.float32(rate_of(index))
-        federation, found = step(federation, state.data, members, key, rate)
+        return *first, federation, state.data, members, key, jnp.float32(rate_of(index))
+
+    chosen = chunking.choose(config, make, inputs(0), inputs(0), state.cohort_size)
+    step = make(chosen.size)
+    for index in range(config.rounds):
+        federation, found = step(*inputs(index))
         yield federation, found
 
 

@@ -18,9 +18,11 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fedlora_jax.data.clients import ClientData
 from fedlora_jax.experiment import memory, records
 from fedlora_jax.experiment.memory import Memory, readable
 from fedlora_jax.federated.round import CohortRound
+from fedlora_jax.methods import Server
 
 Make: TypeAlias = Callable[[int], CohortRound]
 Wanted: TypeAlias = int | Literal["auto", "all"]
@@ -205,20 +207,57 @@ def of_run(
     """
     wanted, record = parse(config.clients_per_chunk), workdir / RECORD
     begun = _read(record) if wanted == "auto" else None
-    if begun is not None:
-        choice = _given(make, arguments, begun)
-    elif wanted == "auto":
-        choice = _automatic(config, make, arguments, trial, cohort_size)
+    if begun is None:
+        choice = choose(config, make, arguments, trial, cohort_size)
     else:
-        size = cohort_size if wanted == "all" else min(wanted, cohort_size)
-        choice = _given(make, arguments, size)
-    if choice.memory is not None and not choice.memory.fits:
-        raise ValueError(_refusal(config, make, arguments, choice, workdir, begun is not None))
+        choice = _given(make, arguments, begun)
+        _refuse_unless_it_fits(config, make, arguments, choice, workdir)
     if wanted == "auto" and begun is None:
         _write(record, choice)
     if announce is not None:
         announce(f"{config.method}: {choice}")
     return make(choice.size)
+
+
+def choose(
+    config: ml_collections.ConfigDict,
+    make: Callable[[int], Any],
+    arguments: Sequence[Any],
+    trial: Sequence[Any],
+    cohort_size: int,
+) -> Choice:
+    """As many clients at once as `config.clients_per_chunk` says, for rounds that keep no record.
+
+    Args:
+      config: As in `configs/`.
+      make: Builds a jitted round for a number of clients at once; the same function for the same
+        number.
+      arguments: Of the first round, a `Server` and `ClientData` among them.
+      trial: Of a round to be timed, with at most `MOST` clients.
+      cohort_size: K, or the clients on each device.
+
+    Raises:
+      ValueError: If a round cannot fit the memory there is.
+    """
+    wanted = parse(config.clients_per_chunk)
+    if wanted == "auto":
+        choice = _automatic(config, make, arguments, trial, cohort_size)
+    else:
+        size = cohort_size if wanted == "all" else min(wanted, cohort_size)
+        choice = _given(make, arguments, size)
+    _refuse_unless_it_fits(config, make, arguments, choice)
+    return choice
+
+
+def _refuse_unless_it_fits(
+    config: ml_collections.ConfigDict,
+    make: Make,
+    arguments: Sequence[Any],
+    choice: Choice,
+    begun: Path | None = None,
+) -> None:
+    if choice.memory is not None and not choice.memory.fits:
+        raise ValueError(_refusal(config, make, arguments, choice, begun))
 
 
 def _given(make: Make, arguments: Sequence[Any], size: int) -> Choice:
@@ -258,7 +297,7 @@ def _automatic(
 def _key(config: ml_collections.ConfigDict, arguments: Sequence[Any], cohort_size: int) -> str:
     """What the speed depends on: model and local work, but neither the method nor the seed."""
     local = {k: v for k, v in config.local.to_dict().items() if k != "learning_rate"}
-    server, data = arguments[0], arguments[3]
+    server, data = (_of_kind(kind, arguments) for kind in (Server, ClientData))
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), data.examples)
     shapes = jax.tree.map(
         lambda x: f"{x.dtype}{x.shape}",
@@ -272,6 +311,12 @@ def _key(config: ml_collections.ConfigDict, arguments: Sequence[Any], cohort_siz
     ]
     text = json.dumps(depends_on, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _of_kind(kind: type, arguments: Sequence[Any]) -> Any:
+    """The first value of this type in a tree."""
+    values = jax.tree.leaves(arguments, is_leaf=lambda x: isinstance(x, kind))
+    return next(x for x in values if isinstance(x, kind))
 
 
 def _write(path: Path, choice: Choice) -> None:
@@ -307,10 +352,9 @@ def _refusal(
     make: Make,
     arguments: Sequence[Any],
     choice: Choice,
-    workdir: Path,
-    begun: bool,
+    begun: Path | None,
 ) -> str:
-    """Says what a round needs, what there is, and what would fit."""
+    """Says what a round needs, what there is, and what would fit; `begun` is a run's directory."""
     needed = choice.memory
     assert needed is not None and needed.limit is not None
     clients = "one client" if choice.size == 1 else f"{choice.size} clients"
@@ -321,7 +365,7 @@ def _refusal(
     )
     if begun:
         return (
-            f"{text}. The run in {workdir} was begun with so many, and goes on with no other number"
+            f"{text}. The run in {begun} was begun with so many, and goes on with no other number"
         )
     one = _plan(make(1), arguments) if choice.size > 1 else needed
     if choice.size > 1 and (one is None or one.fits):

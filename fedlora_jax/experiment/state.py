@@ -44,7 +44,7 @@ class State(NamedTuple):
         """All of it on the device, the states of all N clients too."""
         count = len(self.ranks)
         clients = jax.tree.map(lambda x: jnp.repeat(jnp.asarray(x)[None], count, 0), self.client)
-        return Federation(self.server, clients, self.ranks)
+        return _tied(Federation(self.server, clients, self.ranks))
 
     def outlined(self) -> "State":
         """The same with shapes in the place of the server's arrays, which it does not hold."""
@@ -134,9 +134,16 @@ def rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
 def _placed_server(server: Server, mesh: Mesh | None) -> Server:
     if mesh is not None:
         return placement.put(server, placement.server(mesh, server))
-    # Arrays read from a file are tied to a device, new ones are not, and a round's results are if
-    # any input was: all tied from the start, a round compiles once, also after a restart.
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), server)
+    return _tied(server)
+
+
+def _tied(tree: PyTree) -> PyTree:
+    """Arrays that are where they are for good.
+
+    What is read from a file is tied to a device, what is new is not, and a round's results are if
+    any input was: all tied from the start, a round compiles once, also after a restart.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), tree)
 
 
 def _held_out(

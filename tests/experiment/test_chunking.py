@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
 
+from fedlora_jax.data.clients import ClientData
 from fedlora_jax.experiment import chunking, memory
+from fedlora_jax.methods import Server
 from tests.tiny import tiny_digits
 
 GIGABYTE = 10**9
@@ -89,8 +90,8 @@ def config(changes):
 
 
 def of_run(fake, workdir, announce=None, **changes):
-    server = SimpleNamespace(backbone={"kernel": jax.numpy.zeros(3)})
-    arguments = (server, (), (), SimpleNamespace(examples={}))
+    server = Server({"kernel": jax.numpy.zeros(3)}, (), 1.0, (), 0)
+    arguments = (server, (), (), ClientData({}, (), (), (), 0))
     workdir.mkdir(exist_ok=True)
     made = config(changes)
     return chunking.of_run(

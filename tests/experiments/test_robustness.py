@@ -41,10 +41,11 @@ def test_clients_weigh_what_is_configured(digits, monkeypatch, weights):
     found = []
 
     def run_round(recipe, *state):
-        found.append(recipe.equal_weights)
+        found.append((recipe.equal_weights, recipe.clients_per_chunk))
         return state
 
     monkeypatch.setattr(robustness, "run_round", run_round)
     program = experiment.compile_program(config, experiment.prepare(config))
-    robustness._compiled(program)(faults.make("nan", share=0.2, factor=1.0), *jnp.zeros(2))
-    assert found == [weights == "equal"]
+    make = robustness._compiled(program)
+    make(3)(faults.make("nan", share=0.2, factor=1.0), *jnp.zeros(2))
+    assert found == [(weights == "equal", 3)]
