@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.typing import ArrayLike
@@ -11,7 +13,7 @@ from jax.typing import ArrayLike
 from fedlora_jax.aggregation import Diagnostics
 from fedlora_jax.experiment.program import Program, epsilon
 from fedlora_jax.experiment.state import State
-from fedlora_jax.federated import communication
+from fedlora_jax.federated import communication, faults
 from fedlora_jax.federated.communication import MessageBytes
 from fedlora_jax.federated.evaluation import Evaluation, mean_of_known
 from fedlora_jax.federated.metrics import Metric
@@ -53,17 +55,22 @@ def make_measure(
       start: Before the first round.
     """
     made = communication.messages(program.method, start.server, start.client, start.cohort_size)
-    num_clients = len(start.ranks)
+    num_clients, seed = len(start.ranks), jax.random.key(config.seed)
+    faulty = program.recipe.training.faults
 
     def megabytes(
-        index: int, server: Server, ranks: list[int], absent: list[int]
+        index: int, server: Server, ranks: list[int], who: Participation
     ) -> dict[str, float]:
         count = functools.cache(
             lambda rank, away: communication.count(
                 program.method, server, made, index, rank=rank, absent=away
             )
         )
-        each = [count(rank, away) for rank, away in zip(ranks, absent, strict=True)]
+        each = [count(rank, away) for rank, away in zip(ranks, who.absent.tolist(), strict=True)]
+        if faulty is not None:
+            chosen = jnp.asarray(who.cohort)
+            silent = np.asarray(_silent(faulty, seed, jnp.int32(index), chosen))
+            each = [x._replace(up=0) if s else x for x, s in zip(each, silent, strict=True)]
         total = MessageBytes(*(sum(x) / 1e6 for x in zip(*each, strict=True)))
         return {f"megabytes_{name}": value for name, value in total._asdict().items()}
 
@@ -84,7 +91,7 @@ def make_measure(
             **_described(measured.diagnostics),
             "excluded_clients": int(measured.excluded),
             **({} if measured.absent is None else {"absent_clients": int(measured.absent)}),
-            **megabytes(index, server, ranks, who.absent.tolist()),
+            **megabytes(index, server, ranks, who),
             "epsilon": None if spent is None else _number(spent),
             "cohort": who.cohort.tolist(),
             "rank": ranks,
@@ -92,6 +99,14 @@ def make_measure(
         }
 
     return measure
+
+
+@jax.jit
+def _silent(
+    chosen: faults.Faults, seed: jax.Array, index: jax.Array, cohort: jax.Array
+) -> jax.Array:
+    """Which clients of a round's cohort do not answer, bool `[K]`."""
+    return faults.silent(chosen, faults.drawn(chosen, seed, index, cohort))
 
 
 def _described(found: Diagnostics | None) -> dict[str, float | None]:

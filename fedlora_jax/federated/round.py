@@ -464,7 +464,7 @@ def run_cohort(
     result = _train(recipe, shared, members, mesh)
     present, absent = cohort >= 0, None
     if training.faults is not None and faulty is not None:
-        silent = faulty & ~jnp.asarray(training.faults.answers)
+        silent = faults.silent(training.faults, faulty)
         present, absent = present & ~silent, jnp.sum(silent, dtype=jnp.int32)
     finite = _all_finite((result.trained, result.uploads, result.clients)) & present
     equal = recipe.equal_weights or method.equal_weights
