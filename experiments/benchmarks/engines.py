@@ -18,7 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 from tabulate import tabulate
 
 from experiments.benchmarks import hlo
-from experiments.benchmarks.mesh import DEVICES, LEAST_EFFORT
+from experiments.benchmarks.mesh import DEVICES
+from experiments.shared.compiling import least_effort
 from fedlora_jax import Factors, _batching, aggregation, lowrank
 from fedlora_jax.federated import placement
 
@@ -87,7 +88,7 @@ def _count(function: Callable[..., Any], arguments: Any, mesh: Mesh) -> dict[str
     where = jax.tree.map(
         lambda each: placement.rows(mesh) if each else placement.everywhere(mesh), clients
     )
-    compiled = jax.jit(function, out_shardings=where).lower(*arguments).compile(LEAST_EFFORT)
+    compiled = jax.jit(function, out_shardings=where).lower(*arguments).compile(least_effort())
     text, cost = compiled.as_text(), compiled.cost_analysis()
     assert text is not None and cost is not None
     sent, waits = hlo.collectives(text), hlo.collectives(text, only_in_loops=True)

@@ -14,6 +14,7 @@ import optax
 from tabulate import tabulate
 
 from experiments.benchmarks import hlo
+from experiments.shared.compiling import least_effort
 from fedlora_jax import lora, methods, models
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.federated import placement
@@ -25,13 +26,6 @@ from fedlora_jax.models import Llama
 
 DEVICES = 4
 SMALL = {"width": 64, "depth": 1, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128}
-# Of the machine code, which is not run; what devices compute and send is settled before it.
-LEAST_EFFORT: dict[str, Any] = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-if jax.__version_info__ < (0, 11):
-    LEAST_EFFORT["xla_cpu_use_fusion_emitters"] = False
 VOCABULARY, LENGTH, RANK, COHORT, EXAMPLES, BATCH_SIZE, STEPS = 128, 16, 4, 16, 8, 4, 4
 
 
@@ -65,7 +59,8 @@ def measure(name: str) -> dict[str, Any]:
     found = {}
     for way, (devices, arguments) in ways.items():
         function = make_cohort_round(Recipe(task, method, training), mesh=devices)
-        compiled = function.lower(*arguments, key, rate).compile(LEAST_EFFORT)
+        # What devices compute and send is settled before there is machine code.
+        compiled = function.lower(*arguments, key, rate).compile(least_effort())
         text, cost = compiled.as_text(), compiled.cost_analysis()
         assert text is not None and cost is not None
         sent, waits = hlo.collectives(text), hlo.collectives(text, only_in_loops=True)

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.linear_study import problem
+from experiments.shared.compiling import least_effort
 from fedlora_jax import lora, methods, transforms
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.experiment import program as configured
@@ -188,20 +189,9 @@ def _compile(
         before = problem.excess(drawn.pretrained, drawn.optimum, drawn.curvature)
         return jnp.where(jnp.any(diverged), jnp.nan, left / before), jnp.mean(errors)
 
-    return jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None)), compiler_options=_compiler_options())
-
-
-def _compiler_options() -> dict[str, Any] | None:
-    """On CPU, a program that compiles in a seventh of the time and takes twice the time to run.
-
-    Most programs run for less than they would take to be compiled well.
-    """
-    if jax.default_backend() != "cpu":
-        return None
-    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    if jax.__version_info__[:2] < (0, 11):  # Later there is no such option.
-        options["xla_cpu_use_fusion_emitters"] = False
-    return {**options, "xla_cpu_parallel_codegen_split_count": 1}
+    # Most programs run for less than they would take to be compiled well.
+    options = least_effort() if jax.default_backend() == "cpu" else None
+    return jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None)), compiler_options=options)
 
 
 def check(config: ConfigDict, name: str, settings: Sequence[Dials]) -> None:
