@@ -8,7 +8,8 @@ import pytest
 
 from fedlora_jax.data import python_docs
 
-SPLITS = {"federated": (0.55, 15), "validation": (0.1, 10), "test": (0.2, 15)}
+# The share of each, and the fewest passages of a class that it has.
+SPLITS = {"federated": (5 / 8, 15), "validation": (1 / 8, 10), "test": (1 / 4, 15)}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,9 @@ def test_passages(splits):
     classes = len(python_docs.class_names())
     for split, (each, labels) in splits.items():
         share, fewest = SPLITS[split]
-        assert share < len(each) / len(texts) < 1.4 * share
+        # Where a passage goes is as good as drawn, and differs with the version of Python.
+        deviation = (share * (1 - share) / len(texts)) ** 0.5
+        assert abs(len(each) / len(texts) - share) < 4 * deviation
         assert labels.dtype == np.int32 and np.bincount(labels, minlength=classes).min() >= fewest
     assert max(len(text.split()) for text in texts) <= 80
     again = python_docs.passages("test")

@@ -98,7 +98,8 @@ def test_errors_fall_with_the_width_and_the_library_finds_the_best(sent):
     found = tree.errors(*sent, seed=0)
     assert found["library"] < 1e-5 and 0 < found["flat"] < found["fedit"]
     for name, widths in found["ways"].items():
-        assert widths[8]["best"] < widths[1]["best"], name
+        # Where all of them are below one node, both are but rounding.
+        assert widths[8]["best"] < max(widths[1]["best"], 1e-14), name
         # The best there is cannot be beaten.
         assert all(each["excess"] > -1e-9 for each in widths.values())
 
