@@ -18,7 +18,6 @@ from fedlora_jax.federated.round import CohortRound, Recipe, create, make_cohort
 from fedlora_jax.federated.task import causal_language_model
 from fedlora_jax.lowrank import is_factors
 from fedlora_jax.methods import Server, Trainable
-from tests.tiny import tiny_digits
 from tests.world import COHORT, learning_rate, method_of
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
@@ -172,10 +171,9 @@ def test_a_backbone_split_over_devices_gives_the_same_round():
 
 
 @pytest.mark.parametrize("name", ["fedit", "fedex_lora"])
-def test_no_device_holds_the_whole_of_a_split_backbone(tmp_path, monkeypatch, name):
+def test_no_device_holds_the_whole_of_a_split_backbone(digits, tmp_path, name):
     """Neither before a run nor in it; also where kernels are widened to be merged into."""
-    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
-    config = tiny_digits(tmp_path)
+    config = digits.copy_and_resolve_references()
     config.method, config.mesh.clients, config.mesh.model, config.rounds = name, 2, 2, 2
     config.precision.storage = config.precision.compute = "bfloat16"
     elsewhere = jax.live_arrays()
@@ -199,9 +197,8 @@ def test_no_device_holds_the_whole_of_a_split_backbone(tmp_path, monkeypatch, na
     assert len(found) == config.rounds and not any(found)
 
 
-def test_the_untouched_model_is_judged_on_the_mesh_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("FEDLORA_DATA_DIR", str(tmp_path / "data"))
-    config = tiny_digits(tmp_path)
+def test_the_untouched_model_is_judged_on_the_mesh_too(digits):
+    config = digits.copy_and_resolve_references()
     setting = experiment.prepare(config)
     found = []
     for devices in (1, 4):
