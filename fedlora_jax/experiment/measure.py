@@ -4,8 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.typing import ArrayLike
@@ -13,7 +11,7 @@ from jax.typing import ArrayLike
 from fedlora_jax.aggregation import Diagnostics
 from fedlora_jax.experiment.program import Program, epsilon
 from fedlora_jax.experiment.state import State
-from fedlora_jax.federated import communication, faults
+from fedlora_jax.federated import communication
 from fedlora_jax.federated.communication import MessageBytes
 from fedlora_jax.federated.evaluation import Evaluation, mean_of_known
 from fedlora_jax.federated.metrics import Metric
@@ -55,11 +53,10 @@ def make_measure(
       start: Before the first round.
     """
     made = communication.messages(program.method, start.server, start.client, start.cohort_size)
-    num_clients, seed = len(start.ranks), jax.random.key(config.seed)
-    faulty = program.recipe.training.faults
+    num_clients = len(start.ranks)
 
     def megabytes(
-        index: int, server: Server, ranks: list[int], who: Participation
+        index: int, server: Server, ranks: list[int], who: Participation, measured: RoundMetrics
     ) -> dict[str, float]:
         count = functools.cache(
             lambda rank, away: communication.count(
@@ -67,10 +64,9 @@ def make_measure(
             )
         )
         each = [count(rank, away) for rank, away in zip(ranks, who.absent.tolist(), strict=True)]
-        if faulty is not None:
-            chosen = jnp.asarray(who.cohort)
-            silent = np.asarray(_silent(faulty, seed, jnp.int32(index), chosen))
-            each = [x._replace(up=0) if s else x for x, s in zip(each, silent, strict=True)]
+        if measured.silent is not None:
+            # On a mesh places of nobody follow the clients.
+            each = [x._replace(up=0) if s else x for x, s in zip(each, measured.silent)]
         total = MessageBytes(*(sum(x) / 1e6 for x in zip(*each, strict=True)))
         return {f"megabytes_{name}": value for name, value in total._asdict().items()}
 
@@ -91,7 +87,7 @@ def make_measure(
             **_described(measured.diagnostics),
             "excluded_clients": int(measured.excluded),
             **({} if measured.absent is None else {"absent_clients": int(measured.absent)}),
-            **megabytes(index, server, ranks, who),
+            **megabytes(index, server, ranks, who, measured),
             "epsilon": None if spent is None else _number(spent),
             "cohort": who.cohort.tolist(),
             "rank": ranks,
@@ -99,14 +95,6 @@ def make_measure(
         }
 
     return measure
-
-
-@jax.jit
-def _silent(
-    chosen: faults.Faults, seed: jax.Array, index: jax.Array, cohort: jax.Array
-) -> jax.Array:
-    """Which clients of a round's cohort do not answer, bool `[K]`."""
-    return faults.silent(chosen, faults.drawn(chosen, seed, index, cohort))
 
 
 def _described(found: Diagnostics | None) -> dict[str, float | None]:

@@ -98,11 +98,6 @@ def drawn(faults: Faults, seed: jax.Array, round_index: jax.Array, cohort: jax.A
     return jnp.argsort(jnp.argsort(lots)) < jnp.round(faults.share * jnp.sum(present))
 
 
-def silent(faults: Faults, faulty: jax.Array) -> jax.Array:
-    """Which of a cohort's clients do not answer, given which are faulty, bool `[K]`."""
-    return faulty & ~jnp.asarray(faults.answers)
-
-
 def sent(faults: Faults, faulty: jax.Array, start: Start, trained: Trained) -> Trained:
     """What a client claims to have trained: the truth, unless it is faulty.
 

@@ -56,7 +56,7 @@ class RoundMetrics(NamedTuple):
       excluded: Clients left out because something they sent was not finite, int32 `[]`.
       diagnostics: Of the same updates over all kernels, r being the rank of the server's adapters;
         None unless the method is to be diagnosed.
-      absent: Clients that did not answer, int32 `[]`; None unless there are faults.
+      silent: Which clients did not answer, bool `[K]`; None unless there are faults.
     """
 
     loss: jax.Array
@@ -65,7 +65,12 @@ class RoundMetrics(NamedTuple):
     ranks: jax.Array
     excluded: jax.Array
     diagnostics: aggregation.Diagnostics | None = None
-    absent: jax.Array | None = None
+    silent: jax.Array | None = None
+
+    @property
+    def absent(self) -> jax.Array | None:
+        """Clients that did not answer, `[]`; None unless there are faults."""
+        return None if self.silent is None else self.silent.sum()
 
 
 class Recipe(NamedTuple):
@@ -462,10 +467,10 @@ def run_cohort(
     faulty = _faulty(training, shared, cohort)
     members = _members(states, ranks, data, cohort, faulty)
     result = _train(recipe, shared, members, mesh)
-    present, absent = cohort >= 0, None
+    present, silent = cohort >= 0, None
     if training.faults is not None and faulty is not None:
-        silent = faults.silent(training.faults, faulty)
-        present, absent = present & ~silent, jnp.sum(silent, dtype=jnp.int32)
+        silent = faulty & ~jnp.asarray(training.faults.answers)
+        present = present & ~silent
     finite = _all_finite((result.trained, result.uploads, result.clients)) & present
     equal = recipe.equal_weights or method.equal_weights
     shares = 1 / len(data.counts) if equal else members.num_examples / data.total
@@ -482,7 +487,7 @@ def run_cohort(
         ranks=result.rank,
         excluded=jnp.sum(~finite & present, dtype=jnp.int32),
         diagnostics=described,
-        absent=absent,
+        silent=silent,
     )
     return server, _kept(states, result.clients, finite), metrics, result
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora_jax import experiment, transforms
 from fedlora_jax.experiment import chunking, loop, partitions, program, setting
-from fedlora_jax.federated import ranks
+from fedlora_jax.federated import faults, ranks
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +121,35 @@ def test_a_run_is_the_same_whether_its_number_of_clients_at_once_was_found_or_gi
 
 
 def test_metrics_of_unequal_ranks_and_missed_rounds(run, make, tmp_path):
-    """One of four does not answer in any round, and sends nothing."""
-    values = {"lora.ranks": "heavy_tail_strong", "faults.kind": "dropout", "faults.share": 0.25}
-    rows = run(make(method="flora", **values), tmp_path)
+    config = make(method="flora", **{"lora.ranks": "heavy_tail_strong"})
+    rows = run(config, tmp_path)
     assigned = ranks.assign("heavy_tail_strong", 4, 30, seed=0)
     size, head = 4 * (16 + 16), 4 * (16 * 10 + 10)
     seen = {}
     for index, row in enumerate(rows):
         mine = [assigned[client] for client in row["cohort"]]
         assert row["rank"] == mine
-        sent = [(sum(mine) - rank) * size + 3 * head for rank in mine]
-        assert row["absent_clients"] == 1
-        assert any(row["megabytes_up"] * 1e6 == pytest.approx(count) for count in sent)
+        assert row["megabytes_up"] * 1e6 == pytest.approx(sum(mine) * size + 4 * head)
         assert row["megabytes_down"] * 1e6 == pytest.approx(4 * (sum(mine) * size + head))
         absent = [index - seen.get(client, -1) - 1 for client in row["cohort"]]
         assert (row["megabytes_catch_up"] > 0) == any(absent)
         seen.update(dict.fromkeys(row["cohort"], index))
     assert any(absent)
+
+
+def test_a_client_that_does_not_answer_sends_nothing(run, make, tmp_path):
+    """One of four in each round, of whatever rank it is."""
+    values = {"lora.ranks": "heavy_tail_strong", "faults.kind": "dropout", "faults.share": 0.25}
+    config = make(rounds=2, **values)
+    dropout = faults.make("dropout", share=0.25)
+    for index, row in enumerate(run(config, tmp_path)):
+        cohort = jnp.array(row["cohort"])
+        answers = ~np.asarray(faults.drawn(dropout, jax.random.key(config.seed), index, cohort))
+        size, head = 4 * (16 + 16), 4 * (16 * 10 + 10)
+        sent = np.array(row["rank"]) * size + head
+        assert row["absent_clients"] == 1 == 4 - answers.sum()
+        assert row["megabytes_up"] * 1e6 == pytest.approx(sent[answers].sum())
+        assert row["megabytes_down"] * 1e6 == pytest.approx(sent.sum())
 
 
 def test_epsilon_grows_with_the_rounds(run, make, tmp_path):
