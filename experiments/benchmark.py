@@ -265,8 +265,9 @@ def streaming_table() -> None:
     folder, size = Path(_FOLDER.value) / "images", streaming_size()
     print(f"writing images to {folder} ...", file=sys.stderr, flush=True)
     streaming.write(folder, size.clients * size.images)
+    made = environment()
     found = worker("streaming")
-    write("streaming", {"environment": environment(), **found}, streaming.page(found))
+    write("streaming", {"environment": made, **found}, streaming.page(made, found))
 
 
 def clients_table() -> None:

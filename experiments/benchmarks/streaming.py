@@ -5,9 +5,11 @@ than they take on disk, and much less than they would take decoded: Linux refuse
 (`RLIMIT_DATA`, of all its private writable memory, that of XLA and of all threads included).
 """
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,10 @@ from tabulate import tabulate
 from configs import image_folder
 from fedlora_jax import experiment
 from fedlora_jax.experiment import streaming
+from fedlora_jax.experiment.program import Program
+from fedlora_jax.experiment.setting import Setting
+from fedlora_jax.experiment.state import first_state
+from fedlora_jax.federated import cohort
 
 SIDE, CLASSES = 224, 10
 _QUALITY = 90
@@ -27,6 +33,9 @@ _SAMPLE = 512
 # Shares of the images that are held in memory: to judge by, and to train the backbone on.
 _HELD_OUT = {"validation": 0.0, "test": 0.004, "pretrain": 0.002}
 _LEAST = 64
+# Of the rate at which images are decoded, what devices take that stand in for others.
+_PACES = (0.5, 0.8, 0.9, 1.0)
+_PACED_ROUNDS = 12
 
 
 class Size(NamedTuple):
@@ -113,6 +122,8 @@ def measure(folder: Path, workdir: Path, size: Size) -> dict[str, Any]:
     seconds = [row["seconds"] for row in rows]
     waiting = [row["seconds_waiting"] for row in rows]
     visited = size.cohort * min(size.images, config.local.steps * config.local.batch_size)
+    pauses = [visited / (pace * rate) for pace in _PACES]
+    paced = [waited(config, setting, program, pause) for pause in pauses]
     return {
         **size._asdict(),
         "images_in_all": len(paths),
@@ -125,7 +136,37 @@ def measure(folder: Path, workdir: Path, size: Size) -> dict[str, Any]:
         "seconds_waiting": waiting,
         "share_waiting": sum(waiting[1:]) / sum(seconds[1:]),
         "device_of_training": jax.devices()[0].device_kind,
+        "paces": dict(zip(map(str, _PACES), paced, strict=True)),
     }
+
+
+def waited(
+    config: ml_collections.ConfigDict, setting: Setting, program: Program, pause: float
+) -> list[float]:
+    """The share of each round but the first that is spent waiting for data.
+
+    As in a run, but for the training: a pause stands in for a device of its own, which takes
+    nothing from the cores that decode.
+
+    Args:
+      config: Of the run.
+      setting: With the images in their files.
+      program: Of the method.
+      pause: Seconds that a round computes.
+    """
+    start, seed = first_state(config, setting, program.method), jax.random.key(config.seed)
+    sizes = {"num_clients": len(start.data.counts), "cohort_size": start.cohort_size}
+    members = [np.asarray(cohort.sample(seed, i, **sizes)) for i in range(_PACED_ROUNDS + 1)]
+    shares = []
+    stream = streaming.Stream(setting.stored, start, program, seed)
+    with contextlib.closing(stream):
+        for index in range(_PACED_ROUNDS):
+            began = time.perf_counter()
+            stream.data(index, members[index])
+            stream.begin(index + 1, members[index + 1])
+            time.sleep(pause)
+            shares.append(stream.waited()["seconds_waiting"] / (time.perf_counter() - began))
+    return shares[1:]
 
 
 def _most_held() -> int:
@@ -134,8 +175,8 @@ def _most_held() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def page(found: dict[str, Any]) -> str:
-    """The results as a Markdown page."""
+def page(made: dict[str, Any], found: dict[str, Any]) -> str:
+    """The results, and what they were made with, as a Markdown page."""
     per_round = [
         [index, f"{seconds:.2f}", f"{waiting:.3f}", f"{100 * waiting / seconds:.1f}%"]
         for index, (seconds, waiting) in enumerate(
@@ -153,10 +194,33 @@ def page(found: dict[str, Any]) -> str:
 {found["clients"]} clients with {found["images"]} JPEG files each of 224 x 224 pixels,
 {found["cohort"]} clients and {found["images_a_round"]} images a round.
 {found["images_in_all"]} files of {files}, decoded {decoded}; the process might hold {bound}
-(`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]}.
+(`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]},
+{made["cores"]} cores, {made["date"]}, jax {made["versions"]["jax"]}; load average
+{made["load_average_at_start"]} at the start.
 
 Decoded alone: {found["decoded_a_second"]:.0f} images a second. After the first round, whose
 images are read before it begins, the device waited {100 * found["share_waiting"]:.1f}% of the time.
 
 {tabulate(per_round, headers=headers, tablefmt="github")}
+
+Training takes a small part of that rate. A device beside the cores that decode would take more: a
+pause stands for it here, as long as its round, in {_PACED_ROUNDS} rounds of the same images.
+
+{tabulate(paced_rows(found), headers=_PACED_HEADERS, tablefmt="github")}
 """
+
+
+_PACED_HEADERS = ["of the rate", "images a second", "waiting, median", "most"]
+
+
+def paced_rows(found: dict[str, Any]) -> list[Sequence[str]]:
+    """For each pace, how large a part of a round is waited."""
+    return [
+        [
+            f"{float(pace):.0%}",
+            f"{float(pace) * found['decoded_a_second']:.0f}",
+            f"{np.median(shares):.1%}",
+            f"{max(shares):.1%}",
+        ]
+        for pace, shares in found["paces"].items()
+    ]
