@@ -1,16 +1,23 @@
 """What clients remember between rounds, on disk: time and memory of a round know no N.
 
-A round leaves one file, `clients/ROUND.npy`, with a record for each client of its cohort: its
-identity and its state, field by field, as NumPy reads it. A client's state is the newest that there
-is; a client that never took part has the first state, which all have in common. Nothing is ever
-changed, so a kill leaves either a whole round or none, and what was true after any round can be
-read again. A file of which every record has a newer one is removed once no checkpoint needs it.
+A round leaves a file, `clients/ROUND.npy`, with a record for each client of its cohort: its
+identity, the round, and its state, field by field, as NumPy reads it. A client's state is the
+newest that there is; a client that never took part has the first state, which all have in common.
+Of several hosts each writes the states that are on its own devices, the second one into
+`clients/ROUND.1.npy`.
+
+Nothing is ever changed, so a kill leaves either a whole round or none, and what was true after any
+round can be read again. A file of which every record has a newer one is removed once no checkpoint
+needs it. Few would come to that: of clients drawn at random some come late. So a round also writes
+again what is left in the files that have least, with the round that it is of, a quarter of a cohort
+at most: files hold about twice the N states at the most, where they would hold five times as many.
 After the records, where NumPy does not look, a file has their SHA-256, which is compared when a run
 goes on.
 """
 
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,8 +31,11 @@ from fedlora_jax.experiment.records import NOT_NUMPY, replacing
 PyTree: TypeAlias = Any
 
 DIRECTORY = "clients"
-_IDENTITY = "identity"
+_IDENTITY, _ROUND = "identity", "after_round"
+# Of a cohort, how many states are written again besides it.
+_AGAIN = 1 / 4
 _PIECE = 2**24  # bytes
+_NAME = re.compile(r"(\d+)(?:\.(\d+))?\.npy")
 
 
 class ClientStore:
@@ -53,15 +63,21 @@ class ClientStore:
         arrays = jax.tree.leaves(self._first)
         fields = zip(self._fields, arrays, strict=True)
         record = [(name, _stored(x.dtype), x.shape) for name, x in fields]
-        self._record = np.dtype([(_IDENTITY, np.int32), *record])
-        self._round = np.full(num_clients, -1, np.int32)
+        self._record = np.dtype([(_IDENTITY, np.int32), (_ROUND, np.int32), *record])
+        self._older_record = np.dtype([(_IDENTITY, np.int32), *record])
+        # Of each client the round that its state is of, and the file and place where that is.
+        self._round, self._file = np.full((2, num_clients), -1, np.int32)
         self._place = np.zeros(num_clients, np.int32)
+        # Of each file its path, how many newest states it has, and the round since when none.
+        self._paths: list[Path] = []
         self._living: dict[int, int] = {}
         self._dead: dict[int, int] = {}
-        for index in range(rounds if self._fields else 0):
-            if self._path(index).exists():
-                self._check(index)
-                self._enter(index, self._open(index)[_IDENTITY])
+        for index, host in self._found() if self._fields else ():
+            if index < rounds:
+                file = self._add(index, host)
+                _check(self._paths[file])
+                records = self._open(file)
+                self._enter(file, records[_IDENTITY], records[_ROUND], index)
 
     def expect(self, rounds: np.ndarray) -> None:
         """Raises Damaged unless the newest states are of these rounds, `[N]`; -1 for the first."""
@@ -73,88 +89,177 @@ class ClientStore:
                 f"{lost}"
             )
 
-    def read(self, identities: np.ndarray) -> PyTree:
-        """The states of these clients, stacked along `[K]`, on the host; of -1 the first state."""
+    def read(self, identities: np.ndarray, wanted: np.ndarray | None = None) -> PyTree:
+        """The states of these clients, stacked along `[K]`, on the host; of -1 the first state.
+
+        Args:
+          identities: Whose states.
+          wanted: Which of them, bool `[K]`; by default all. The other rows are undefined.
+        """
         leaves, structure = jax.tree.flatten(self._first)
-        stacked = [np.repeat(x[None], len(identities), axis=0) for x in leaves]
-        if not leaves:
-            return self._first
-        rounds = np.where(identities < 0, -1, self._round[identities])
-        for index in np.unique(rounds[rounds >= 0]).tolist():
-            here = np.flatnonzero(rounds == index)
-            records = self._open(index)[self._place[identities[here]]]
+        stacked = [np.empty((len(identities), *x.shape), x.dtype) for x in leaves]
+        files = np.where(identities < 0, -1, self._file[identities])
+        wanted = np.ones(len(files), bool) if wanted is None else wanted
+        for file in np.unique(files[wanted]).tolist():
+            here = np.flatnonzero((files == file) & wanted)
+            if file < 0:
+                for first, values in zip(leaves, stacked, strict=True):
+                    values[here] = first
+                continue
+            records = self._open(file)[self._place[identities[here]]]
             for field, values in zip(self._fields, stacked, strict=True):
                 values[here] = records[field].view(values.dtype)
         return jax.tree.unflatten(structure, stacked)
 
-    def write(self, round_index: int, identities: np.ndarray, states: PyTree) -> None:
-        """Keeps the states after a round, `[K, ...]`; of several hosts the first one writes.
+    def write(
+        self,
+        round_index: int,
+        identities: np.ndarray,
+        states: PyTree,
+        host_of: np.ndarray | None = None,
+    ) -> None:
+        """Keeps the states after a round. All hosts call it, and wait for each other afterwards.
 
         Args:
           round_index: The round.
           identities: Whose they are, `[K]`, without repetition.
-          states: Arrays on the host.
+          states: Arrays `[K, ...]` in this host's memory, of which it needs those rows that it
+            writes.
+          host_of: Which host writes each of them, int `[K]`; by default the first one all.
         """
         if not self._fields:
             return
+        host_of = np.zeros(len(identities), np.int32) if host_of is None else host_of
+        files = [self._add(round_index, host) for host in range(int(host_of.max()) + 1)]
+        parts = [np.flatnonzero(host_of == host) for host in range(len(files))]
+        again = self._left_over(identities)
+        rounds = self._round[again]
         if hosts.is_first():
-            self._save(round_index, identities, states)
-        self._enter(round_index, identities)
+            self._remove_parts(round_index, len(files))
+        if (host := jax.process_index()) < len(files):
+            new = self._records(round_index, identities, states, parts[host])
+            old = self._newest(again if host == 0 else again[:0])
+            _save(self._paths[files[host]], np.concatenate([new, old]))
+        for file, part in zip(files, parts, strict=True):
+            self._enter(file, identities[part], round_index, round_index)
+        self._enter(files[0], again, rounds, round_index, len(parts[0]))
 
     def forget(self, rounds: int) -> None:
         """Removes what no checkpoint after so many rounds, or more, needs."""
-        for index in [i for i, newer in self._dead.items() if newer < rounds]:
+        for file in [file for file, newer in self._dead.items() if newer < rounds]:
             if hosts.is_first():
-                self._path(index).unlink(missing_ok=True)
-            del self._dead[index]
+                self._paths[file].unlink(missing_ok=True)
+            del self._dead[file]
 
-    def _save(self, round_index: int, identities: np.ndarray, states: PyTree) -> None:
-        rows = np.empty(len(identities), self._record)
-        rows[_IDENTITY] = identities
+    def _left_over(self, cohort: np.ndarray) -> np.ndarray:
+        """Whose states are written again: what a cohort leaves in the files that have least."""
+        left = dict(self._living)
+        found, counts = np.unique(self._file[cohort], return_counts=True)
+        for file, count in zip(found.tolist(), counts.tolist(), strict=True):
+            if file >= 0:
+                left[file] -= count
+        room, again = int(_AGAIN * len(cohort)), [np.zeros(0, np.int32)]
+        for file in sorted(left, key=left.__getitem__):
+            if left[file] > room:
+                break
+            room -= left[file]
+            members = np.array(self._open(file)[_IDENTITY])
+            again.append(members[self._file[members] == file])
+        return np.setdiff1d(np.concatenate(again), cohort)
+
+    def _newest(self, identities: np.ndarray) -> np.ndarray:
+        """Records as they are on disk."""
+        records = np.empty(len(identities), self._record)
+        files = self._file[identities]
+        for file in np.unique(files).tolist():
+            here = np.flatnonzero(files == file)
+            records[here] = self._open(file)[self._place[identities[here]]]
+        return records
+
+    def _records(
+        self, round_index: int, identities: np.ndarray, states: PyTree, part: np.ndarray
+    ) -> np.ndarray:
+        records = np.empty(len(part), self._record)
+        records[_IDENTITY], records[_ROUND] = identities[part], round_index
         for field, values in zip(self._fields, jax.tree.leaves(states), strict=True):
-            rows[field] = values.view(self._record[field].base)
-        path = self._path(round_index)
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as file:
-            np.save(file, rows)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").digest()
-            file.seek(0, os.SEEK_END)
-            file.write(digest)
+            records[field] = values.view(self._record[field].base)[part]
+        return records
 
-    def _enter(self, index: int, identities: np.ndarray) -> None:
-        before = self._round[identities]
+    def _add(self, index: int, host: int) -> int:
+        """A new file's number."""
+        name = f"{index:06d}.{host}.npy" if host else f"{index:06d}.npy"
+        self._paths.append(self._directory / name)
+        return len(self._paths) - 1
+
+    def _enter(
+        self,
+        file: int,
+        identities: np.ndarray,
+        rounds: np.ndarray | int,
+        index: int,
+        first_place: int = 0,
+    ) -> None:
+        """Notes that a file, written in a round, has the newest states of these clients."""
+        before = self._file[identities]
         for old, count in zip(*np.unique(before[before >= 0], return_counts=True), strict=True):
             self._living[int(old)] -= int(count)
             if not self._living[int(old)]:
+                del self._living[int(old)]
                 self._dead[int(old)] = index
-        self._round[identities], self._place[identities] = index, np.arange(len(identities))
-        self._living[index] = len(identities)
+        self._round[identities], self._file[identities] = rounds, file
+        self._place[identities] = first_place + np.arange(len(identities))
+        if len(identities):
+            self._living[file] = self._living.get(file, 0) + len(identities)
 
-    def _path(self, index: int) -> Path:
-        return self._directory / f"{index:06d}.npy"
+    def _found(self) -> list[tuple[int, int]]:
+        """Round and host of each file that is there, in their order."""
+        names = (_NAME.fullmatch(path.name) for path in self._directory.glob("*.npy"))
+        return sorted((int(name[1]), int(name[2] or 0)) for name in names if name)
 
-    def _check(self, index: int) -> None:
-        """Raises Damaged if a file is not what was written; older versions wrote no checksum."""
-        path = self._path(index)
-        if _has_its_checksum(path):
-            return
-        try:
-            records = np.load(path, mmap_mode="r", allow_pickle=False)
-        except NOT_NUMPY as error:
-            raise Damaged(f"{path} is damaged: {error}") from None
-        if records.offset + records.nbytes != path.stat().st_size:
-            raise Damaged(f"{path} is damaged: it is not what was written")
+    def _remove_parts(self, round_index: int, hosts: int) -> None:
+        """Removes what more hosts, killed in this round, have left of it."""
+        for index, host in self._found():
+            if index == round_index and host >= hosts:
+                (self._directory / f"{index:06d}.{host}.npy").unlink(missing_ok=True)
 
-    def _open(self, index: int) -> np.ndarray:
-        path = self._path(index)
+    def _open(self, file: int) -> np.ndarray:
+        path = self._paths[file]
         records = np.load(path, mmap_mode="r", allow_pickle=False)
+        if records.dtype == self._older_record:
+            # All were of the round that wrote them.
+            known = np.empty(len(records), self._record)
+            known[_ROUND] = int(path.stem)
+            for name in (_IDENTITY, *self._fields):
+                known[name] = records[name]
+            return known
         if records.dtype != self._record:
             raise ValueError(
                 f"{path} holds clients of another model or method: choose another work directory, "
                 "or remove this one"
             )
         return records
+
+
+def _save(path: Path, records: np.ndarray) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as file:
+        np.save(file, records)
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.seek(0, os.SEEK_END)
+        file.write(digest)
+
+
+def _check(path: Path) -> None:
+    """Raises Damaged if a file is not what was written; older versions wrote no checksum."""
+    if _has_its_checksum(path):
+        return
+    try:
+        records = np.load(path, mmap_mode="r", allow_pickle=False)
+    except NOT_NUMPY as error:
+        raise Damaged(f"{path} is damaged: {error}") from None
+    if records.offset + records.nbytes != path.stat().st_size:
+        raise Damaged(f"{path} is damaged: it is not what was written")
 
 
 def _stored(dtype: np.dtype) -> np.dtype:

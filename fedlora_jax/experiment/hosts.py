@@ -5,14 +5,11 @@ All of them see one file system. With one host every function here does nothing.
 
 import contextlib
 import signal
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-PyTree: TypeAlias = Any
 
 
 def join(coordinator: str, count: int, index: int) -> None:
@@ -83,15 +80,26 @@ def all_or_none() -> Iterator[None]:
         raise failure or ValueError("another host cannot go on; its own message says why")
 
 
+def check_same(numbers: Mapping[str, int]) -> None:
+    """Compares numbers that every host must have alike, below 2^32; all hosts must come here.
+
+    Raises:
+      ValueError: On all hosts, if a number differs between any two; by its name.
+    """
+    if jax.process_count() == 1:
+        return
+    everyone = multihost_utils.process_allgather(np.array([*numbers.values()], np.uint32))
+    differing = (everyone != everyone[0]).any(axis=0)
+    names = [name for name, differs in zip(numbers, differing, strict=True) if differs]
+    if names:
+        raise ValueError(
+            f"hosts differ in {' and '.join(names)}: give all the same configuration, and data and "
+            "backbone on a disk that they share"
+        )
+
+
 def any_of_all(value: bool) -> bool:
     """Whether it is so on any host; all must ask."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).any())
-
-
-def gathered(tree: PyTree) -> PyTree:
-    """Whole arrays in the memory of each host."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))

@@ -5,6 +5,7 @@ import functools
 import json
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def run(
 
     Raises:
       ValueError: If `workdir` holds a run of another configuration or a partition of other data, or
-        if a round cannot fit the memory.
+        if a round cannot fit the memory, or if hosts differ in configuration, data or backbone.
       Damaged: If what is needed to go on is not what was written, and nothing else has it.
       Held: If another process runs in `workdir`.
       OSError: If nothing can be written there.
@@ -83,6 +84,7 @@ def run(
     check(config)
     rounds = min(until or config.rounds, config.rounds)
     found = partitions.of_run(config, setting.train, workdir)
+    hosts.check_same(_alike(config, setting))
     start = first_state(config, setting, program.method, found.parts, program.mesh)
     with _held(workdir):
         with hosts.first_before_others("claimed"):
@@ -119,6 +121,20 @@ def run(
             if hosts.is_first():
                 records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
         return records.read_metrics(workdir, max(rounds, resumed.rounds))
+
+
+def _alike(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, int]:
+    """What hosts may not differ in, as checksums; nothing is computed for one host."""
+    if not hosts.are_several():
+        return {}
+    settings = np.frombuffer(config.to_json_best_effort(sort_keys=True).encode(), np.uint8)
+    parts = {"settings": settings, "training data": setting.train, "held-out data": setting.test}
+    return {name: _checksum(tree) for name, tree in {**parts, "backbone": setting.params}.items()}
+
+
+def _checksum(tree: PyTree) -> int:
+    arrays = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in jax.tree.leaves(tree))
+    return functools.reduce(lambda before, x: zlib.crc32(x.data, before), arrays, 0)
 
 
 def _given(config: ml_collections.ConfigDict, start: State) -> Params:
@@ -196,7 +212,8 @@ def _make_train(
     def inputs(index: int, chosen: np.ndarray) -> tuple[Any, ...]:
         """What a round of these clients gets besides the server's state."""
         members = placement.padded(chosen, mesh)
-        states = rows(kept.clients.read(members), mesh)
+        own = placement.own_rows(mesh, len(members))
+        states = rows(kept.clients.read(members, own), mesh)
         shared = everywhere((seed, jnp.float32(rate_of(index))), mesh)
         data = stream.data(index, members)
         return states, start.ranks, data, rows(members, mesh), *shared
@@ -218,7 +235,7 @@ def _make_train(
         if index + 1 < rounds:
             stream.begin(index + 1, placement.padded(np.asarray(draw(index + 1)), mesh))
         server, states, measured = round_function(server, *given)
-        states, measured = hosts.gathered(states), jax.device_get(measured)
+        states, measured = placement.fetch_own_rows(states), jax.device_get(measured)
         seconds = {**stream.waited(), "seconds": time.perf_counter() - began}
         return server, _Results(who, states, measured, seconds)
 
@@ -239,8 +256,10 @@ def _make_record(
         who, states, measured, seconds = results
         answers = start.cohort_size - int(measured.absent or 0)
         _stop_or_warn(int(measured.excluded), answers, index, kept.workdir)
-        with hosts.first_before_others("states written"):
-            kept.clients.write(index, who.cohort, _first(states, start.cohort_size))
+        places = len(placement.padded(who.cohort, program.mesh))
+        writers = placement.writers(program.mesh, places)[: start.cohort_size]
+        with hosts.all_or_none():
+            kept.clients.write(index, who.cohort, states, writers)
         judged = panel_states(program.method, kept.clients.read, start.test)
         row = measure(index, who, server, judged, measured)
         if kept.writer is not None:
@@ -249,11 +268,6 @@ def _make_record(
         kept.clients.forget(kept.checkpoints.oldest())
 
     return record
-
-
-def _first(tree: Any, count: int) -> Any:
-    """The first so many rows of each array."""
-    return jax.tree.map(lambda x: x[:count], tree)
 
 
 def _stop_or_warn(excluded: int, answers: int, index: int, workdir: Path) -> None:

@@ -125,10 +125,8 @@ def everywhere(tree: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def rows(tree: PyTree, mesh: Mesh | None) -> PyTree:
-    """Arrays of the clients of a cohort, spread over the devices of a mesh."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, tree)
-    return placement.put(tree, placement.rows(mesh))
+    """Arrays of the clients of a cohort, spread over a mesh; of several hosts each has its own."""
+    return jax.tree.map(jnp.asarray, tree) if mesh is None else placement.put_own_rows(tree, mesh)
 
 
 def _placed_server(server: Server, mesh: Mesh | None) -> Server:

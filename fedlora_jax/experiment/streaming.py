@@ -102,8 +102,7 @@ class Stream:
         here = there & placement.own_rows(self._mesh, len(members))[:, None]
         examples["image"] = load_images(stored.image, owned, here)
         own = CohortExamples(examples, places)
-        placed = rows(own, None) if self._mesh is None else placement.put_own_rows(own, self._mesh)
-        return self._data._replace(examples=jax.block_until_ready(placed))
+        return self._data._replace(examples=jax.block_until_ready(rows(own, self._mesh)))
 
 
 def load_images(

@@ -117,6 +117,29 @@ def put_own_rows(tree: PyTree, mesh: Mesh) -> PyTree:
     )
 
 
+def writers(mesh: Mesh | None, count: int) -> np.ndarray:
+    """Of so many rows, as `rows` spreads them, the first process that has each, int `[count]`."""
+    if mesh is None:
+        return np.zeros(count, int)
+    first, places = np.full(count, jax.process_count()), rows(mesh).devices_indices_map((count,))
+    for device in mesh.devices.flat:
+        (found,) = places[device]
+        first[found] = np.minimum(first[found], device.process_index)
+    return first
+
+
+def fetch_own_rows(tree: PyTree) -> PyTree:
+    """Arrays in this process's memory, of which it fills the rows that are on its own devices."""
+
+    def fetch(x: jax.Array) -> np.ndarray:
+        host = np.empty(x.shape, x.dtype)
+        for shard in x.addressable_shards:
+            host[shard.index] = shard.data
+        return host
+
+    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(fetch, tree)
+
+
 def padded(cohort: np.ndarray, mesh: Mesh | None) -> np.ndarray:
     """A cohort with -1, nobody, added until every device along `CLIENTS` has as many."""
     return np.pad(cohort, (0, -len(cohort) % devices(mesh)), constant_values=-1)

@@ -97,6 +97,9 @@ def test_two_hosts_find_what_one_device_finds_and_it_goes_on_alone(directory):
     hosts[1].send_signal(signal.SIGTERM)
     assert all("terminated after a whole round" in finish(host, 143) for host in hosts)
     assert len((directory / "together" / "metrics.jsonl").read_text().splitlines()) == 1
+    # Each has written the states of its own clients.
+    files = sorted(path.name for path in (directory / "together" / "clients").iterdir())
+    assert files == ["000000.1.npy", "000000.npy"]
     hosts = pair(directory, ["together"] * 2, "--config.data.streaming=True")
     said = [finish(host) for host in hosts]
     assert "report.md" in said[0] and "report.md" not in said[1]

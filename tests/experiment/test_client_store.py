@@ -77,3 +77,101 @@ def test_a_state_may_be_one_bare_array(tmp_path):
     store.write(0, np.array([1, 4]), np.array([3, 2], np.int32))
     found = ClientStore(tmp_path, jnp.int32(7), N, 1).read(np.array([0, 1, 4]))
     np.testing.assert_array_equal(found, [7, 3, 2])
+
+
+def test_files_hold_about_twice_the_states_there_are(tmp_path):
+    """Clients drawn at random; of files that were only dropped when empty there were five times."""
+    first, count, size = {"x": np.zeros(3, np.float32)}, 120, 12
+    generator, expected = np.random.default_rng(0), np.zeros((count, 3), np.float32)
+    store, held, last = ClientStore(tmp_path, first, count), [], np.full(count, -1)
+    for index in range(100):
+        chosen = generator.choice(count, size, replace=False)
+        expected[chosen], last[chosen] = generator.normal(size=(size, 3)), index
+        store.write(index, chosen, {"x": expected[chosen]})
+        store.forget(index)
+        kept = [np.load(path) for path in (tmp_path / DIRECTORY).iterdir()]
+        held.append(sum(len(records) for records in kept))
+    again = ClientStore(tmp_path, first, count, 100)
+    for each in (store, again):
+        each.expect(last)
+        np.testing.assert_array_equal(each.read(np.arange(count))["x"], expected)
+    assert count < max(held) < 2.3 * count
+
+
+def test_hosts_write_what_is_theirs_and_one_reads_it_all(tmp_path, monkeypatch):
+    """Two hosts by turns, killed in their last round; then one goes on alone."""
+
+    def on_host(index, act):
+        monkeypatch.setattr("jax.process_index", lambda: index)
+        return act()
+
+    stores = [ClientStore(tmp_path, FIRST, N) for _ in range(2)]
+    generator, expected, before = np.random.default_rng(0), {}, {}
+    for index in range(9):
+        chosen, before = generator.choice(N, K, replace=False), dict(expected)
+        writers, states = np.sort(generator.integers(0, 2, K)), states_of(generator, K)
+        for place, client in enumerate(chosen.tolist()):
+            expected[client] = jax.tree.map(lambda x, p=place: x[p], states)
+        for host, store in enumerate(stores):
+            # A host does not have the rows of the other.
+            own = jax.tree.map(lambda x, h=host, w=writers: x[w == h], states)
+            mine = jax.tree.map(np.zeros_like, states)
+            for x, values in zip(jax.tree.leaves(mine), jax.tree.leaves(own), strict=True):
+                x[writers == host] = values
+            on_host(host, lambda s=store, i=index, w=(chosen, mine, writers): s.write(i, *w))
+        for host, store in enumerate(stores):
+            on_host(host, lambda s=store, i=index: s.forget(i))
+            assert_equal(store, expected)
+    assert list((tmp_path / DIRECTORY).glob("*.1.npy"))
+    alone = on_host(0, lambda: ClientStore(tmp_path, FIRST, N, 8))
+    assert_equal(alone, before)
+    everybody, states = np.arange(N), states_of(generator, N)
+    alone.write(8, everybody, states)
+    after = {client: jax.tree.map(lambda x, c=client: x[c], states) for client in range(N)}
+    # The second host's file of the round that was killed is no more.
+    assert_equal(ClientStore(tmp_path, FIRST, N, 9), after)
+
+
+def test_rows_that_are_not_wanted_are_not_read(tmp_path, monkeypatch):
+    store = ClientStore(tmp_path, FIRST, N)
+    states = states_of(np.random.default_rng(0), K)
+    store.write(0, np.arange(K), states)
+    store.write(1, np.arange(K, 2 * K), states)
+    opened, load = [], np.load
+
+    def noted(path, **how):
+        opened.append(path.name)
+        return load(path, **how)
+
+    monkeypatch.setattr(np, "load", noted)
+    wanted = np.array([True, False, True])
+    found = store.read(np.array([1, K, -1]), wanted)
+    assert opened == ["000000.npy"]
+    for x, y, first in zip(
+        *map(jax.tree.leaves, (found, states, jax.device_get(FIRST))), strict=True
+    ):
+        np.testing.assert_array_equal(x[0], y[1])
+        np.testing.assert_array_equal(x[2], first)
+
+
+def test_a_file_of_an_older_version_is_read(tmp_path):
+    """Without the round of each state, and without a checksum."""
+    generator = np.random.default_rng(0)
+    states = states_of(generator, K), states_of(generator, K)
+    store = ClientStore(tmp_path, FIRST, N)
+    store.write(3, np.arange(K), states[0])
+    path = tmp_path / DIRECTORY / "000003.npy"
+    records = np.load(path)
+    older = np.dtype([field for field in records.dtype.descr if field[0] != "after_round"])
+    np.save(path, np.array([tuple(row[name] for name in older.names) for row in records], older))
+    again = ClientStore(tmp_path, FIRST, N, 4)
+    again.expect(np.where(np.arange(N) < K, 3, -1))
+    # What is left of it is written again in the form of today.
+    again.write(4, np.arange(1, K + 1), states[1])
+    for found in (again, ClientStore(tmp_path, FIRST, N, 5)):
+        found.expect(np.array([3] + [4] * K + [-1] * (N - K - 1)))
+        rows = found.read(np.array([0, 1]))
+        for x, old, new in zip(*map(jax.tree.leaves, (rows, *states)), strict=True):
+            np.testing.assert_array_equal(x[0], old[0])
+            np.testing.assert_array_equal(x[1], new[0])
+    assert len(np.load(tmp_path / DIRECTORY / "000004.npy")) == K + 1

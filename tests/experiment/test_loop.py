@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedlora_jax import experiment, transforms
-from fedlora_jax.experiment import chunking, loop, partitions, program, setting
+from fedlora_jax.experiment import chunking, hosts, loop, partitions, program, setting
 from fedlora_jax.federated import faults, ranks
 
 
@@ -354,3 +354,24 @@ def test_what_is_not_finite_is_null_in_the_metrics(base, make, tmp_path, monkeyp
 
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_what_hosts_may_not_differ_in_is_named(base, make, monkeypatch):
+    """Each has its own checksums; another seed, and a backbone that is one bit away."""
+    monkeypatch.setattr("fedlora_jax.experiment.hosts.are_several", lambda: True)
+    setting = base[1]
+    leaves, structure = jax.tree.flatten(setting.params)
+    other = np.nextafter(np.asarray(leaves[0]), np.float32(9))
+    changed = setting._replace(params=jax.tree.unflatten(structure, [other, *leaves[1:]]))
+    mine = loop._alike(make(), setting)
+    theirs = [loop._alike(make(), setting), loop._alike(make(seed=5), changed)]
+
+    def check(number):
+        everyone = np.array([[*mine.values()], [*theirs[number].values()]], np.uint32)
+        monkeypatch.setattr("jax.process_count", lambda: 2)
+        monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda x: everyone)
+        hosts.check_same(mine)
+
+    check(0)
+    with pytest.raises(ValueError, match="hosts differ in settings and backbone: give all"):
+        check(1)
