@@ -5,10 +5,12 @@ from where its arrays are.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedlora_jax.methods import Server
@@ -47,9 +49,29 @@ def make_mesh(clients: int, model: int = 1) -> Mesh:
             f"a mesh of {clients} x {model} devices (clients x model) needs {wanted}, there are "
             f"{len(there)} ({there[0].device_kind}) on {jax.process_count()} host(s)"
         )
-    axes = (CLIENTS, MODEL)
     types = (AxisType.Auto,) * 2
-    return jax.make_mesh((clients, model), axes, axis_types=types, devices=there[:wanted])
+    return Mesh(_arranged(clients, model, there[:wanted]), (CLIENTS, MODEL), axis_types=types)
+
+
+def _arranged(clients: int, model: int, there: Sequence[jax.Device]) -> np.ndarray:
+    """Devices `[clients, model]`, near on the network what exchanges most, where JAX knows how.
+
+    Of several slices of TPUs each has a part of the cohort: what a backbone exchanges stays in one.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in there})
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(
+                (clients, model), there, allow_split_physical_axes=True
+            )
+        part = (clients // slices, model)
+        return mesh_utils.create_hybrid_device_mesh(
+            part, (slices, 1), there, allow_split_physical_axes=True
+        )
+    except (AssertionError, NotImplementedError, TypeError, ValueError):
+        # Some chips of a torus, slices that do not divide the clients, sides that jax 0.10 cannot
+        # factor: any order is right, if slower.
+        return np.asarray(there).reshape(clients, model)
 
 
 def devices(mesh: Mesh | None) -> int:

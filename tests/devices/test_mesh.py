@@ -1,5 +1,6 @@
 """A cohort on several devices: what comes out is what one device finds."""
 
+import dataclasses
 import re
 
 import jax
@@ -237,3 +238,69 @@ def test_a_cohort_is_padded_to_a_multiple_of_the_devices():
 def test_a_mesh_of_devices_that_are_not_there_is_refused(shape):
     with pytest.raises(ValueError, match="a mesh of .* there are 4"):
         placement.make_mesh(*shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """What JAX reads of a device of a slice of TPUs, to find an order for a mesh."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    slice_index: int
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def tpus(kind, *sizes, slices=1):
+    """The devices of slices of so many by so many chips."""
+    places = [tuple(map(int, place[::-1])) for place in np.ndindex(*sizes[::-1])]
+    each = ((where, place) for where in range(slices) for place in places)
+    return [Tpu(i, place, kind, where) for i, (where, place) in enumerate(each)]
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v6 lite"])
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [*(((4, 4, 1), (16 // n, n)) for n in (1, 2, 4, 8, 16)), ((1, 1, 28), (14, 2))],
+)
+def test_a_slice_of_tpus_is_a_mesh_of_any_shape(kind, sizes, shape, monkeypatch):
+    """Also of a shape for which an axis of the torus has to be split."""
+    there = tpus(kind, *sizes)
+    monkeypatch.setattr(jax, "devices", lambda: there)
+    found = placement.make_mesh(*shape)
+    assert found.axis_names == ("clients", "model")
+    assert found.devices.shape == shape and set(found.devices.flat) == set(there)
+
+
+def test_a_backbone_stays_in_one_slice_of_tpus(monkeypatch):
+    there = tpus("TPU v4", 2, 2, 1, slices=4)
+    monkeypatch.setattr(jax, "devices", lambda: there)
+    found = placement.make_mesh(8, 2).devices
+    assert set(found.flat) == set(there)
+    assert [{device.slice_index for device in pair} for pair in found] == [
+        {where} for where in (0, 0, 1, 1, 2, 2, 3, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    "there, shape",
+    [
+        # Six chips of eight are no rectangle; two slices divide neither one nor three clients.
+        (tpus("TPU v4", 4, 2, 1), (3, 2)),
+        (tpus("TPU v4", 2, 2, 1, slices=2), (1, 8)),
+        (tpus("TPU v4", 3, 1, 1, slices=2), (3, 2)),
+    ],
+)
+def test_what_jax_has_no_order_for_is_as_it_comes(there, shape, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: there)
+    assert [device.id for device in placement.make_mesh(*shape).devices.flat] == [
+        device.id for device in there[: shape[0] * shape[1]]
+    ]
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (1, 2)])
+def test_cpus_keep_their_order(shape):
+    found = placement.make_mesh(*shape).devices
+    assert list(found.flat) == jax.devices()[: found.size]
