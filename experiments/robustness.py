@@ -28,6 +28,7 @@ from fedlora_jax.experiment.program import make_method
 from fedlora_jax.federated import faults
 from fedlora_jax.federated.evaluation import panel_states
 from fedlora_jax.federated.faults import Faults
+from fedlora_jax.federated.metrics import Metric
 from fedlora_jax.federated.round import Federation, RoundMetrics, run_round
 from fedlora_jax.methods import check_combination
 from fedlora_jax.names import lookup
@@ -50,8 +51,8 @@ def main() -> None:
         for name in given:
             lookup(dict.fromkeys(known, name), name, what)
     with locks.held(out, out / ".lock"):
-        title, results = study(config, out, names, rules, kinds, _SEEDS.value)
-        text = page(results, title, names, rules, kinds, _SEEDS.value)
+        metric, results = study(config, out, names, rules, kinds, _SEEDS.value)
+        text = page(results, metric, names, rules, kinds, _SEEDS.value)
         head = f"# Robust rules\n\n```\n{command()}\n```\n\n"
         records.write_atomically(out / "README.md", head + text)
     print(text)
@@ -64,7 +65,7 @@ def study(
     rules: Sequence[str],
     kinds: Sequence[str],
     num_seeds: int,
-) -> tuple[str, Results]:
+) -> tuple[Metric, Results]:
     """Runs every method with every rule that it can have, against every kind of faults.
 
     Args:
@@ -76,7 +77,7 @@ def study(
       num_seeds: Seeds 0, 1, ...
 
     Returns:
-      What the headline metric is, and its value after the last round, of all in `results.json`.
+      The headline metric, and its value after the last round, of all in `results.json`.
 
     Raises:
       ValueError: If `out` holds results of another configuration.
@@ -104,7 +105,7 @@ def study(
                         known = [_final(mine, setting, program, make, kind, seed)]
                     results[job] = known[0]
                     _write(path, config, results)
-    return setting.task.metrics[0].sentence, results
+    return setting.task.metrics[0], results
 
 
 def _with(config: ConfigDict, name: str, rule: str) -> ConfigDict:
@@ -190,7 +191,7 @@ def _write(path: Path, config: ConfigDict, results: Results) -> None:
 
 def page(
     results: Results,
-    title: str,
+    metric: Metric,
     names: Sequence[str],
     rules: Sequence[str],
     kinds: Sequence[str],
@@ -200,7 +201,7 @@ def page(
 
     Args:
       results: From `study`.
-      title: Of the metric.
+      metric: The headline.
       names: Methods.
       rules: In the order of the columns.
       kinds: In the order of the rows.
@@ -208,14 +209,15 @@ def page(
     """
     spread = " ± sample standard deviation" * (num_seeds > 1)
     lines = [
-        f"{title} after the last round, mean{spread} over seeds; -: the method refuses it.",
+        f"{metric.sentence} after the last round, mean{spread} over seeds; {metric.better} is "
+        "better; -: the method refuses it.",
         "",
     ]
 
     def cell(name: str, rule: str, kind: str) -> str:
         jobs = [(name, rule, kind, seed) for seed in range(num_seeds)]
         values = [results[job] for job in jobs if job in results]
-        return report.spread(values) if values else "-"
+        return report.spread(values, metric.digits) if values else "-"
 
     for name in names:
         rows = [[kind, *(cell(name, rule, kind) for rule in rules)] for kind in kinds]

@@ -5,7 +5,7 @@ import pytest
 
 from experiments import robustness
 from fedlora_jax import experiment
-from fedlora_jax.federated import faults
+from fedlora_jax.federated import faults, metrics
 
 KINDS = ["none", "nan", "dropout", "huge"]
 
@@ -14,8 +14,8 @@ def test_a_study_is_a_table_and_goes_on(digits, tmp_path, monkeypatch):
     config = digits.copy_and_resolve_references()
     config.rounds = 2
     what = (["flora"], ["none", "median"], KINDS, 1)
-    title, results = robustness.study(config, tmp_path, *what)
-    text = robustness.page(results, title, *what)
+    metric, results = robustness.study(config, tmp_path, *what)
+    text = robustness.page(results, metric, *what)
     assert text.startswith("Accuracy (%) after the last round, mean over seeds")
     cells = [[cell.strip() for cell in row.split("|")[1:4]] for row in text.splitlines()[2:]]
     assert cells[0] == ["flora", "none", "median"]
@@ -32,6 +32,13 @@ def test_a_study_is_a_table_and_goes_on(digits, tmp_path, monkeypatch):
     config.faults.share = 0.4
     with pytest.raises(ValueError, match="another configuration"):
         robustness.study(config, tmp_path, *what)
+
+
+def test_numbers_are_shown_as_their_metric_is():
+    """Nats that differ by a hundredth are not one number."""
+    results = {("fedit", "none", "zeros", seed): 2.604 + 0.006 * seed for seed in range(2)}
+    text = robustness.page(results, metrics.get("nll"), ["fedit"], ["none"], ["zeros"], 2)
+    assert "2.607 ± 0.004" in text and "(nats/token)" in text and "lower is better" in text
 
 
 @pytest.mark.parametrize("weights", ["examples", "equal"])
