@@ -26,7 +26,13 @@ _BATCH = 64
 
 
 def main(config: ConfigDict) -> None:
-    """Fits the probe and prints its accuracy."""
+    """Fits the probe and prints its accuracy.
+
+    Raises:
+      ValueError: If the task has no classes, before any work.
+    """
+    if config.task != "classification":
+        raise ValueError(f"the probe wants a classification task, config.task is {config.task}")
     setting = experiment.prepare(config)
     accuracy, chosen = probe(setting)
     print(

@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+import pytest
 
+from configs import python_stdlib_smollm2
 from experiments import linear_probe
 from fedlora_jax.experiment import Setting
 from fedlora_jax.federated.task import classification
@@ -24,3 +26,12 @@ def test_features_are_what_the_head_sees():
     np.testing.assert_allclose(features @ head["kernel"] + head["bias"], logits, atol=1e-5)
     accuracy, _ = linear_probe.probe(setting)  # Labels that are linear in the features.
     assert accuracy > 0.7
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "regression"])
+def test_what_has_no_classes_is_refused_before_any_work(task, monkeypatch):
+    monkeypatch.setattr(linear_probe.experiment, "prepare", None)
+    config = python_stdlib_smollm2.get_config()
+    config.task = task
+    with pytest.raises(ValueError, match=f"wants a classification task, config.task is {task}"):
+        linear_probe.main(config)
