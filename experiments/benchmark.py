@@ -100,6 +100,7 @@ _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch 
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
 _CHUNKS = flags.DEFINE_list("chunks", ["all", "1", "2"], "Of `round`: clients side by side.")
 _FOUR_DEVICES = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
+_OF_FOUR_DEVICES = {"device": "cpu", "platform": "cpu"}
 _OUTPUT = flags.DEFINE_string("output", "experiments/benchmarks", "Directory for the results.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the program itself: what to measure here.")
 
@@ -284,14 +285,15 @@ def clients_table() -> None:
 def mesh_table() -> None:
     """Counts what devices compute and send, prints the table and writes it."""
     found = worker(f"mesh:{','.join(rows_of(mesh.names()))}", **_FOUR_DEVICES)
-    results = {"environment": environment(), "methods": found}
+    results = {"environment": environment() | _OF_FOUR_DEVICES, "methods": found}
     write("mesh", results, mesh.page(results))
 
 
 def engines_table() -> None:
     """Counts what other ways to spread a round make devices send, prints the table, writes it."""
     found = worker(f"engines:{','.join(rows_of(engines.names()))}", **_FOUR_DEVICES)
-    results = {"environment": environment(), "drjax": engines.version(), "rows": found}
+    facts = environment() | _OF_FOUR_DEVICES
+    results = {"environment": facts, "drjax": engines.version(), "rows": found}
     write("engines", results, engines.page(results))
 
 

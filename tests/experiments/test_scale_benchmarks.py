@@ -1,5 +1,7 @@
 """What the benchmarks at scale read and compute; their tables from what workers say."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +136,20 @@ def test_the_pages(sent):
     errors = tree.errors(*sent, seed=0)
     results = {"environment": environment, "methods": {"flexlora": {"0": {"4": errors}}}}
     assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
+
+
+@pytest.mark.parametrize("table", ["mesh_table", "engines_table"])
+def test_what_four_cpus_count_says_so_beside_a_gpu(table, monkeypatch):
+    written = []
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="H200")])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(benchmark, "worker", lambda *_, **environment: {})
+    monkeypatch.setattr(benchmark, "write", lambda name, results, page: written.append(results))
+    for module in (mesh, engines):
+        monkeypatch.setattr(module, "page", lambda results: "")
+    getattr(benchmark, table)()
+    facts = written[0]["environment"]
+    assert (facts["device"], facts["platform"]) == ("cpu", "cpu")
 
 
 @pytest.mark.usefixtures("digits")
