@@ -98,6 +98,17 @@ def write(path, params, kind="F32", frequencies=None, context=128, **changed):
     return stored
 
 
+def write_metadata(path, **entries):
+    """A file without weights; entries by the names of `GGUFWriter`'s methods `add_...`."""
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in entries.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def write_random(path, seed=0, depth=1, **changed):
     """A file of `MODEL`, but of so many blocks, with random weights."""
     model, tokens = MODEL.clone(depth=depth), jnp.zeros((1, 2), jnp.int32)
@@ -134,6 +145,59 @@ def test_tokenizer(tmp_path, params):
     assert encoded.tokens[-1] == "<|end|>"
     assert encoded.ids == [tokens.index(token) for token in encoded.tokens]
     assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == text
+
+
+# What Llama 3's splitting makes of a text, by hand, in the letters of bytes.
+TEXT_OF_LLAMA_3 = "We'LL add 1234567,  naïve\n\n  stop!\n<|eot_id|>\tok"
+PIECES_OF_LLAMA_3 = (
+    *("We", "'LL", "Ġadd", "Ġ", "123", "456", "7", ",", "Ġ", "ĠnaÃ¯ve", "ĊĊ", "Ġ", "Ġstop", "!Ċ"),
+    *("<|eot_id|>", "ĉok"),
+)
+
+
+def write_llama_3(path, **changed):
+    """Pieces are tokens that no merge gives, but for one, which is made of two tokens."""
+    pieces = sorted({*PIECES_OF_LLAMA_3} - {"<|eot_id|>", "Ġstop"})
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    letters = [letter for letter in letters if letter not in pieces]
+    special = ["<|begin_of_text|>", "<|eot_id|>"]
+    tokens = [*letters, *pieces, "Ġs", "to", "top", *special]
+    entries = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "llama-bpe",
+        "token_list": tokens,
+        "token_merges": ["Ġ s", "t o", "to p"],
+        "token_types": [1] * (len(tokens) - 2) + [3, 3],
+        "bos_token_id": len(tokens) - 2,
+        "eos_token_id": len(tokens) - 1,
+    }
+    write_metadata(path, **{**entries, **changed})
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["llama-bpe", "llama3", "llama-v3"])
+def test_llama_3_splits_and_takes_whole_pieces_first(tmp_path, name):
+    path = tmp_path / "model.gguf"
+    tokens = write_llama_3(path, tokenizer_pre=name)
+    tokenizer = gguf_files.read_tokenizer(path)
+    encoded = tokenizer.encode(TEXT_OF_LLAMA_3, add_special_tokens=False)
+    cut = PIECES_OF_LLAMA_3.index("Ġstop")
+    want = (*PIECES_OF_LLAMA_3[:cut], "Ġs", "top", *PIECES_OF_LLAMA_3[cut + 1 :])
+    assert tuple(encoded.tokens) == want
+    assert encoded.ids == [tokens.index(token) for token in want]
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=False) == TEXT_OF_LLAMA_3
+    assert tokenizer.decode(encoded.ids) == TEXT_OF_LLAMA_3.replace("<|eot_id|>", "")
+
+
+@pytest.mark.parametrize("said, added", [(None, True), (True, True), (False, False)])
+def test_a_text_begins_as_the_file_says(tmp_path, said, added):
+    """Llama 3's do where a file says nothing, as in its own tokenizer.json."""
+    path = tmp_path / "model.gguf"
+    tokens = write_llama_3(path, **({} if said is None else {"add_bos_token": said}))
+    tokenizer = gguf_files.read_tokenizer(path)
+    ids = [tokens.index("<|begin_of_text|>"), tokens.index("to")]
+    assert tokenizer.encode("to").ids == ids[not added :]
+    assert tokenizer.encode("to", add_special_tokens=False).tokens == ["to"]
 
 
 def test_frequencies_of_llama_3(tmp_path, params):

