@@ -200,6 +200,104 @@ def test_a_text_begins_as_the_file_says(tmp_path, said, added):
     assert tokenizer.encode("to", add_special_tokens=False).tokens == ["to"]
 
 
+PIECES = (
+    *("▁", "e", "t", "o", "a", "h", "n", "i", "s", "l", ".", ",", "1", "2"),
+    *("▁t", "he", "▁the", "in", "▁▁", "▁a", "to", "an", "is", "▁to", "ll", "▁▁▁▁", "hell", "12"),
+    *("hello", "▁hello", "▁is"),
+)
+# The best of all, and one that is no sum of better ones.
+SCORES = {"▁the": 0.5, "hello": -99.0}
+
+
+def sentence_pieces(**changed):
+    """Entries of a vocabulary of SentencePiece's, as Llama 2's: bytes, and pieces with scores."""
+    count = 3 + 256
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *PIECES,
+        "<tool>",
+    ]
+    scores = [SCORES.get(piece, -float(index)) for index, piece in enumerate(PIECES)]
+    return {
+        "tokenizer_model": "llama",
+        "tokenizer_pre": "default",
+        "token_list": tokens,
+        "token_scores": [0.0] * count + scores + [0.0],
+        "token_types": [2, 3, 3] + [6] * 256 + [1] * len(PIECES) + [4],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unk_token_id": 0,
+        **changed,
+    }
+
+
+def merged(text, scores):
+    """SentencePiece's algorithm to the letter: the neighbours whose piece has the best score."""
+    symbols = list(text)
+    while True:
+        found = [
+            (-scores[left + right], at)
+            for at, (left, right) in enumerate(zip(symbols, symbols[1:]))
+            if left + right in scores
+        ]
+        if not found:
+            return symbols
+        at = min(found)[1]
+        symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentence_pieces_are_merged_by_their_scores(tmp_path, prefix):
+    entries = sentence_pieces(add_space_prefix=prefix)
+    write_metadata(tmp_path / "model.gguf", **entries)
+    tokenizer = gguf_files.read_tokenizer(tmp_path / "model.gguf")
+    scores = dict(zip(entries["token_list"], entries["token_scores"]))
+    for text in (
+        "the hello  the     tin 1212,\nnaïve 漢 🎉 is\tQ.",
+        " hellohello in the tothello    ",
+        "",
+        "é",
+    ):
+        # As in transformers, a text that begins with a space gets no other.
+        put = prefix and text != "" and not text.startswith(" ")
+        spelt = merged("▁" * put + text.replace(" ", "▁"), scores)
+        want = [
+            token
+            for piece in spelt
+            for token in (
+                [piece] if piece in scores else [f"<0x{byte:02X}>" for byte in piece.encode()]
+            )
+        ]
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        assert encoded.tokens == want
+        assert encoded.ids == [entries["token_list"].index(token) for token in want]
+        assert tokenizer.decode(encoded.ids) == (text.removeprefix(" ") if prefix else text)
+        assert tokenizer.encode(text).ids == [1, *encoded.ids]
+
+
+def test_sentence_pieces_that_are_special(tmp_path):
+    write_metadata(tmp_path / "model.gguf", **sentence_pieces(add_bos_token=False))
+    tokenizer = gguf_files.read_tokenizer(tmp_path / "model.gguf")
+    encoded = tokenizer.encode("to<tool>is</s><s>")
+    assert encoded.tokens == ["▁to", "<tool>", "is", "</s>", "<s>"]
+    assert tokenizer.decode(encoded.ids) == "to<tool>is"
+
+
+@pytest.mark.parametrize("scores", [None, -1000.0])
+def test_sentence_pieces_without_scores_are_refused(tmp_path, scores):
+    """Some converters write one score for all."""
+    entries = sentence_pieces()
+    count = len(entries.pop("token_scores"))
+    if scores is not None:
+        entries["token_scores"] = [scores] * count
+    write_metadata(tmp_path / "model.gguf", **entries)
+    with pytest.raises(ValueError, match="'llama' without scores.*tokenizer.json"):
+        gguf_files.read_tokenizer(tmp_path / "model.gguf")
+
+
 def test_frequencies_of_llama_3(tmp_path, params):
     scaling = RopeScaling(32.0, 1.0, 4.0, 8192)
     plain, stretched = (

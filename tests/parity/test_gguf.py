@@ -182,6 +182,17 @@ def trained_bytes(*texts, size=700):
     return sorted(vocabulary, key=vocabulary.get), [" ".join(merge) for merge in merges]
 
 
+def trained_pieces(*texts, size=700):
+    """SentencePiece's pieces, the best first, then letters, of which the rarest are left out."""
+    tokenizer = tokenizers.SentencePieceBPETokenizer()
+    tokenizer.train_from_iterator(
+        texts, vocab_size=size, limit_alphabet=80, special_tokens=[], show_progress=False
+    )
+    vocabulary = tokenizer.get_vocab()
+    letters = [piece for piece in vocabulary if len(piece) == 1]
+    return sorted(vocabulary.keys() - letters, key=vocabulary.get) + sorted(letters)
+
+
 def pages(begin, end):
     """What is compared, with special tokens of a vocabulary in one of it."""
     code = Path(__file__).read_text(encoding="utf-8")
@@ -229,3 +240,25 @@ def test_tokenizer_of_llama_3(tmp_path, begins):
         add_bos_token=begins,
     )
     equal_tokenizers(tmp_path / "model.gguf", pages(*special[:2]))
+
+
+@pytest.mark.parametrize("begins", [True, False, None])
+def test_tokenizer_of_sentencepiece(tmp_path, begins):
+    """A file that does not say how a text begins is one of Llama 2's days."""
+    special = ["<unk>", "<s>", "</s>", "<turn>", "<end>"]
+    pieces = trained_pieces(*pages("", ""))
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    write_metadata(
+        tmp_path / "model.gguf",
+        **MODEL,
+        tokenizer_model="llama",
+        tokenizer_pre="default",
+        token_list=[*special[:3], *fallback, *pieces, *special[3:], "<tool>"],
+        token_scores=[0.0] * 259 + [-float(index) for index in range(len(pieces))] + [-1e3] * 3,
+        token_types=[2, 3, 3] + [6] * 256 + [1] * len(pieces) + [3, 3, 4],
+        unk_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **({} if begins is None else {"add_bos_token": begins}),
+    )
+    equal_tokenizers(tmp_path / "model.gguf", pages("<s>", "</s><unk>"))

@@ -178,11 +178,12 @@ def read_tokenizer(path: PathLike) -> Any:
     """The tokenizer of a file, a `tokenizers.Tokenizer`.
 
     It adds the token that begins a text where the file says so, and where it says nothing but the
-    tokenizer is Llama 3's; never the one that ends a text.
+    tokenizer is SentencePiece's or Llama 3's; never the one that ends a text.
 
     Raises:
       ImportError: If the extra `gguf` is not installed.
-      ValueError: If the vocabulary is not a byte-level one split in a way that is known here.
+      ValueError: If the vocabulary is neither a byte-level one split in a way that is known here,
+        nor one of SentencePiece's with scores.
     """
     reader, tokenizers = _open(path), _library("tokenizers")
 

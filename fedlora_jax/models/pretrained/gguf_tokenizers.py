@@ -11,7 +11,8 @@ _LLAMA3_PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CONTROL, _USER_DEFINED = 3, 4
+_SPACE = "▁"  # as SentencePiece spells it
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 class Unreadable(ValueError):
@@ -28,15 +29,18 @@ def make(entry: Callable[..., Any], library: Any) -> Any:
     Raises:
       Unreadable: If it is none of those that are read.
     """
-    model, splitter = entry("model"), entry("pre", "default")
-    if model != "gpt2" or splitter not in _SPLITTERS:
+    kind, splitter = entry("model"), entry("pre", "default")
+    if kind == "llama":
+        tokenizer = _sentence_pieces(entry, library)
+    elif kind == "gpt2" and splitter in _SPLITTERS:
+        tokenizer = _byte_level(entry, library, splitter)
+    else:
         raise Unreadable(
-            f"{model!r} split as {splitter!r}; read here are byte-level ones ('gpt2') split as "
-            f"{', '.join(map(repr, _SPLITTERS))}"
+            f"{kind!r} split as {splitter!r}; read here are SentencePiece's ('llama') and "
+            f"byte-level ones ('gpt2') split as {', '.join(map(repr, _SPLITTERS))}"
         )
-    tokenizer = _byte_level(entry, library, splitter)
     _add_tokens(tokenizer, entry, library)
-    _begin(tokenizer, entry, library, splitter in _LLAMA3)
+    _begin(tokenizer, entry, library, kind == "llama" or splitter in _LLAMA3)
     return tokenizer
 
 
@@ -58,12 +62,61 @@ def _byte_level(entry: Callable[..., Any], library: Any, splitter: str) -> Any:
     return tokenizer
 
 
+def _sentence_pieces(entry: Callable[..., Any], library: Any) -> Any:
+    """As in transformers: a space is put before a text, but not before one that begins with a
+    space, nor after a special token within it."""
+    tokens, unknown = entry("tokens"), entry("unknown_token_id")
+    model = library.models.BPE(
+        {token: index for index, token in enumerate(tokens)},
+        _merges(_scores(entry)),
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = library.Tokenizer(model)
+    prefixed = entry("add_space_prefix", True)
+    tokenizer.pre_tokenizer = library.pre_tokenizers.Metaspace(
+        _SPACE, prepend_scheme="first" if prefixed else "never", split=False
+    )
+    after = library.decoders
+    steps = [after.Replace(_SPACE, " "), after.ByteFallback(), after.Fuse()]
+    tokenizer.decoder = after.Sequence(steps + [after.Strip(" ", 1, 0)] * prefixed)
+    return tokenizer
+
+
+def _scores(entry: Callable[..., Any]) -> dict[str, float]:
+    """The scores of the pieces that text is made of."""
+    tokens = entry("tokens")
+    kinds = entry("token_type", [_NORMAL] * len(tokens))
+    scores = {
+        token: score
+        for token, score, kind in zip(tokens, entry("scores", []), kinds)
+        if kind == _NORMAL
+    }
+    if len(set(scores.values())) < 2:  # some converters write one for all
+        raise Unreadable("'llama' without scores that say which of its pieces are merged first")
+    return scores
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The pairs that make a piece, of the best score first."""
+    pairs = [
+        (piece[:cut], piece[cut:])
+        for piece in scores
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    # Of equal ones the longest at the left first, as in transformers.
+    pairs.sort(key=lambda pair: (scores[pair[0] + pair[1]], len(pair[0])), reverse=True)
+    return pairs
+
+
 def _add_tokens(tokenizer: Any, entry: Callable[..., Any], library: Any) -> None:
     """What is one token wherever it stands in a text."""
     tokens = entry("tokens")
     for index, kind in enumerate(entry("token_type", [])):
-        if kind in (_CONTROL, _USER_DEFINED):
-            special = kind == _CONTROL
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED):
+            special = kind != _USER_DEFINED
             added = library.AddedToken(tokens[index], special=special, normalized=False)
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
 
