@@ -174,6 +174,7 @@ def write_gguf(path):
     writer.add_context_length(32)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
     writer.add_token_list(["a", "b", "ab"])
     writer.add_token_merges(["a b"])
     writer.add_token_types([1, 1, 3])

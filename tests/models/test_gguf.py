@@ -171,7 +171,8 @@ def write_llama_3(path, **changed):
         "bos_token_id": len(tokens) - 2,
         "eos_token_id": len(tokens) - 1,
     }
-    write_metadata(path, **{**entries, **changed})
+    entries |= changed
+    write_metadata(path, **{name: x for name, x in entries.items() if x is not None})
     return tokens
 
 
@@ -198,6 +199,40 @@ def test_a_text_begins_as_the_file_says(tmp_path, said, added):
     ids = [tokens.index("<|begin_of_text|>"), tokens.index("to")]
     assert tokenizer.encode("to").ids == ids[not added :]
     assert tokenizer.encode("to", add_special_tokens=False).tokens == ["to"]
+
+
+SPLITTERS = "gpt-2, llama-bpe, llama-v3, llama3, smollm"
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (
+            {"tokenizer_pre": "lama-bpe"},
+            "has a tokenizer 'gpt2' with an unknown pre-tokenizer 'lama-bpe'. Did you mean "
+            f"'llama-bpe'? Valid names: {SPLITTERS}.",
+        ),
+        ({"tokenizer_pre": "qwen2"}, f"pre-tokenizer 'qwen2'. Valid names: {SPLITTERS}."),
+        (
+            {"tokenizer_pre": "default"},
+            f"does not say how it splits a text; known are {SPLITTERS}.",
+        ),
+        ({"tokenizer_pre": None}, f"does not say how it splits a text; known are {SPLITTERS}."),
+        ({"tokenizer_model": "bert"}, "has an unknown tokenizer 'bert'. Valid names: gpt2, llama."),
+        ({"tokenizer_model": None}, "has no tokenizer."),
+    ],
+)
+def test_unknown_tokenizers_are_named_with_what_to_do(tmp_path, changed, message):
+    path = tmp_path / "model.gguf"
+    write_llama_3(path, **changed)
+    with pytest.raises(ValueError) as error:
+        gguf_files.read_tokenizer(path)
+    told = str(error.value)
+    assert told.startswith(str(path)) and message in told
+    assert told.endswith(
+        "Name the original model's tokenizer.json instead: --config.data.tokenizer=PATH, or "
+        "--tokenizer=PATH of experiments.evaluate."
+    )
 
 
 PIECES = (

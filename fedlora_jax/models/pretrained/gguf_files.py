@@ -194,7 +194,8 @@ def read_tokenizer(path: PathLike) -> Any:
         return gguf_tokenizers.make(entry, tokenizers)
     except gguf_tokenizers.Unreadable as error:
         raise ValueError(
-            f"{path} has a tokenizer {error}. Use the tokenizer.json of the original model instead."
+            f"{path} {error} Name the original model's tokenizer.json instead: "
+            "--config.data.tokenizer=PATH, or --tokenizer=PATH of experiments.evaluate."
         ) from error
 
 

@@ -1,22 +1,26 @@
-"""The tokenizers that GGUF files describe, as `tokenizers.Tokenizer`."""
+"""The tokenizers that GGUF files describe, as `tokenizers.Tokenizer`.
 
-from collections.abc import Callable
-from typing import Any
+Read are byte-level vocabularies (`gpt2`) split before merging as `SPLITTERS` has it, and those of
+SentencePiece with scores (`llama`).
+"""
 
-# How a byte-level vocabulary splits a text before merging: GPT-2's way, with digits apart, or
-# by Llama 3's expression, in which case a whole piece that is a token is taken as it is.
-_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
-_SPLITTERS = ("smollm", "gpt-2", "default", *_LLAMA3)
-_LLAMA3_PIECES = (
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from fedlora_jax.names import lookup
+
+_LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPACE = "▁"  # as SentencePiece spells it
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
+T = TypeVar("T")
+
 
 class Unreadable(ValueError):
-    """The tokenizer is of a kind that is not read here; the message names it."""
+    """The tokenizer is none of those that are read; the message goes on after the file's name."""
 
 
 def make(entry: Callable[..., Any], library: Any) -> Any:
@@ -29,36 +33,62 @@ def make(entry: Callable[..., Any], library: Any) -> Any:
     Raises:
       Unreadable: If it is none of those that are read.
     """
-    kind, splitter = entry("model"), entry("pre", "default")
-    if kind == "llama":
-        tokenizer = _sentence_pieces(entry, library)
-    elif kind == "gpt2" and splitter in _SPLITTERS:
-        tokenizer = _byte_level(entry, library, splitter)
-    else:
-        raise Unreadable(
-            f"{kind!r} split as {splitter!r}; read here are SentencePiece's ('llama') and "
-            f"byte-level ones ('gpt2') split as {', '.join(map(repr, _SPLITTERS))}"
-        )
+    kind = entry("model")
+    if kind is None:
+        raise Unreadable("has no tokenizer.")
+    tokenizer = _lookup(_KINDS, kind, "tokenizer", "has an")(entry, library)
     _add_tokens(tokenizer, entry, library)
-    _begin(tokenizer, entry, library, kind == "llama" or splitter in _LLAMA3)
     return tokenizer
 
 
-def _byte_level(entry: Callable[..., Any], library: Any, splitter: str) -> Any:
+def _lookup(table: Mapping[str, T], name: str, kind: str, before: str) -> T:
+    try:
+        return lookup(table, name, kind)
+    except ValueError as error:
+        raise Unreadable(f"{before} {error}") from error
+
+
+def _gpt_2(library: Any) -> Any:
+    return library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+
+
+def _smollm(library: Any) -> Any:
+    digits = library.pre_tokenizers.Digits(individual_digits=True)
+    return library.pre_tokenizers.Sequence([digits, _gpt_2(library)])
+
+
+def _llama_3(library: Any) -> Any:
+    pieces = library.pre_tokenizers.Split(library.Regex(_LLAMA3), "isolated")
+    spelt = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return library.pre_tokenizers.Sequence([pieces, spelt])
+
+
+SPLITTERS = {
+    "gpt-2": _gpt_2,
+    "llama-bpe": _llama_3,
+    "llama-v3": _llama_3,
+    "llama3": _llama_3,
+    "smollm": _smollm,
+}
+
+
+def _byte_level(entry: Callable[..., Any], library: Any) -> Any:
+    name = entry("pre", "default")
+    # Converters say "default" that do not know. To guess would be to learn from other tokens.
+    if name == "default":
+        raise Unreadable(
+            "has a tokenizer 'gpt2' and does not say how it splits a text; known are "
+            f"{', '.join(SPLITTERS)}."
+        )
+    splitter = _lookup(SPLITTERS, name, "pre-tokenizer", "has a tokenizer 'gpt2' with an")
+    # Llama 3 takes a whole piece that is a token as it is, and begins a text with one.
+    llama_3 = splitter is _llama_3
     vocabulary = {token: index for index, token in enumerate(entry("tokens"))}
     merges = [tuple(merge.split(" ")) for merge in entry("merges")]
-    whole = splitter in _LLAMA3
-    model = library.models.BPE(vocabulary, merges, ignore_merges=whole)
-    tokenizer = library.Tokenizer(model)
-    before = library.pre_tokenizers
-    split = before.ByteLevel(add_prefix_space=False, use_regex=not whole)
-    if splitter == "smollm":
-        split = before.Sequence([before.Digits(individual_digits=True), split])
-    elif whole:
-        pieces = before.Split(library.Regex(_LLAMA3_PIECES), "isolated")
-        split = before.Sequence([pieces, split])
-    tokenizer.pre_tokenizer = split
+    tokenizer = library.Tokenizer(library.models.BPE(vocabulary, merges, ignore_merges=llama_3))
+    tokenizer.pre_tokenizer = splitter(library)
     tokenizer.decoder = library.decoders.ByteLevel()
+    _begin(tokenizer, entry, library, default=llama_3)
     return tokenizer
 
 
@@ -81,6 +111,7 @@ def _sentence_pieces(entry: Callable[..., Any], library: Any) -> Any:
     after = library.decoders
     steps = [after.Replace(_SPACE, " "), after.ByteFallback(), after.Fuse()]
     tokenizer.decoder = after.Sequence(steps + [after.Strip(" ", 1, 0)] * prefixed)
+    _begin(tokenizer, entry, library, default=True)
     return tokenizer
 
 
@@ -94,7 +125,9 @@ def _scores(entry: Callable[..., Any]) -> dict[str, float]:
         if kind == _NORMAL
     }
     if len(set(scores.values())) < 2:  # some converters write one for all
-        raise Unreadable("'llama' without scores that say which of its pieces are merged first")
+        raise Unreadable(
+            "has a tokenizer 'llama' without scores that say which of its pieces to merge first."
+        )
     return scores
 
 
@@ -111,6 +144,19 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return pairs
 
 
+_KINDS = {"gpt2": _byte_level, "llama": _sentence_pieces}
+
+
+def _begin(tokenizer: Any, entry: Callable[..., Any], library: Any, *, default: bool) -> None:
+    """Lets a text begin with its token, where the file says so or, by default, does not say."""
+    index = entry("bos_token_id")
+    if index is not None and entry("add_bos_token", default):
+        token = tokenizer.id_to_token(index)
+        tokenizer.post_processor = library.processors.TemplateProcessing(
+            single=[token, "$A"], special_tokens=[(token, index)]
+        )
+
+
 def _add_tokens(tokenizer: Any, entry: Callable[..., Any], library: Any) -> None:
     """What is one token wherever it stands in a text."""
     tokens = entry("tokens")
@@ -119,13 +165,3 @@ def _add_tokens(tokenizer: Any, entry: Callable[..., Any], library: Any) -> None
             special = kind != _USER_DEFINED
             added = library.AddedToken(tokens[index], special=special, normalized=False)
             (tokenizer.add_special_tokens if special else tokenizer.add_tokens)([added])
-
-
-def _begin(tokenizer: Any, entry: Callable[..., Any], library: Any, default: bool) -> None:
-    """Lets a text begin with its token, where the file says so or, by default, does not say."""
-    index = entry("bos_token_id")
-    if index is not None and entry("add_bos_token", default):
-        token = tokenizer.id_to_token(index)
-        tokenizer.post_processor = library.processors.TemplateProcessing(
-            single=[token, "$A"], special_tokens=[(token, index)]
-        )
