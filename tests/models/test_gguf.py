@@ -135,6 +135,58 @@ def test_model_and_weights_come_back_in_every_quantisation(tmp_path, params, kin
             np.testing.assert_array_equal(value, want, err_msg=path)
 
 
+def write_tensors(path, **tensors):
+    """A file of tensors as they are stored, with their forms; of a model with two heads."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_head_count(2)
+    for name, (stored, kind) in tensors.items():
+        writer.add_tensor(name.replace("__", "."), stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# Where a block has the numbers of 16 bits that scale it: anything else may stand there at random.
+SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_quantisations_that_gguf_only_undoes(tmp_path, kind):
+    """Rows are read some at a time, in the order of Hugging Face."""
+    quantisation = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[quantisation]
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (8, 2, size), np.uint8)
+    for at in SCALES[kind]:
+        blocks[..., at : at + 2] = rng.normal(size=(8, 2, 1)).astype(np.float16).view(np.uint8)
+    stored = blocks.reshape(8, 2 * size)
+    tensors = {"blk__0__attn_q__weight": stored, "blk__0__attn_v__weight": stored}
+    path = tmp_path / "model.gguf"
+    write_tensors(path, **{name: (x, quantisation) for name, x in tensors.items()})
+    want = gguf.dequantize(stored, quantisation)
+    assert np.isfinite(want).all() and len(np.unique(want)) > values / 2
+    read = gguf_files.open_gguf(path)
+    for name, order in (("v", range(8)), ("q", [0, 2, 1, 3, 4, 6, 5, 7])):
+        tensor = read[f"model.layers.0.self_attn.{name}_proj.weight"]
+        assert tensor.shape == (8, 2 * values)
+        for first, count in ((0, 8), (3, 4)):
+            got = np.empty((count, 2 * values), np.float32)
+            tensor.read_into(got, first)
+            np.testing.assert_array_equal(got, want[list(order)][first : first + count])
+
+
+@pytest.mark.parametrize("kind", ["F64", "I8", "I32", "Q8_K"])
+def test_forms_that_gguf_cannot_undo_are_named(tmp_path, kind):
+    dtype = {"F64": np.float64, "I8": np.int8, "I32": np.int32}.get(kind)
+    stored = np.zeros((2, 292), np.uint8) if dtype is None else np.zeros((2, 64), dtype)
+    form = gguf.GGMLQuantizationType[kind]
+    write_tensors(tmp_path / "model.gguf", blk__0__ffn_up__weight=(stored, form))
+    message = f"model.gguf: tensor 'blk.0.ffn_up.weight' is in {kind}, which gguf cannot dequantise"
+    with pytest.raises(ValueError, match=message):
+        gguf_files.open_gguf(tmp_path / "model.gguf")
+
+
 def test_tokenizer(tmp_path, params):
     write(tmp_path / "model.gguf", params)
     tokenizer = gguf_files.read_tokenizer(tmp_path / "model.gguf")

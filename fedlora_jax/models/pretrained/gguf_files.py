@@ -145,7 +145,7 @@ def _hugging_face_name(name: str) -> str:
 
 def _stored(path: PathLike, tensor: Any, heads: int | None) -> StoredTensor:
     quants, kind = _library().quants, tensor.tensor_type
-    plain = kind.name in ("F32", "F16", "F64")
+    plain = kind.name in ("F32", "F16")
     # Dimensions are listed the other way round.
     shape = tuple(int(size) for size in tensor.shape[::-1])
     try:
