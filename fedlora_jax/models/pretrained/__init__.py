@@ -6,7 +6,7 @@ Sources are safetensors with the names of Hugging Face and timm, sharded or not,
 the original ViT and Mixer releases, and GGUF files of Llama-architecture models (extra `gguf`): as
 a file, a directory, or a name on the Hugging Face hub (extra `hub`). Tensors are read in pieces,
 straight into the layout and type that are wanted: on CPU, memory peaks at the parameters
-themselves.
+themselves, and the pages of a GGUF file, which is mapped.
 """
 
 from fedlora_jax.models.pretrained.configs import model_from_config

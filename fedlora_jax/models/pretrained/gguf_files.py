@@ -1,8 +1,8 @@
 """GGUF files of Llama-architecture models: weights, configuration and tokenizer of llama.cpp.
 
 One file holds everything. Weights come in the names and the order of Hugging Face, dequantised to
-float32 a few rows at a time, so that memory is bounded as for the other formats. Needs the extra
-`gguf`.
+float32 a few rows at a time, so that what is allocated is bounded as for the other formats; the
+file itself is mapped. `gguf_tokenizers` says which tokenizers are read. Needs the extra `gguf`.
 """
 
 import functools
