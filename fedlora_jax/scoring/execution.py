@@ -8,19 +8,32 @@ Run what you do not trust in a virtual machine.
 What is bounded:
 
 * Wall time and CPU time, address space, the size of each file written, open files, and that no core
-  is dumped: by resource limits, and by killing the process group when the wall time is over.
+  is dumped: by resource limits, and by killing the process group when the wall time is over. How
+  many files are written is not bounded but by that time: many of them can fill a small disk.
 * Network, further processes, signals to others, and writing, making or removing files outside a
   temporary directory that is empty at the start and removed afterwards. On Linux (x86-64 and ARM,
-  5.13 or newer) the kernel refuses these: seccomp answers `socket`, `fork`, `kill` and their like
-  with an error, Landlock the changes of files. Elsewhere, or where a container does not let a
-  process ask for that, a Python audit hook refuses them: it sees Python's own functions, and not
-  what a C extension does. `Outcome.kernel` says which it was.
+  5.13 or newer) the kernel refuses these: seccomp answers `socket`, `fork`, `execve`, `kill` and
+  their like with an error, Landlock writing files, making, removing and moving them.
+  `Outcome.kernel` says whether it does.
+* Changing the mode, owner, times, extended attributes or length of a file elsewhere that is not
+  opened for writing. Landlock knows none of these (of the length only since its version 3, Linux
+  6.2). A Python audit hook refuses them.
+* Where the kernel refuses nothing (other systems, containers that do not let a process ask for it)
+  that hook refuses all of these. It sees most of Python's own functions, and not those that raise
+  no audit event (`os.mkfifo`, `os.mknod`, `signal.pidfd_send_signal`, processes that
+  `multiprocessing` spawns), what a path begins from in `os.open(..., dir_fd=)`, `ATTACH` in SQLite,
+  or what a C extension does.
 * The environment: the program sees none of the caller's variables, no standard input, and its
   output is thrown away.
+
+How a program ended is told by its own process. That what it writes itself is not taken for that, is
+seen to by a token that is not in its arguments, environment or files; a program that goes through
+the memory of its interpreter finds it, and can say that it passed.
 """
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -29,7 +42,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _GUARD = Path(__file__).with_name("_guard.py")
-_LONGEST_RESULT = 4096
+# All that a pipe can hold: a program may have written to it too.
+_LONGEST_RESULT = 1 << 20
 
 
 class Limits(NamedTuple):
@@ -83,17 +97,18 @@ def run(program: str, limits: Limits = DEFAULT, *, kernel: bool = True) -> Outco
       RuntimeError: If the limits cannot be set.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
-        file, work = Path(directory, "program.py"), Path(directory, "work")
-        file.write_text(program, errors="replace")
+        # Beneath, so that the program may change even the mode of its directory.
+        work = Path(directory, "work")
         work.mkdir()
+        token = secrets.token_hex()
         result, given = os.pipe()
         try:
-            over = _wait(_start(file, work, given, limits, kernel), limits.seconds)
+            over = _wait(_start(program, token, work, given, limits, kernel), limits.seconds)
             os.set_blocking(result, False)
-            text = _read(result)
+            _, said, text = _read(result).partition(token)
         finally:
             os.close(result)
-    if text:
+    if said:
         found = json.loads(text)
         if "broken" in found:
             raise RuntimeError(f"programs cannot be run with limits here: {found['broken']}")
@@ -102,7 +117,7 @@ def run(program: str, limits: Limits = DEFAULT, *, kernel: bool = True) -> Outco
 
 
 def _start(
-    file: Path, work: Path, given: int, limits: Limits, kernel: bool
+    program: str, token: str, work: Path, given: int, limits: Limits, kernel: bool
 ) -> subprocess.Popen[bytes]:
     """Starts the guard in a session, and so a process group, of its own."""
     bounds = {
@@ -112,23 +127,33 @@ def _start(
         "RLIMIT_NOFILE": limits.open_files,
         "RLIMIT_CORE": 0,
     }
-    wanted = {"program": str(file), "result": given, "kernel": kernel, "limits": bounds}
+    wanted = {
+        "program": program.encode(errors="replace").decode(),
+        "token": token,
+        "result": given,
+        "kernel": kernel,
+        "limits": bounds,
+    }
     # A library finds its own; OpenBLAS would reserve address space for every core.
     environment = {
         "OPENBLAS_NUM_THREADS": "1",
         **{name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
     }
     try:
-        return subprocess.Popen(
-            [sys.executable, "-I", str(_GUARD), json.dumps(wanted)],
-            cwd=work,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=(given,),
-            start_new_session=True,
-        )
+        # A file without a name, which the guard alone can read.
+        with tempfile.TemporaryFile("w+") as file:
+            json.dump(wanted, file)
+            file.seek(0)
+            return subprocess.Popen(
+                [sys.executable, "-I", str(_GUARD)],
+                cwd=work,
+                env=environment,
+                stdin=file,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(given,),
+                start_new_session=True,
+            )
     finally:
         os.close(given)
 
@@ -153,6 +178,6 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> str:
 
 def _read(result: int) -> str:
     try:
-        return os.read(result, _LONGEST_RESULT).decode()
+        return os.read(result, _LONGEST_RESULT).decode(errors="replace")
     except BlockingIOError:
         return ""
