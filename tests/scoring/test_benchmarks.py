@@ -19,6 +19,8 @@ PROBLEM = {
 }
 TASK = {"text": "Write f, the double.", "test_list": ["assert f(2) == 4", "assert f(M) == 0"]}
 
+QUESTION = {"question": "2+2?", "answer": "2+2\n#### 4"}
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -94,9 +96,39 @@ def test_mistakes(write, tmp_path):
         (partial(get, "text", write()), "has no problems"),
         (partial(get, "humaneval", write(PROBLEM, PROBLEM)), "more than one .* called Tiny/0"),
         (partial(get, "gsm8k", write({"question": "a", "answer": "b"})), "'b' has no number"),
+        (
+            partial(
+                get,
+                "gsm8k",
+                write({"question": "a", "answer": "1"}, "", QUESTION | {"answer": "b"}),
+            ),
+            "jsonl, line 3: the reference 'b' has no number",
+        ),
+        (
+            partial(get, "gsm8k", write(QUESTION | {"answer": 18})),
+            "jsonl, line 1: 'answer' must be a text, not 18",
+        ),
+        (partial(get, "gsm8k", write(QUESTION | {"question": None})), "'question' must be a text"),
+        (
+            partial(get, "humaneval", write(PROBLEM | {"prompt": 5})),
+            "'prompt' must be a text, not 5",
+        ),
+        (partial(get, "humaneval", write(PROBLEM | {"task_id": []})), "must be a text or a number"),
+        (partial(get, "text", write({"prompt": "a", "response": ["b"]})), "'response' must be a"),
+        (
+            partial(get, "mbpp", write(TASK | {"test_list": "assert f(2) == 4"})),
+            "'test_list' must be a list of texts, not 'assert f",
+        ),
+        (partial(get, "mbpp", write(TASK | {"test_list": []})), "'test_list' must be a list of"),
+        (partial(get, "mbpp", write(TASK | {"text": 1, "prompt": "a"})), "'text' must be a text"),
+        (
+            partial(get, "mbpp", write(TASK | {"test_imports": [1]})),
+            "'test_imports' must be a text or a list of texts, not \\[1\\]",
+        ),
     ):
         with pytest.raises(ValueError, match=problem):
             call()
+    assert get("mbpp", write(TASK | {"test_setup_code": None, "test_imports": []})).problems
     with pytest.raises(FileNotFoundError, match="there is no file .*none.jsonl"):
         get("mbpp", str(tmp_path / "none.jsonl"))
 
