@@ -7,10 +7,11 @@
 
 What is scored is the last state of a run (`--workdir`: server, adapters, and what its method merged
 into the backbone); a model on disk (`--model`); or the model and data of a configuration
-(`--config`); the latter two with an `--adapter` or without. Tasks are `metrics`, those of the run
-or configuration on any split of its data, and `humaneval`, `mbpp=FILE`, `gsm8k=FILE`, `text=FILE`,
-for which the model writes. Leaves `evaluation.json` and `generations.jsonl` in `--out`; called
-again after a kill it goes on, and other tasks are added. `docs/evaluate.md` has the conventions.
+(`--config`); the latter two with an `--adapter` or without. Tasks are `metrics`, on any split of
+its data those of the run or configuration, or any of its task that `--metrics` names; and
+`humaneval`, `mbpp=FILE`, `gsm8k=FILE`, `text=FILE`, for which the model writes. Leaves
+`evaluation.json` and `generations.jsonl` in `--out`; called again after a kill it goes on, and
+other tasks are added. `docs/evaluate.md` has the conventions.
 """
 
 import time
@@ -22,7 +23,15 @@ from ml_collections import config_flags
 
 from experiments.shared import targets
 from experiments.shared.apps import run
-from experiments.shared.judging import METRICS, Asking, Record, parse_tasks, score
+from experiments.shared.judging import (
+    METRICS,
+    Asking,
+    Record,
+    check_metrics,
+    measure,
+    parse_tasks,
+    score,
+)
 from experiments.shared.targets import Adapter, Target
 from fedlora_jax import locks
 from fedlora_jax.scoring import benchmarks
@@ -50,6 +59,9 @@ _TASKS = flags.DEFINE_list(
     "tasks", None, f"metrics, {', '.join(benchmarks.names())}; a file as NAME=PATH.", required=True
 )
 _SPLIT = flags.DEFINE_string("split", "test", "For metrics: a name in config.data.splits.")
+_METRICS = flags.DEFINE_list(
+    "metrics", [], "Measure these metrics, instead of those of the run or configuration."
+)
 _OUT = flags.DEFINE_string(
     "out", None, "Directory for what is written; by default WORKDIR/evaluation."
 )
@@ -87,6 +99,7 @@ def main() -> None:
     """Checks what is asked for, then does it."""
     tasks = parse_tasks(_TASKS.value)
     # All that can be wrong, before any weights are read.
+    check_metrics(tasks, _METRICS.value, _CLIENT.value)
     asked = {
         name: benchmarks.get(name, path, _CHAT.value)
         for name, path in tasks.items()
@@ -121,17 +134,17 @@ def evaluate(
     target = read_target()
     if METRICS in tasks and target.measure is None:
         raise ValueError("metrics need data: give --workdir or --config")
-    record = Record(out)
-    for name in tasks:
+    record, names = Record(out), list(tasks)
+    for place, name in enumerate(names):
+        if name == METRICS:
+            names[place] = measure(target, _SPLIT.value, _METRICS.value, record)
+            continue
         began = time.perf_counter()
-        if target.measure and name == METRICS:
-            settings, found = {**target.name, "split": _SPLIT.value}, target.measure()
-        else:
-            settings = {**target.name, "file": tasks[name], **asking.settings()}
-            record.claim(name, settings)
-            found = score(name, asked[name], target, asking, record)
+        settings = {**target.name, "file": tasks[name], **asking.settings()}
+        record.claim(name, settings)
+        found = score(name, asked[name], target, asking, record)
         record.finish(name, settings, {**found, "seconds": round(time.perf_counter() - began, 1)})
-    print(f"{record.table(tasks)}\n\nNumbers: {record.path}")
+    print(f"{record.table(names)}\n\nNumbers: {record.path}")
 
 
 def read_target() -> Target:
@@ -146,10 +159,10 @@ def read_target() -> Target:
     if _WORKDIR.value:
         if adapter != Adapter():
             raise ValueError("--adapter and --scale go with --model or --config; a run has its own")
-        return targets.of_run(Path(_WORKDIR.value), _SPLIT.value, _CLIENT.value)
+        return targets.of_run(Path(_WORKDIR.value), _SPLIT.value, _CLIENT.value, _METRICS.value)
     if _MODEL.value:
         return targets.of_model(_MODEL.value, _PRECISION.value, adapter)
-    return targets.of_config(_CONFIG.value, _SPLIT.value, adapter)
+    return targets.of_config(_CONFIG.value, _SPLIT.value, adapter, _METRICS.value)
 
 
 if __name__ == "__main__":

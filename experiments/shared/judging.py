@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +43,25 @@ def parse_tasks(texts: Sequence[str]) -> dict[str, str | None]:
     return tasks
 
 
+def check_metrics(tasks: Iterable[str], names: Sequence[str], client: int | None) -> None:
+    """Checks that what is asked of metrics makes sense.
+
+    Args:
+      tasks: What is to be done.
+      names: The metrics that were named.
+      client: Whose own model is to write.
+
+    Raises:
+      ValueError: If metrics of one client are wanted, or some are named and none measured.
+    """
+    if METRICS in tasks and client is not None:
+        raise ValueError(
+            "metrics are of all clients, each one's among them: ask for them without --client"
+        )
+    if names and METRICS not in tasks:
+        raise ValueError("--metrics chooses what --tasks=metrics measures, which is not asked for")
+
+
 class Asking(NamedTuple):
     """How a model is asked.
 
@@ -76,6 +96,31 @@ class Asking(NamedTuple):
         """All that a text depends on besides the model and the problem."""
         named = {"chat": self.chat, "samples": self.samples, "tokenizer": self.tokenizer}
         return {**named, **self.sampling._asdict()}
+
+
+def measure(target: Target, split: str, metrics: Sequence[str], record: "Record") -> str:
+    """Measures and records the metrics of a run or a configuration.
+
+    Args:
+      target: With data.
+      split: On which split of them, that for which the target was made.
+      metrics: Which of them, if not all that it has.
+      record: Where they go.
+
+    Returns:
+      Under which name they are recorded: another for each split, and for metrics that were named.
+
+    Raises:
+      ValueError: If the target has no data.
+    """
+    if target.measure is None:
+        raise ValueError("metrics need data: give --workdir or --config")
+    began = time.perf_counter()
+    found = target.measure()
+    name = " ".join([METRICS, *([split] if split != "test" else []), ",".join(metrics)]).strip()
+    settings = {**target.name, "split": split}
+    record.finish(name, settings, {**found, "seconds": round(time.perf_counter() - began, 1)})
+    return name
 
 
 def score(

@@ -1,7 +1,7 @@
 """What can be scored: a finished run, a model on disk, or that of a configuration."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,19 +93,22 @@ class Adapter(NamedTuple):
                 )
 
 
-def of_run(workdir: Path, split: str, client: int | None = None) -> Target:
+def of_run(
+    workdir: Path, split: str, client: int | None = None, metrics: Sequence[str] = ()
+) -> Target:
     """The last state of a run.
 
     Args:
       workdir: Its work directory.
       split: On which metrics are measured.
       client: Whose own model writes; None for the model of all.
+      metrics: Which are measured; those of the run if there are none.
 
     Raises:
       ValueError: If there is no such model, or as `finished.restore`.
       FileNotFoundError: If there is no finished round.
     """
-    run = finished.restore(workdir, split)
+    run = finished.restore(workdir, split, metrics)
     server, method = run.state.server, run.program.method
     trainable, count = server.trainable, len(run.state.ranks)
     if client is not None:
@@ -123,9 +126,11 @@ def of_run(workdir: Path, split: str, client: int | None = None) -> Target:
     return target
 
 
-def of_config(config: ConfigDict, split: str, adapter: Adapter) -> Target:
+def of_config(
+    config: ConfigDict, split: str, adapter: Adapter, metrics: Sequence[str] = ()
+) -> Target:
     """The model of a configuration as it is, or with an adapter, and its data."""
-    config = finished.judged_on(config, split)
+    config = finished.judged_on(config, split, metrics)
     config.method = finished.LEAST
     experiment.check(config)
     run = finished.untrained(config, experiment.prepare(config))

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from fedlora_jax.experiment.program import Program, compile_program
 from fedlora_jax.experiment.setting import Setting, prepare
 from fedlora_jax.experiment.state import State, first_state
 from fedlora_jax.federated.evaluation import panel_states
+from fedlora_jax.federated.task import metrics_of
 from fedlora_jax.names import lookup
 
 # Of all methods the one that does least: a model for all, and nothing else.
@@ -24,7 +26,7 @@ class Finished(NamedTuple):
     """A run as its last checkpoint has it, or before its first round.
 
     Attributes:
-      config: As it was, but judged on the split that was asked for.
+      config: As it was, but judged on the split, and by the metrics, that were asked for.
       setting: Data and pretrained model.
       program: The compiled functions of its method.
       state: The server after the last finished round, and the data.
@@ -62,19 +64,20 @@ def judge_untouched(config: ml_collections.ConfigDict, setting: Setting) -> dict
     return None if config.lora.head else untrained(config, setting).measure()
 
 
-def restore(workdir: Path, split: str = "test") -> Finished:
+def restore(workdir: Path, split: str = "test", metrics: Sequence[str] = ()) -> Finished:
     """Reads the last state of a run.
 
     Args:
       workdir: Of `experiment.run`.
       split: A name in `config.data.splits`, on which it is to be judged.
+      metrics: By which; those of the run if there are none.
 
     Raises:
       FileNotFoundError: If there is no run, or no round of it is finished.
-      ValueError: If there is no such split, the checkpoint does not fit the configuration, or the
-        data are others than then.
+      ValueError: If there is no such split or metric, the checkpoint does not fit the
+        configuration, or the data are others than then.
     """
-    config = judged_on(read_config(workdir), split)
+    config = judged_on(read_config(workdir), split, metrics)
     if not checkpoints.finished(workdir):
         raise FileNotFoundError(f"{workdir}: no round of this run is finished")
     setting = prepare(config)
@@ -106,12 +109,21 @@ def read_config(workdir: Path) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(stored)
 
 
-def judged_on(config: ml_collections.ConfigDict, split: str) -> ml_collections.ConfigDict:
-    """The configuration with another split in the place of the test split.
+def judged_on(
+    config: ml_collections.ConfigDict, split: str, metrics: Sequence[str] = ()
+) -> ml_collections.ConfigDict:
+    """The configuration with another split in the place of the test split, and other metrics.
+
+    Args:
+      config: To be judged otherwise.
+      split: A name in `config.data.splits`.
+      metrics: Names of metrics; if there are none, those that it has stay.
 
     Raises:
-      ValueError: If it names no such split.
+      ValueError: If there is no such split, or no such metric of its task.
     """
     config = config.copy_and_resolve_references()
     config.data.splits.test = lookup(config.data.splits.to_dict(), split, "split")
+    if metrics:
+        config.metrics = tuple(metric.name for metric in metrics_of(config.task, metrics))
     return config

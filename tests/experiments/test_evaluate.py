@@ -333,6 +333,41 @@ def test_metrics_of_a_run_are_those_of_its_last_round(runs, method):
         assert own.name["adapters"] != target.name["adapters"]
 
 
+def test_metrics_that_are_asked_for(runs):
+    directory, config = runs
+    target = targets.of_run(directory / "fedex_lora", "validation", metrics=["f1"])
+    found = target.measure()
+    assert 0 <= found["f1"] <= 1 and "client_f1" in found and "accuracy" not in found
+    with pytest.raises(ValueError, match="unknown metric of a .* 'acuracy'. Did you mean 'acc"):
+        targets.of_run(directory / "fedex_lora", "test", metrics=["acuracy"])
+    with pytest.raises(ValueError, match="unknown metric of a classification task 'nll'"):
+        targets.of_config(config, "test", Adapter(), ["nll"])
+
+
+def test_no_numbers_replace_those_of_another_question(target, tmp_path):
+    record = Record(tmp_path)
+    asked = [("test", []), ("validation", []), ("validation", ["f1", "accuracy"]), ("test", [])]
+    keys = []
+    for place, (split, metrics) in enumerate(asked):
+        target = target._replace(measure=lambda place=place: {"f1": place})
+        keys.append(judging.measure(target, split, metrics, record))
+    assert keys == ["metrics", "metrics validation", "metrics validation f1,accuracy", "metrics"]
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {key: found[key]["f1"] for key in found} == {keys[1]: 1, keys[2]: 2, keys[0]: 3}
+    assert found[keys[1]]["settings"] == {**target.name, "split": "validation"}
+    assert "metrics validation f1,accuracy" in record.table(keys)
+
+
+def test_metrics_are_of_the_whole_run():
+    metrics = {"metrics": None}
+    judging.check_metrics(metrics, ["f1"], None)
+    judging.check_metrics({"text": "a"}, [], 3)
+    with pytest.raises(ValueError, match="metrics are of all clients, .* without --client"):
+        judging.check_metrics(metrics, [], 3)
+    with pytest.raises(ValueError, match="--metrics chooses what --tasks=metrics measures"):
+        judging.check_metrics({"text": "a"}, ["f1"], None)
+
+
 def test_adapter_of_a_configuration(runs):
     directory, config = runs
     source = str(directory / "fedex_lora/adapters.npz")
