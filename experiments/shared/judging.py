@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from experiments.shared.apps import command, progress_bar
 from experiments.shared.targets import Target
+from fedlora_jax.data.text import check_vocabulary
 from fedlora_jax.experiment import records
 from fedlora_jax.models import Llama, pretrained
 from fedlora_jax.models.pretrained import Language
@@ -197,18 +198,14 @@ def read_language(target: Target, tokenizer: str | None = None) -> Language:
     """The tokenizer of the target, or the one that is named.
 
     Raises:
-      ValueError: If there is none, or it has more tokens than the model.
+      ValueError: If there is none, or it is another model's, as in `text.check_vocabulary`.
     """
     source = tokenizer or target.tokenizer
     if source is None:
         raise ValueError("where the model's tokenizer is, --tokenizer must say")
     language = pretrained.read_language(source)
-    size, known = language.tokenizer.get_vocab_size(), getattr(target.model, "vocab_size", 0)
-    if size > known:
-        raise ValueError(
-            f"the tokenizer of {source} has {size} tokens, the model knows {known}: it is "
-            "another model's"
-        )
+    size, model = getattr(target.model, "vocab_size", 0), type(target.model).__name__
+    check_vocabulary(language.tokenizer, size, source=source, model=model)
     return language
 
 
