@@ -32,8 +32,8 @@ PyTree: TypeAlias = Any
 
 DIRECTORY = "clients"
 _IDENTITY, _ROUND = "identity", "after_round"
-# Of a cohort, how many states are written again besides it.
-_AGAIN = 1 / 4
+# States that are written again: so many beside a cohort, from files that have so few left.
+_AGAIN, _SPARSE = 1 / 4, 1 / 5
 _PIECE = 2**24  # bytes
 _NAME = re.compile(r"(\d+)(?:\.(\d+))?\.npy")
 
@@ -68,11 +68,17 @@ class ClientStore:
         # Of each client the round that its state is of, and the file and place where that is.
         self._round, self._file = np.full((2, num_clients), -1, np.int32)
         self._place = np.zeros(num_clients, np.int32)
-        # Of each file its path, how many newest states it has, and the round since when none.
+        # Of each file its path, how many states it has, how many of them are newest, whether those
+        # are few, and the round since when there are none.
         self._paths: list[Path] = []
+        self._counts: dict[int, int] = {}
         self._living: dict[int, int] = {}
+        self._sparse: set[int] = set()
         self._dead: dict[int, int] = {}
-        for index, host in self._found() if self._fields else ():
+        found = self._found() if self._fields else []
+        # What hosts that were killed may have left of a round that is not finished.
+        self._unfinished = {(index, host) for index, host in found if index >= rounds}
+        for index, host in found:
             if index < rounds:
                 file = self._add(index, host)
                 _check(self._paths[file])
@@ -134,8 +140,7 @@ class ClientStore:
         parts = [np.flatnonzero(host_of == host) for host in range(len(files))]
         again = self._left_over(identities)
         rounds = self._round[again]
-        if hosts.is_first():
-            self._remove_parts(round_index, len(files))
+        self._remove_unfinished(round_index, len(files))
         if (host := jax.process_index()) < len(files):
             new = self._records(round_index, identities, states, parts[host])
             old = self._newest(again if host == 0 else again[:0])
@@ -149,23 +154,18 @@ class ClientStore:
         for file in [file for file, newer in self._dead.items() if newer < rounds]:
             if hosts.is_first():
                 self._paths[file].unlink(missing_ok=True)
-            del self._dead[file]
+            del self._dead[file], self._counts[file]
 
     def _left_over(self, cohort: np.ndarray) -> np.ndarray:
         """Whose states are written again: what a cohort leaves in the files that have least."""
-        left = dict(self._living)
-        found, counts = np.unique(self._file[cohort], return_counts=True)
-        for file, count in zip(found.tolist(), counts.tolist(), strict=True):
-            if file >= 0:
-                left[file] -= count
-        room, again = int(_AGAIN * len(cohort)), [np.zeros(0, np.int32)]
-        for file in sorted(left, key=left.__getitem__):
-            if left[file] > room:
-                break
-            room -= left[file]
+        room, again = int(_AGAIN * len(cohort)), np.zeros(0, np.int32)
+        for file in sorted(self._sparse, key=self._living.__getitem__):
             members = np.array(self._open(file)[_IDENTITY])
-            again.append(members[self._file[members] == file])
-        return np.setdiff1d(np.concatenate(again), cohort)
+            left = np.setdiff1d(members[self._file[members] == file], cohort)
+            if len(again) + len(left) > room:
+                break
+            again = np.append(again, left)
+        return again
 
     def _newest(self, identities: np.ndarray) -> np.ndarray:
         """Records as they are on disk."""
@@ -187,9 +187,12 @@ class ClientStore:
 
     def _add(self, index: int, host: int) -> int:
         """A new file's number."""
-        name = f"{index:06d}.{host}.npy" if host else f"{index:06d}.npy"
-        self._paths.append(self._directory / name)
+        self._paths.append(self._path(index, host))
         return len(self._paths) - 1
+
+    def _path(self, index: int, host: int) -> Path:
+        name = f"{index:06d}.{host}.npy" if host else f"{index:06d}.npy"
+        return self._directory / name
 
     def _enter(
         self,
@@ -201,26 +204,32 @@ class ClientStore:
     ) -> None:
         """Notes that a file, written in a round, has the newest states of these clients."""
         before = self._file[identities]
-        for old, count in zip(*np.unique(before[before >= 0], return_counts=True), strict=True):
-            self._living[int(old)] -= int(count)
-            if not self._living[int(old)]:
-                del self._living[int(old)]
-                self._dead[int(old)] = index
+        found, counts = np.unique(before[before >= 0], return_counts=True)
+        for old, count in zip(found.tolist(), counts.tolist(), strict=True):
+            self._living[old] -= count
+            if not self._living[old]:
+                del self._living[old]
+                self._sparse.discard(old)
+                self._dead[old] = index
+            elif self._living[old] <= _SPARSE * self._counts[old]:
+                self._sparse.add(old)
         self._round[identities], self._file[identities] = rounds, file
         self._place[identities] = first_place + np.arange(len(identities))
         if len(identities):
             self._living[file] = self._living.get(file, 0) + len(identities)
+            self._counts[file] = self._living[file]
 
     def _found(self) -> list[tuple[int, int]]:
         """Round and host of each file that is there, in their order."""
         names = (_NAME.fullmatch(path.name) for path in self._directory.glob("*.npy"))
         return sorted((int(name[1]), int(name[2] or 0)) for name in names if name)
 
-    def _remove_parts(self, round_index: int, hosts: int) -> None:
-        """Removes what more hosts, killed in this round, have left of it."""
-        for index, host in self._found():
-            if index == round_index and host >= hosts:
-                (self._directory / f"{index:06d}.{host}.npy").unlink(missing_ok=True)
+    def _remove_unfinished(self, round_index: int, count: int) -> None:
+        """Removes what more than so many hosts have left of a round, where nothing replaces it."""
+        for index, host in sorted(self._unfinished):
+            if index == round_index and host >= count and hosts.is_first():
+                self._path(index, host).unlink(missing_ok=True)
+        self._unfinished = {(i, host) for i, host in self._unfinished if i != round_index}
 
     def _open(self, file: int) -> np.ndarray:
         path = self._paths[file]

@@ -157,21 +157,21 @@ def test_rows_that_are_not_wanted_are_not_read(tmp_path, monkeypatch):
 def test_a_file_of_an_older_version_is_read(tmp_path):
     """Without the round of each state, and without a checksum."""
     generator = np.random.default_rng(0)
-    states = states_of(generator, K), states_of(generator, K)
-    store = ClientStore(tmp_path, FIRST, N)
-    store.write(3, np.arange(K), states[0])
+    old, new = states_of(generator, 6), states_of(generator, 5)
+    ClientStore(tmp_path, FIRST, N).write(3, np.arange(6), old)
     path = tmp_path / DIRECTORY / "000003.npy"
     records = np.load(path)
     older = np.dtype([field for field in records.dtype.descr if field[0] != "after_round"])
     np.save(path, np.array([tuple(row[name] for name in older.names) for row in records], older))
     again = ClientStore(tmp_path, FIRST, N, 4)
-    again.expect(np.where(np.arange(N) < K, 3, -1))
-    # What is left of it is written again in the form of today.
-    again.write(4, np.arange(1, K + 1), states[1])
-    for found in (again, ClientStore(tmp_path, FIRST, N, 5)):
-        found.expect(np.array([3] + [4] * K + [-1] * (N - K - 1)))
+    again.expect(np.where(np.arange(N) < 6, 3, -1))
+    again.write(4, np.arange(1, 6), new)
+    # What is left of it is written again, in the form of today.
+    again.write(5, np.arange(8, 12), states_of(generator, 4))
+    assert sorted(np.load(tmp_path / DIRECTORY / "000005.npy")["identity"]) == [0, 8, 9, 10, 11]
+    for found in (again, ClientStore(tmp_path, FIRST, N, 6)):
+        found.expect(np.array([3] + [4] * 5 + [-1] * 2 + [5] * 4))
         rows = found.read(np.array([0, 1]))
-        for x, old, new in zip(*map(jax.tree.leaves, (rows, *states)), strict=True):
-            np.testing.assert_array_equal(x[0], old[0])
-            np.testing.assert_array_equal(x[1], new[0])
-    assert len(np.load(tmp_path / DIRECTORY / "000004.npy")) == K + 1
+        for x, first, second in zip(*map(jax.tree.leaves, (rows, old, new)), strict=True):
+            np.testing.assert_array_equal(x[0], first[0])
+            np.testing.assert_array_equal(x[1], second[0])
