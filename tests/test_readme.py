@@ -1,11 +1,12 @@
-"""What the README says, done."""
+"""What the README says, done; and that links in the documentation lead somewhere."""
 
 import re
 from pathlib import Path
 
 from fedlora_jax import aggregation, methods
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_aggregation_example_runs():
@@ -22,3 +23,26 @@ def test_aggregation_example_runs():
 def test_methods_named_are_those_there_are():
     listed = re.search(r"Methods \(\[what each does\].*?: (.*?)A mistyped", README, re.S).group(1)
     assert set(re.findall(r"\w+(?=[,`.])", listed)) >= set(methods.REGISTRY)
+
+
+def anchors(path):
+    """The headings of a Markdown file as GitHub names them, and the names that it gives itself."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    headings = [re.sub(r"[^\w\- ]", "", line) for line in re.findall(r"^#+ (.*)$", text, re.M)]
+    names = re.findall(r'<a name="([^"]*)">', text)
+    return {heading.strip().lower().replace(" ", "-") for heading in headings} | set(names)
+
+
+def test_relative_links_lead_somewhere():
+    pages = [
+        *ROOT.glob("*.md"),
+        *(page for top in ("docs", "experiments") for page in ROOT.glob(f"{top}/**/*.md")),
+    ]
+    broken = []
+    for page in pages:
+        for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", page.read_text()):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if not target.exists() or anchor and anchor not in anchors(target):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert len(pages) > 50 and not broken
