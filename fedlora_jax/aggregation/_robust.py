@@ -207,10 +207,14 @@ def geometric_median_weights(gram: jax.Array, weights: jax.Array) -> jax.Array:
       Signal Processing 2022, arXiv:1912.13445.
     """
     gram, shares = _usable(gram, weights)
+    # A squared distance is a sum of four of its entries, and could overflow.
+    gram = gram / 8
     present, squares = shares > 0, jnp.diagonal(gram)
     others = ~jnp.eye(len(gram), dtype=bool) & present
     apart = lowrank.safe_sqrt(_squared_distances(gram))
     typical = jax.vmap(lambda row, others: _median(row[:, None], others)[0])(apart, others)
+    # A client alone is far from nobody.
+    typical = jnp.where(jnp.any(others, axis=1), typical, 0)
     smallest = jnp.maximum(_SMOOTHING * _median(typical[:, None], present)[0], 1e-30)
 
     def nearer(distances: jax.Array) -> jax.Array:

@@ -216,6 +216,27 @@ def test_clients_that_agree_count_what_they_weigh():
     np.testing.assert_allclose(got["scales"], 1, rtol=1e-5)
 
 
+def test_a_client_alone_is_the_geometric_median():
+    clients, start, weights = federation()
+    weights[np.arange(COUNT) != 4] = 0
+    beta = of("geometric_median", clients, start, weights)
+    np.testing.assert_array_equal(beta, weights > 0)
+
+
+def test_weights_of_the_geometric_median_are_finite_and_so_are_their_gradients():
+    """Of one client, and of two whose distance cannot be squared, though their changes can."""
+
+    @jax.jit
+    def first(gram, weights):
+        return jax.value_and_grad(lambda x: aggregation.geometric_median_weights(x, weights)[0])(
+            gram
+        )
+
+    for size, weights, share in ((2.0, [1.0, 0.0], 1.0), (3e38, [1.0, 1.0], 0.5)):
+        beta, slope = first(size * jnp.array([[1.0, -1.0], [-1.0, 1.0]]), jnp.array(weights))
+        assert beta == pytest.approx(share) and np.isfinite(slope).all()
+
+
 def test_nothing_of_the_size_of_a_kernel():
     clients, start = cases.clients(count=5, kernels=KERNELS), cases.extra(kernels=KERNELS)
 
