@@ -51,7 +51,8 @@ def robust(
     How many hostile clients of n a rule tolerates: `norm_clip` bounds what each can do; `krum` and
     `multi_krum` f with n >= 2 f + 3, f the share `byzantine` of n rounded up; `trimmed_mean` f;
     `median` and `geometric_median` less than half, the latter by weight. Clients of weight zero are
-    absent, as are those whose change is too large to be squared.
+    absent, as are those whose change is too large to be squared; if the four are left with nobody,
+    the server keeps its state.
 
     The aggregation error of a round is then the distance from the plain mean of what was sent.
 
@@ -81,16 +82,22 @@ def robust(
         if rule == "norm_clip":
             scales = aggregation.clip_scales(gram, weights, norm=norm)
             rest = jnp.sum(jnp.where(scales > 0, weights * (1 - scales), 0))
-            more = jax.tree.map(
+            uploads = jax.tree.map(
                 lambda x, own: jnp.concatenate([x, own[None].astype(x.dtype)]), uploads, unmoved
             )
-            return method.aggregate(server, more, jnp.append(weights * scales, rest))
-        if rule == "geometric_median":
-            chosen = aggregation.geometric_median_weights(gram, weights)
+            counts = jnp.append(weights * scales, rest)
+        elif rule == "geometric_median":
+            counts = aggregation.geometric_median_weights(gram, weights) * jnp.sum(weights)
         else:
             multi = rule == "multi_krum"
             chosen = aggregation.krum_weights(gram, weights, byzantine=byzantine, multi=multi)
-        return method.aggregate(server, uploads, chosen * jnp.sum(weights))
+            counts = chosen * jnp.sum(weights)
+        changed, aggregated = method.aggregate(server, uploads, counts)
+        anybody = jnp.any(counts > 0)
+        kept = jax.tree.map(
+            lambda new, old: new if new is old else jnp.where(anybody, new, old), changed, server
+        )
+        return kept, aggregated
 
     def by_entries(
         server: Server, uploads: PyTree, weights: jax.Array

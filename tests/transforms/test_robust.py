@@ -136,6 +136,14 @@ def test_order_and_absent_clients_do_not_matter(served, name, rule):
     np.testing.assert_allclose(other, plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["geometric_median", "krum", "multi_krum", "norm_clip"])
+def test_if_no_change_can_be_squared_the_server_keeps_its_state(served, rule):
+    server, aggregate = served("fedit", rule)
+    start, changes, _ = uploads_of("fedit", server)
+    after, _ = aggregate(server, sent(start, jax.tree.map(lambda x: 1e20 * x, changes)), EVERYBODY)
+    jax.tree.map(np.testing.assert_array_equal, after, server)
+
+
 def test_a_clipped_client_moves_an_exact_mean_by_its_share_of_the_norm(served, world):
     """FLoRA's mean of products: what each of them adds has the norm `norm` at most."""
     method = transforms.robust(method_of("flora"), rule="norm_clip", norm=0.3)
