@@ -11,7 +11,8 @@ from optax.contrib import differentially_private_aggregate
 
 from fedlora_jax import bounds
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.methods import Method, Server, Trainable, check_combination
+from fedlora_jax.lowrank import Factors
+from fedlora_jax.methods import Method, Server, Start, Trainable, Trained, check_combination
 from fedlora_jax.methods._base import ROBUST, PyTree
 from fedlora_jax.transforms import _base
 
@@ -30,11 +31,12 @@ def private(
       \bar\Delta = \frac{1}{K} \left( \sum_k \Delta_k \min\left(1, \frac{C}{\lVert \Delta_k \rVert}
       \right) + \mathcal{N}(0, z^2 C^2 I) \right)
 
-    and the method aggregates as if one client had sent that. Weights are equal, whatever the
-    examples of the clients; one that is left out counts as no change. The mechanics are those of
-    `optax.contrib.differentially_private_aggregate`. `epsilon` gives the guarantee. Whatever one
-    client sends, it moves the noiseless mean by at most C / K, to rounding, and another upload in
-    its place by 2 C / K.
+    and the method aggregates as if one client had sent that. A factor that does not train in the
+    round is not sent and counts as no change, also where the zeros of a smaller rank stand in it.
+    Weights are equal, whatever the examples of the clients; one that is left out counts as no
+    change. The mechanics are those of `optax.contrib.differentially_private_aggregate`. `epsilon`
+    gives the guarantee. Whatever one client sends, it moves the noiseless mean by at most C / K, to
+    rounding, and another upload in its place by 2 C / K.
 
     Noise in both factors multiplies: a method that trains one factor at a time (`ffa_lora`,
     `fedsvd`, `rolora`) keeps it linear, and is made for this.
@@ -65,6 +67,14 @@ def private(
         # As bare numbers, which every checkpoint can hold.
         return _base.outer(server, jax.random.key_data(jax.random.fold_in(key, _STREAM))), client
 
+    def finish(
+        server: Server, client: PyTree, start: Start, trained: Trained
+    ) -> tuple[Trainable, PyTree]:
+        upload, client = method.finish(_base.inner(server), client, start, trained)
+        own = server.trainable.adapters
+        adapters = {path: _sent(f, start.trains, own[path]) for path, f in upload.adapters.items()}
+        return upload._replace(adapters=adapters), client
+
     def aggregate(
         server: Server, uploads: Trainable, weights: jax.Array
     ) -> tuple[Server, Aggregated | None]:
@@ -88,6 +98,7 @@ def private(
     return _base.around(
         method,
         init=init,
+        finish=finish,
         aggregate=aggregate,
         equal_weights=True,
         refuses={
@@ -96,6 +107,12 @@ def private(
             **dict.fromkeys(ROBUST, "its server sees a noisy mean alone"),
         },
     )
+
+
+def _sent(factors: Factors, trains: Factors, own: Factors) -> Factors:
+    """A client's factors, with the server's own for one that rests."""
+    sides = zip(factors, trains, own, strict=True)
+    return Factors(*(x if moves is True else jnp.where(moves, x, y) for x, moves, y in sides))
 
 
 @functools.cache
