@@ -48,7 +48,8 @@ class RoundMetrics(NamedTuple):
     """What a round measures, all on the device.
 
     Attributes:
-      loss: Mean training loss of the cohort's clients that count, each by its weight, `[]`.
+      loss: Mean training loss of the cohort's clients that count, each by its weight, `[]`; NaN if
+        nobody counts, as is all that describes the updates.
       client_loss: Mean training loss of each client of the cohort over its steps, `[K]`.
       aggregation_error: Relative distance of the server's update from the mean of the clients'
         updates (`aggregation.error`), `[]`; NaN if the method does not aggregate.
@@ -479,9 +480,14 @@ def run_cohort(
         changed, aggregated = method.aggregate(server, result.uploads, weights)
         error = _error(result, weights, aggregated)
         described = _diagnostics(server, result, weights, aggregated) if method.diagnosed else None
-    server = _select(jnp.any(finite), changed, server)._replace(round=server.round + 1)
+    anybody = jnp.any(finite)
+    server = _select(anybody, changed, server)._replace(round=server.round + 1)
+    # Of nobody means are zero, and nothing is known.
+    loss, error, described = jax.tree.map(
+        lambda x: jnp.where(anybody, x, jnp.nan), (mean(result.loss, weights), error, described)
+    )
     metrics = RoundMetrics(
-        loss=mean(result.loss, weights),
+        loss=loss,
         client_loss=result.loss,
         aggregation_error=error,
         ranks=result.rank,

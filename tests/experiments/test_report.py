@@ -101,6 +101,12 @@ def test_what_is_compared_with_what(runs):
     assert "minus" not in report.summary(one_seed, study(dict.fromkeys(runs, 0.1)))
 
 
+def test_a_round_without_answers_is_in_no_mean(runs):
+    runs["fedit"][0][0] |= {"loss": None, "aggregation_error": None}
+    assert columns(runs)["agg. error"] == ["-", "0.1000"]
+    assert '"aggregation_error": [null, 0.1]' in report.curves(runs, ACCURACY)
+
+
 def study(rates):
     clients = Overview(np.ones((4, 2, 3), int), np.full((2, 3), 4), tuple(DOMAINS))
     return report.Study("the command", clients, 1200, rates, ACCURACY)

@@ -114,6 +114,8 @@ def test_if_nobody_answers_the_server_keeps_its_state(rounds):
     federation, (after, metrics, _) = rounds("ffa_lora", "crash", 1.0)
     assert int(metrics.absent) == len(COHORT) and int(metrics.excluded) == 0
     assert_equal(after.server.trainable, federation.server.trainable)
+    # Of nobody there is no loss, which is not one of zero.
+    assert np.isnan(metrics.loss) and np.isnan(metrics.aggregation_error)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
