@@ -132,9 +132,11 @@ def _rotation_and_frame(core: jax.Array, reflections: bool) -> tuple[jax.Array, 
     u, v = jnp.zeros_like(u).at[row_order].set(u), jnp.zeros_like(v).at[:, column_order].set(v)
     # A core of deficient rank leaves R free in part: there it is the one nearest to the identity.
     # Singular values of `among` are one, but for those of that part; its directions do not mix.
-    smallest = [jnp.min(jnp.where(x > 0, x, jnp.inf)) for x in (rows, columns)]
-    rounding = len(s) * jnp.finfo(s.dtype).eps * smallest[0] * (smallest[1] / s[0])
+    # Rounding is that of the rows and columns which the direction is made of.
+    sizes = matmul(rows, jnp.abs(u)), matmul(jnp.abs(v), columns)
+    rounding = len(s) * jnp.finfo(s.dtype).eps * sizes[0] * (sizes[1] / s[0])
     free = (s <= rounding) | (s == 0)
+    s = jnp.where(free, 0, s)
     here = u * free
     among = matmul(u * ~free, v) + matmul(matmul(here, here.T), matmul(v.T * free, v))
     left, _, right = _linalg.svd(among)

@@ -128,6 +128,27 @@ def test_rotation_of_clients_that_differ_by_a_rotation_alone_is_undone():
     )
 
 
+@pytest.mark.parametrize("side", "ba")
+def test_directions_that_a_reference_lacks_are_not_rotated(side):
+    """Of a reference of deficient rank they are left open: rounding is not to say where they go."""
+    rng = np.random.default_rng(0)
+    base = cases.extra(rank=3)
+    near = jax.tree.map(
+        lambda x: np.float32(x + 0.02 * rng.standard_normal((4, *x.shape)) * np.std(x)), base
+    )
+    reference = {}
+    for name, node in base.items():
+        u, s, v = np.linalg.svd(getattr(node, side), full_matrices=False)
+        reference[name] = node._replace(**{side: s[0] * u[:, :1] @ v[:1]})
+    weights = np.ones(4)
+    rotated = aggregation.fedrot_lora(near, weights, reference=reference, aligned=side)
+    plain = aggregation.error(near, weights, aggregation.fedit(near, weights))
+    assert aggregation.error(near, weights, rotated) < 1.2 * plain
+    moved = jax.tree.map(lambda x: x * np.float32(1 + 2e-7), near)
+    again = aggregation.fedrot_lora(moved, weights, reference=reference, aligned=side)
+    cases.close(cases.product(again, weights), cases.product(rotated, weights), 1e-5)
+
+
 def test_spectral_leaves_random_columns_free_and_keeps_what_the_threshold_says():
     stacked = cases.clients()
     kept = aggregation.spectral(stacked, WEIGHTS, threshold=0.5, rank=4).adapters["block/up"]
