@@ -178,6 +178,19 @@ def vector_norm(x: jax.Array) -> Scalar:
     return unit * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
 
+def power_of_two(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    """The power of two next to the largest size of an entry; one where all entries are zero.
+
+    What is divided by it can be squared, and no digit changes. The axes that it is taken over
+    stay, of length one. A constant in derivatives.
+    """
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True, initial=0))
+    numbers = jnp.finfo(largest.dtype)
+    power = jax.lax.reduce_precision(largest, numbers.nexp, 0)
+    # Of the extremes the inverse, by which a compiler multiplies, is no number.
+    return jnp.where(largest > 0, jnp.clip(power, 4 * numbers.tiny, 0.25 / numbers.tiny), 1)
+
+
 def _norm_by_blocks(factors: Factors) -> Scalar:
     norms = jax.lax.map(lambda rows: vector_norm(matmul(rows, factors.b)), _blocks(factors.a))
     return vector_norm(norms)
@@ -284,7 +297,7 @@ def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
         return transpose(truncate(transpose(factors), rank))
     best = _truncate(_wide(factors), _possible(factors, rank))
     if split == "balanced":
-        size = safe_sqrt(jnp.sum(best.b**2, axis=1))
+        size = jax.vmap(vector_norm)(best.b)
         root = jnp.where(size > 0, safe_sqrt(size), 1)
         best = Factors(best.a * root, best.b / root[:, None])
     return pad(best, rank)
@@ -302,6 +315,8 @@ def singular_values(factors: Factors) -> jax.Array:
     (d_in, rank), d_out = factors.a.shape, factors.b.shape[1]
     if rank <= min(d_in, d_out, _EXACT):
         return svd(factors).s
+    units = [power_of_two(x) for x in factors]
+    factors = Factors(*(x / unit for x, unit in zip(factors, units, strict=True)))
     tall = factors if d_in >= d_out else transpose(factors)
     rows = _blocks(tall.a)
 
@@ -312,7 +327,7 @@ def singular_values(factors: Factors) -> jax.Array:
     size = min(d_in, d_out)
     squares, _ = jax.lax.scan(add, jnp.zeros((size, size), rows.dtype), rows)
     values = jnp.linalg.eigvalsh(squares)[::-1]
-    return safe_sqrt(values[: min(size, rank)])
+    return (units[0] * units[1])[0] * safe_sqrt(values[: min(size, rank)])
 
 
 def truncated_sum(terms: Sequence[Factors], rank: int, *, split: Split = "right") -> Factors:

@@ -79,16 +79,24 @@ def diagnostics(
         _describe, stacked, weights, trees=trees, adapted=given.adapters is not None, rank=rank
     )
     kernels = {
-        name: _ratios(moments, spectrum=spectrum, effective_rank=rank)
-        for name, (moments, spectrum, rank) in zip(_base.names(stacked), rows, strict=True)
+        name: _ratios(sizes, spectrum=spectrum, effective_rank=rank)
+        for name, (sizes, spectrum, rank) in zip(_base.names(stacked), rows, strict=True)
     }
-    sums = jax.tree.map(lambda *x: jnp.sum(jnp.stack(x)), *(moments for moments, _, _ in rows))
+    every = jax.tree.map(lambda *x: jnp.stack(x), *(sizes for sizes, _, _ in rows))
     ranks = jnp.mean(jnp.stack([rank for _, _, rank in rows]))
-    return _ratios(sums, spectrum=None, effective_rank=ranks), kernels
+    return _ratios(every, spectrum=None, effective_rank=ranks), kernels
 
 
-class _Moments(NamedTuple):
-    """Squares and inner products, which add up over kernels."""
+class _Pair(NamedTuple):
+    """Two things of a kernel by their norms, and the cosine between them."""
+
+    one: jax.Array
+    other: jax.Array
+    cosine: jax.Array
+
+
+class _Sizes(NamedTuple):
+    """Norms of a kernel, or of several with a leading axis; none of them is ever squared."""
 
     ideal: jax.Array
     dropped: jax.Array
@@ -97,70 +105,93 @@ class _Moments(NamedTuple):
     mean_a: jax.Array
     mean_b: jax.Array
     distance: jax.Array | None = None
-    reached: jax.Array | None = None
-    alignment: jax.Array | None = None
-    a: jax.Array | None = None
-    b: jax.Array | None = None
-    along_a: jax.Array | None = None
-    along_b: jax.Array | None = None
+    product: _Pair | None = None
+    a: _Pair | None = None
+    b: _Pair | None = None
 
 
 def _describe(
     clients: Factors, weights: jax.Array, *parts: Factors, adapted: bool, rank: int | None
-) -> tuple[_Moments, jax.Array, jax.Array]:
+) -> tuple[_Sizes, jax.Array, jax.Array]:
     ideal = lowrank.weighted_sum(clients, weights)
     average = lowrank.mean(clients, weights)
     spectrum = lowrank.singular_values(ideal)
-    total = jnp.sum(spectrum)
-    shares = spectrum / jnp.where(total > 0, total, 1)
+    unit = lowrank.power_of_two(spectrum)
+    total = jnp.sum(spectrum / unit)
+    shares = spectrum / unit / jnp.where(total > 0, total, 1)
     logs = jnp.log(jnp.where(shares > 0, shares, 1))
     effective = jnp.where(total > 0, jnp.exp(-jnp.sum(shares * logs)), 0)
-    dropped = lowrank.vector_norm(spectrum[rank or clients.rank :]) ** 2
-    spread = [
-        jnp.einsum("k,kij->", weights, (x - mean) ** 2)
-        for x, mean in zip(clients, average, strict=True)
-    ]
-    moments = _Moments(
-        lowrank.norm(ideal) ** 2, dropped, *spread, *(jnp.sum(x**2) for x in average)
+    sizes = _Sizes(
+        lowrank.norm(ideal),
+        lowrank.vector_norm(spectrum[rank or clients.rank :]),
+        _spread(clients.a, average.a, weights),
+        _spread(clients.b, average.b, weights),
+        lowrank.vector_norm(average.a),
+        lowrank.vector_norm(average.b),
     )
     if parts:
         parts = tuple(shared(part, weights) for part in parts)
         reached = lowrank.concatenate(parts)
-        moments = moments._replace(
-            distance=lowrank.norm(lowrank.subtract(ideal, reached)) ** 2,
-            reached=lowrank.norm(reached) ** 2,
-            alignment=lowrank.inner(ideal, reached),
+        sizes = sizes._replace(
+            distance=lowrank.norm(lowrank.subtract(ideal, reached)),
+            product=_products(reached, ideal),
         )
     if adapted and parts[0].rank == average.rank:
         a, b = parts[0]
-        moments = moments._replace(
-            a=jnp.sum(a**2),
-            b=jnp.sum(b**2),
-            along_a=jnp.sum(a * average.a),
-            along_b=jnp.sum(b * average.b),
-        )
-    return moments, spectrum, effective
+        sizes = sizes._replace(a=_arrays(a, average.a), b=_arrays(b, average.b))
+    return sizes, spectrum, effective
 
 
-def _ratios(m: _Moments, *, spectrum: jax.Array | None, effective_rank: jax.Array) -> Diagnostics:
-    def ratio(x: jax.Array, y: jax.Array) -> jax.Array:
-        return x / jnp.where(y > 0, y, 1)
+def _spread(clients: jax.Array, mean: jax.Array, weights: jax.Array) -> jax.Array:
+    """The root of the weighted mean of `|x_k - mean|^2`."""
+    apart = jnp.where(weights[:, None, None] > 0, clients - mean, 0)
+    unit = lowrank.power_of_two(apart)[0, 0, 0]
+    return unit * lowrank.safe_sqrt(jnp.einsum("k,kij->", weights, (apart / unit) ** 2))
 
-    def cosine(along: jax.Array | None, x: jax.Array | None, y: jax.Array) -> jax.Array | None:
-        if along is None or x is None:
-            return None
-        return ratio(along, lowrank.safe_sqrt(x) * lowrank.safe_sqrt(y))
 
-    root = lowrank.safe_sqrt
+def _products(x: Factors, y: Factors) -> _Pair:
+    """Two products of one kernel."""
+    sizes = lowrank.norm(x), lowrank.norm(y)
+    (x, one), (y, other) = (_near_one(*pair) for pair in zip((x, y), sizes, strict=True))
+    return _Pair(*sizes, _ratio(_ratio(lowrank.inner(x, y), one), other))
+
+
+def _near_one(factors: Factors, size: jax.Array) -> tuple[Factors, jax.Array]:
+    """Factors without their size, and what is left of that of their product."""
+    a, b = (lowrank.power_of_two(x) for x in factors)
+    return Factors(factors.a / a, factors.b / b), size / a[0, 0] / b[0, 0]
+
+
+def _arrays(x: jax.Array, y: jax.Array) -> _Pair:
+    sizes = lowrank.vector_norm(x), lowrank.vector_norm(y)
+    return _Pair(*sizes, jnp.sum(_ratio(x, sizes[0]) * _ratio(y, sizes[1])))
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x / jnp.where(y > 0, y, 1)
+
+
+def _cosine(pair: _Pair | None) -> jax.Array | None:
+    """Of all kernels together."""
+    if pair is None:
+        return None
+    one, other = (_ratio(x, lowrank.vector_norm(x)) for x in (pair.one, pair.other))
+    return jnp.sum(one * other * pair.cosine)
+
+
+def _ratios(sizes: _Sizes, *, spectrum: jax.Array | None, effective_rank: jax.Array) -> Diagnostics:
+    def relative(x: jax.Array, y: jax.Array) -> jax.Array:
+        return _ratio(lowrank.vector_norm(x), lowrank.vector_norm(y))
+
     return Diagnostics(
         spectrum=spectrum,
         effective_rank=effective_rank,
-        norm=root(m.ideal),
-        dropped=ratio(root(m.dropped), root(m.ideal)),
-        drift_a=ratio(root(m.spread_a), root(m.mean_a)),
-        drift_b=ratio(root(m.spread_b), root(m.mean_b)),
-        error=None if m.distance is None else ratio(root(m.distance), root(m.ideal)),
-        cosine=cosine(m.alignment, m.reached, m.ideal),
-        cosine_a=cosine(m.along_a, m.a, m.mean_a),
-        cosine_b=cosine(m.along_b, m.b, m.mean_b),
+        norm=lowrank.vector_norm(sizes.ideal),
+        dropped=relative(sizes.dropped, sizes.ideal),
+        drift_a=relative(sizes.spread_a, sizes.mean_a),
+        drift_b=relative(sizes.spread_b, sizes.mean_b),
+        error=None if sizes.distance is None else relative(sizes.distance, sizes.ideal),
+        cosine=_cosine(sizes.product),
+        cosine_a=_cosine(sizes.a),
+        cosine_b=_cosine(sizes.b),
     )

@@ -95,22 +95,24 @@ def _fedrot_lora(
     strength: jax.Array,
     reflections: bool,
 ) -> Aggregated:
-    reference = lowrank.pad(reference, clients.rank)
-    cores = jnp.where(
-        b_aligned,
-        matmul(clients.b, reference.b.T),
-        matmul(jnp.swapaxes(clients.a, 1, 2), reference.a),
-    )
-    strength = strength.astype(cores.dtype)
-    identity = jnp.eye(clients.rank, dtype=cores.dtype)
+    reference = _of_size_one(lowrank.pad(reference, clients.rank))
+    strength = strength.astype(weights.dtype)
+    identity = jnp.eye(clients.rank, dtype=weights.dtype)
 
-    def rotate(core: jax.Array, client: Factors) -> Factors:
+    def rotate(client: Factors) -> Factors:
+        a, b = _of_size_one(client)
+        core = jnp.where(b_aligned, matmul(b, reference.b.T), matmul(a.T, reference.a))
         turn = _nearest_rotation(core, reflections)
         soft = _nearest_rotation((1 - strength) * identity + strength * turn, True)
         turn = jnp.where(strength < 1, soft, turn)
         return Factors(matmul(client.a, turn), matmul(turn.T, client.b))
 
-    return _fedit(jax.vmap(rotate)(cores, clients), weights)
+    return _fedit(jax.vmap(rotate)(clients), weights)
+
+
+def _of_size_one(factors: Factors) -> Factors:
+    """Both factors without their size: a rotation does not depend on it."""
+    return Factors(*(x / lowrank.power_of_two(x) for x in factors))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

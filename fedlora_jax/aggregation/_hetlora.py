@@ -61,9 +61,10 @@ def hetlora(stacked: PyTree, weights: jax.Array, *, per: Per = "client") -> Aggr
     lookup(dict.fromkeys(get_args(Per)), per, "option of per")
     if per == "kernel":
         return _base.run(_alone, stacked, weights)
-    squares, shares = zip(*_base.each_kernel(_squares, stacked, weights), strict=True)
-    sizes = lowrank.safe_sqrt(sum(squares[1:], squares[0]))
-    return _base.run(_given, stacked, weights, arrays={"shares": _shares(sizes, shares[0])})
+    sizes, shares = zip(*_base.each_kernel(_sizes, stacked, weights), strict=True)
+    return _base.run(
+        _given, stacked, weights, arrays={"shares": _shares(jnp.stack(sizes), shares[0])}
+    )
 
 
 def tail_penalty(adapters: PyTree, rank: jax.Array | int, *, decay: float = 0.99) -> jax.Array:
@@ -104,19 +105,28 @@ def pruned_rank(rank: jax.Array | int, largest: int, decay: float) -> jax.Array:
     return jnp.array([math.floor(exact * each) for each in range(largest + 1)], jnp.int32)[rank]
 
 
-def _squares(clients: Factors, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.maximum(lowrank.inner(clients, clients), 0), weights
+def _sizes(clients: Factors, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The norms of the products, `[K]`, those beyond its type as its largest number."""
+    units = [lowrank.power_of_two(x, axis=(1, 2)) for x in clients]
+    small = Factors(*(x / unit for x, unit in zip(clients, units, strict=True)))
+    sizes = lowrank.safe_sqrt(lowrank.inner(small, small))
+    for unit in units:
+        sizes = jnp.minimum(sizes * unit[:, 0, 0], jnp.finfo(sizes.dtype).max)
+    return sizes, weights
 
 
 def _shares(sizes: jax.Array, weights: jax.Array) -> jax.Array:
+    """Shares `[K]` in proportion to norms `[kernels, K]`."""
     sizes = jnp.where(weights > 0, sizes, 0)
+    sizes = sizes / lowrank.power_of_two(sizes)
+    sizes = lowrank.safe_sqrt(jnp.sum(sizes**2, axis=0))
     total = jnp.sum(sizes)
     return jnp.where(total > 0, sizes / jnp.where(total > 0, total, 1), weights)
 
 
 def _alone(clients: Factors, weights: jax.Array) -> Aggregated:
-    squares, _ = _squares(clients, weights)
-    return _fedit(clients, _shares(lowrank.safe_sqrt(squares), weights))
+    sizes, _ = _sizes(clients, weights)
+    return _fedit(clients, _shares(sizes[None], weights))
 
 
 def _given(clients: Factors, weights: jax.Array, *, shares: jax.Array) -> Aggregated:

@@ -103,15 +103,16 @@ def _spectral(
     ideal = lowrank.weighted_sum(clients, weights)
     rank = clients.rank if rank is None else rank
     best = lowrank.truncate(ideal, rank)
-    # The singular values: `a` is orthonormal.
-    s = lowrank.safe_sqrt(jnp.sum(best.b**2, axis=1))
+    # The singular values, in a unit in which they can be squared: `a` is orthonormal.
+    unit = lowrank.power_of_two(best.b)[0]
+    s = lowrank.safe_sqrt(jnp.sum((best.b / unit) ** 2, axis=1))
     if selection == "energy":
         # Not by Gram blocks: of clients that cancel nothing would be left of it but rounding.
-        total = jnp.maximum(lowrank.norm(ideal) ** 2, jnp.sum(s**2))
+        total = jnp.maximum((lowrank.norm(ideal) / unit) ** 2, jnp.sum(s**2))
         before = jnp.cumsum(s**2) - s**2
         keep = (before < threshold.astype(s.dtype) * total) & (s > 0)
     else:
-        values = lowrank.singular_values(ideal)
+        values = lowrank.singular_values(ideal) / unit
         noise_level = _screenot(values, max(clients.a.shape[1], clients.b.shape[2]), rank)
         keep = (s > noise_level) | (jnp.arange(len(s)) == 0)
     d_in = best.a.shape[0]

@@ -5,6 +5,7 @@ homogeneous in each of them, and none that claims to reduce FedIT's error ever e
 """
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -15,34 +16,60 @@ from tests.aggregation import cases
 
 every = pytest.mark.parametrize("pair", cases.ALL, ids=cases.label)
 WEIGHTS = cases.WEIGHTS
-SCALES = (1e-8, 1e-4, 1e-2, 1e2, 1e4, 1e8)
+# Of one factor, and of both: their squares are no numbers any more at the ends.
+SCALES = {
+    "a": [(c, 1) for c in (1e-25, 1e-8, 1e-4, 1e-2, 1e2, 1e4, 1e8, 1e18, 1e25)],
+    "b": [(1, c) for c in (1e-25, 1e-8, 1e-4, 1e-2, 1e2, 1e4, 1e8, 1e18, 1e25)],
+    "ab": [(1e-12, 1e-12), (1e11, 1e11), (1e-20, 1e20), (1e20, 1e-20)],
+}
 
 
 def case_of(pair) -> cases.Case:
     return cases.CASES[pair[0]][pair[1]]
 
 
-def times(tree, side, factor):
+def times(tree, factors):
     def scaled(x):
-        return x._replace(**{side: np.float32(factor) * getattr(x, side)})
+        return Factors(*(np.float32(c) * side for c, side in zip(factors, x)))
 
     return jax.tree.map(scaled, tree, is_leaf=lowrank.is_factors)
 
 
 @every
-@pytest.mark.parametrize("side", "ba")
-def test_factors_times_a_number_give_the_product_times_it(pair, side):
+@pytest.mark.parametrize("sides", SCALES)
+def test_factors_times_a_number_give_the_product_times_it(pair, sides):
     case = case_of(pair)
     if not case.homogeneous:
-        pytest.skip("raw units are there to reproduce what is not homogeneous")
+        pytest.skip("raw units reproduce a descent that depends on sizes, and runs away from large")
     stacked = cases.prepared(case, cases.clients())
     want = cases.product(cases.bound(pair)(stacked, WEIGHTS), WEIGHTS)
-    for factor in SCALES:
-        trees = {case.tree: times(cases.extra(), side, factor)} if case.tree else {}
+    for factors in SCALES[sides]:
+        trees = {case.tree: times(cases.extra(), factors)} if case.tree else {}
         function = functools.partial(cases.bound(pair), **trees)
-        scaled = function(times(stacked, side, factor), WEIGHTS)
-        got = [matrix / factor for matrix in cases.product(scaled, WEIGHTS)]
+        scaled = function(times(stacked, factors), WEIGHTS)
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(scaled))
+        got = [matrix / math.prod(factors) for matrix in cases.product(scaled, WEIGHTS)]
         cases.close(got, want, max(1e-5, case.tolerance))
+
+
+@pytest.mark.parametrize("sides", SCALES)
+def test_diagnostics_know_no_size_either(sides):
+    """But for the norm and the spectrum, which are that number times larger."""
+
+    def described(stacked):
+        mean = aggregation.fedit(stacked, WEIGHTS)
+        return aggregation.diagnostics(stacked, WEIGHTS, mean)
+
+    def numbers(whole, kernels, factor):
+        parts = [x._replace(norm=x.norm / factor) for x in (whole, *kernels.values())]
+        spectra = [x.spectrum / factor for x in parts[1:]]
+        return [*(x._replace(spectrum=None) for x in parts), *spectra]
+
+    stacked = cases.clients()
+    want = numbers(*described(stacked), 1)
+    for factors in SCALES[sides]:
+        got = numbers(*described(times(stacked, factors)), math.prod(factors))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), got, want)
 
 
 def draw(seed, *, spread, size=1.0, count=8, rank=4, kernel=(32, 48)):
