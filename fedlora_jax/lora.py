@@ -369,8 +369,8 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 def merge(params: Params, adapters: Adapters, *, scale: float | jax.Array) -> dict[str, Any]:
     """The parameters with `kernel + scale * a b` in place of each adapted kernel.
 
-    The sum is taken in float32 and stored in the type of the kernel: to merge again and again, or
-    little, `widen` the kernels first.
+    Product and sum are taken in float32, whatever the factors are stored in, and stored in the type
+    of the kernel: to merge again and again, or little, `widen` the kernels first.
 
     Args:
       params: The parameters of the model, or variables with a collection `params`.
@@ -386,8 +386,8 @@ def merge(params: Params, adapters: Adapters, *, scale: float | jax.Array) -> di
     shapes = kernel_shapes(params)
 
     def merged(path: str, kernel: jax.Array) -> jax.Array:
-        factors = adapters[path]
-        change = jnp.matmul(factors.a, factors.b, precision=jax.lax.Precision.HIGHEST)
+        factors = lowrank.wide(adapters[path])
+        change = lowrank.matmul(*factors)
         change = scale * change.astype(jnp.float32).reshape(kernel.shape)
         return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
 

@@ -3,6 +3,7 @@
 A matrix `[d_in, d_out]` of rank at most r is held as `Factors(a [d_in, r], b [r, d_out])`, its
 product being `a @ b`. Every function here costs O(r^2 (d_in + d_out)) at most and forms nothing of
 size d_in x d_out. Functions of one `Factors` accept leading batch axes unless they say otherwise.
+Norms, inner products and decompositions are float32 at the least, whatever factors are stored in.
 """
 
 import functools
@@ -67,6 +68,12 @@ def einsum(subscripts: str, *operands: jax.Array) -> jax.Array:
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """A square root with gradient zero, not infinite, at zero; zero below."""
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
+
+
+def wide(arrays: Any) -> Any:
+    """A tree of arrays in float32, or wider if one of them is."""
+    dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(arrays)), jnp.float32)
+    return jax.tree.map(lambda x: x.astype(dtype), arrays)
 
 
 def transpose(factors: Factors) -> Factors:
@@ -135,6 +142,7 @@ def mean(stacked: Factors, weights: jax.Array) -> Factors:
 
 def inner(x: Factors, y: Factors) -> Scalar:
     """The Frobenius inner product `<x, y> = sum((x.a^T y.a) * (x.b y.b^T))`, by r x r blocks."""
+    x, y = wide((x, y))
     left = matmul(jnp.swapaxes(x.a, -1, -2), y.a)
     right = matmul(x.b, jnp.swapaxes(y.b, -1, -2))
     return jnp.sum(left * right, axis=(-2, -1))
@@ -154,6 +162,7 @@ def norm(factors: Factors) -> Scalar:
       factors: Without batch axes.
     """
     chex.assert_rank([factors.a, factors.b], 2)
+    factors = wide(factors)
     if factors.a.shape[0] < factors.b.shape[1]:
         factors = transpose(factors)
     d_in, rank = factors.a.shape
@@ -172,6 +181,7 @@ def _norm_jvp(primals: tuple[Factors], tangents: tuple[Factors]) -> tuple[Scalar
 
 def vector_norm(x: jax.Array) -> Scalar:
     """The root of the sum of squares of all entries; no overflow, and gradient zero at zero."""
+    x = wide(x)
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), initial=0.0))
     unit = jnp.where(largest > 0, largest, 1.0)
     square = jnp.sum(jnp.square(x / unit))
@@ -256,7 +266,7 @@ def svd(factors: Factors, rank: int | None = None) -> SVD:
       Halko, Martinsson, Tropp, *Finding structure with randomness*, SIAM Review 2011.
     """
     chex.assert_rank([factors.a, factors.b], 2)
-    return _svd(_wide(factors), _possible(factors, rank))
+    return _svd(wide(factors), _possible(factors, rank))
 
 
 def _possible(factors: Factors, rank: int | None) -> int:
@@ -295,7 +305,7 @@ def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
     lookup(dict.fromkeys(get_args(Split)), split, "split")
     if split == "left":
         return transpose(truncate(transpose(factors), rank))
-    best = _truncate(_wide(factors), _possible(factors, rank))
+    best = _truncate(wide(factors), _possible(factors, rank))
     if split == "balanced":
         size = jax.vmap(vector_norm)(best.b)
         root = jnp.where(size > 0, safe_sqrt(size), 1)
@@ -315,6 +325,7 @@ def singular_values(factors: Factors) -> jax.Array:
     (d_in, rank), d_out = factors.a.shape, factors.b.shape[1]
     if rank <= min(d_in, d_out, _EXACT):
         return svd(factors).s
+    factors = wide(factors)
     units = [power_of_two(x) for x in factors]
     factors = Factors(*(x / unit for x, unit in zip(factors, units, strict=True)))
     tall = factors if d_in >= d_out else transpose(factors)
@@ -350,11 +361,6 @@ def cut(factors: Factors, rank: jax.Array | int) -> Factors:
     return Factors(
         jnp.where(keep[..., None, :], factors.a, 0), jnp.where(keep[..., :, None], factors.b, 0)
     )
-
-
-def _wide(factors: Factors) -> Factors:
-    dtype = jnp.promote_types(jnp.result_type(*factors), jnp.float32)
-    return jax.tree.map(lambda x: x.astype(dtype), factors)
 
 
 def _narrowed(factors: Factors, rank: int) -> Factors:
@@ -470,12 +476,13 @@ def _truncate_jvp(
 
 def gram(x: jax.Array) -> jax.Array:
     """`x @ x.T`."""
+    x = wide(x)
     return matmul(x, x.T)
 
 
 def orthonormal(x: jax.Array) -> jax.Array:
     """An orthonormal basis of the columns of `x [d, l]`, l <= d, whatever their rank."""
-    return _linalg.qr(x)[0]
+    return _linalg.qr(wide(x))[0]
 
 
 def _noise(shape: tuple[int, int], dtype: Any) -> jax.Array:

@@ -197,6 +197,17 @@ def test_wide_kernels_keep_what_bfloat16_would_round_away(setup):
     assert jnp.abs(lost).max() > 0.1 * jnp.abs(total).max()
 
 
+def test_factors_of_bfloat16_are_multiplied_in_float32(setup):
+    _, params, adapters = setup
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"hidden": adapters["hidden"]})
+    zero = {"hidden": {"kernel": jnp.zeros_like(params["hidden"]["kernel"])}}
+    got = lora.merge(zero, half, scale=SCALE)["hidden"]["kernel"]
+    a, b = (np.float64(x) for x in half["hidden"])
+    np.testing.assert_allclose(got, SCALE * a @ b, rtol=1e-5, atol=1e-5)
+    stored = lora.merge(jax.tree.map(lambda x: x.astype(jnp.bfloat16), zero), half, scale=SCALE)
+    assert stored["hidden"]["kernel"].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

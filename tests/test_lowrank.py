@@ -66,6 +66,24 @@ def test_the_gradient_of_the_norm_is_finite_for_any_rank():
     assert all(np.all(np.isfinite(g)) for g in (*slope, *zero))
 
 
+def test_what_is_stored_in_bfloat16_is_computed_with_in_float32():
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), draw())
+    wide = draw(rank=40)._replace(b=jnp.asarray(draw(rank=40).b, jnp.bfloat16))
+    matrix = dense(half)
+    assert lowrank.norm(half) == pytest.approx(np.linalg.norm(matrix), rel=1e-6)
+    assert lowrank.inner(half, half) == pytest.approx(np.sum(matrix**2), rel=1e-6)
+    assert lowrank.vector_norm(half.a) == pytest.approx(np.linalg.norm(np.float64(half.a)))
+    gram = np.float64(half.a) @ np.float64(half.a).T
+    np.testing.assert_allclose(lowrank.gram(half.a), gram, atol=1e-5)
+    q = np.asarray(lowrank.orthonormal(half.a), np.float64)
+    np.testing.assert_allclose(q.T @ q, np.eye(6), atol=2e-6)
+    for factors in (half, wide):
+        s = np.linalg.svd(dense(factors), compute_uv=False)[: factors.rank]
+        np.testing.assert_allclose(lowrank.singular_values(factors), s, atol=1e-5 * s[0])
+    slope = jax.grad(lowrank.norm)(half)
+    assert slope.a.dtype == jnp.bfloat16 and np.all(np.isfinite(np.float32(slope.b)))
+
+
 def spectrum(values, d_in=173, d_out=131, mixing=1.0, seed=0):
     """Factors of a matrix with these singular values, the factors themselves ill-conditioned."""
     rng = np.random.default_rng(seed)
