@@ -194,9 +194,9 @@ def page(made: dict[str, Any], found: dict[str, Any]) -> str:
 {found["clients"]} clients with {found["images"]} JPEG files each of 224 x 224 pixels,
 {found["cohort"]} clients and {found["images_a_round"]} images a round.
 {found["images_in_all"]} files of {files}, decoded {decoded}; the process might hold {bound}
-(`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]},
-{made["cores"]} cores, {made["date"]}, jax {made["versions"]["jax"]}; load average
-{made["load_average_at_start"]} at the start.
+(`RLIMIT_DATA`), and held {held} at most. Trained on {found["device_of_training"]};
+{made["cores"]} cores, {made["date"]}, jax {made["versions"]["jax"]}, load average
+{made["load_average_at_start"]} when it began.
 
 Decoded alone: {found["decoded_a_second"]:.0f} images a second. After the first round, whose
 images are read before it begins, the device waited {100 * found["share_waiting"]:.1f}% of the time.
