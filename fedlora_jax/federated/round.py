@@ -138,8 +138,8 @@ def create(
       dtype: Type of the model's arithmetic.
 
     Raises:
-      ValueError: If the ranks are not N numbers from 1 to the rank of the server's adapters, or
-        differ for a method that cannot have that.
+      ValueError: If the ranks are not N whole numbers from 1 to the rank of the server's adapters,
+        or differ for a method that cannot have that.
     """
     affordable = check_ranks(method, server, num_clients, ranks)
     server, client = first_states(key, method, server, dtype)
@@ -153,11 +153,12 @@ def check_ranks(
     """The rank of each client, int32 `[N]`; raises ValueError as `create` does."""
     full = max(factors.rank for factors in server.trainable.adapters.values())
     chosen = np.full(num_clients, full) if ranks is None else np.asarray(ranks)
-    if chosen.shape != (num_clients,) or chosen.min() < 1 or chosen.max() > full:
+    whole = np.issubdtype(chosen.dtype, np.integer)
+    if chosen.shape != (num_clients,) or not whole or chosen.min() < 1 or chosen.max() > full:
         found = f"from {chosen.min()} to {chosen.max()}" if chosen.size else "none"
         raise ValueError(
             f"expected the ranks of {num_clients} clients, each from 1 to {full} (the rank of the "
-            f"server's adapters), got {chosen.size} of them, {found}"
+            f"server's adapters) and whole, got {chosen.size} of them, {found}"
         )
     if chosen.min() < full:
         check_combination(method, "unequal_ranks", "unequal ranks")
@@ -503,7 +504,11 @@ def make_round(recipe: Recipe) -> RoundFunction:
 
     It compiles once for all rounds, seeds and learning rates, for the backend that is the default
     now.
+
+    Raises:
+      ValueError: If a number in the recipe's `training` is out of its bounds.
     """
+    _check(recipe.training)
 
     @functools.partial(jax.jit, compiler_options=_compiler_options())
     def round_function(
@@ -564,13 +569,7 @@ def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRoun
     Raises:
       ValueError: If a number in the recipe's `training` is out of its bounds.
     """
-    training = recipe.training
-    bounds.check(
-        "training",
-        batch_size=training.batch_size,
-        steps=training.steps,
-        epochs=training.epochs,
-    )
+    _check(recipe.training)
 
     @functools.partial(jax.jit, compiler_options=_compiler_options())
     def round_function(
@@ -602,6 +601,15 @@ def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRoun
         )
 
     return CohortRound(round_function)
+
+
+def _check(training: LocalTraining) -> None:
+    bounds.check(
+        "training",
+        batch_size=training.batch_size,
+        steps=training.steps,
+        epochs=training.epochs,
+    )
 
 
 def _is_none(x: Any) -> bool:

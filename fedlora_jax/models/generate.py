@@ -48,7 +48,7 @@ def generate(
       adapters: LoRA adapters, from module path to `Factors`.
       scale: The factor s of the adapters.
       key: A random key to sample with; None for the most likely token at each step.
-      temperature: Logits are divided by it before sampling.
+      temperature: Logits are divided by it before sampling; at 0 the most likely token is taken.
       top_p: Sample from the likeliest tokens whose probabilities sum up to this.
       end_token: Token id that ends a text.
 
@@ -67,10 +67,13 @@ def generate(
         return logits[:, 0], cache
 
     def pick(logits: jax.Array, step: jax.Array) -> jax.Array:
+        likeliest = jnp.argmax(logits, axis=-1)
         if key is None:
-            return jnp.argmax(logits, axis=-1)
-        likely = _keep_top(logits / temperature, top_p)
-        return jax.random.categorical(jax.random.fold_in(key, step), likely)
+            return likeliest
+        warm = jnp.asarray(temperature) > 0
+        kept = _keep_top(logits / jnp.where(warm, temperature, 1), top_p)
+        drawn = jax.random.categorical(jax.random.fold_in(key, step), kept)
+        return jnp.where(warm, drawn, likeliest)
 
     def unfinished(now: _Progress) -> jax.Array:
         return (now.step < max_new_tokens) & ~jnp.all(now.ended)

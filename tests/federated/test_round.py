@@ -141,6 +141,13 @@ def test_chunks_bound_the_memory(world):
     assert needed[1] < needed[0] / 2
 
 
+@pytest.mark.parametrize("make", [make_round, make_cohort_round])
+def test_batches_of_nothing_are_refused(world, make):
+    training = world.training._replace(batch_size=0)
+    with pytest.raises(ValueError, match="training: batch_size must be at least 1, got 0"):
+        make(Recipe(world.task, method_of("fedit"), training))
+
+
 def test_memory_that_does_not_fit_is_seen():
     assert memory.Memory(1, 2, None).fits and memory.Memory(1, 2, 3).fits
     assert not memory.Memory(2, 2, 3).fits

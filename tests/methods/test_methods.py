@@ -208,7 +208,9 @@ def test_unequal_ranks_are_refused_with_the_reason(world, name):
     world.federation(method_of(name), [2] * len(RANKS))
 
 
-@pytest.mark.parametrize("ranks", [(1, 2), (0, 1, 1, 1, 1, 1, 1), (3, 1, 1, 1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    "ranks", [(1, 2), (0, 1, 1, 1, 1, 1, 1), (3, 1, 1, 1, 1, 1, 1), (1.9, 2, 2, 2, 2, 2, 2)]
+)
 def test_impossible_ranks_are_refused(world, ranks):
     with pytest.raises(ValueError, match="ranks of 7 clients, each from 1 to 2"):
         world.federation(method_of("fedit"), ranks)

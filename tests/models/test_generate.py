@@ -68,10 +68,9 @@ def test_a_text_stays_ended(params):
 
 
 def test_sampling_follows_the_key_and_the_distribution(params):
-    def sample(key, **options):
-        return generate(
-            MODEL, params, PROMPTS, LENGTHS, max_new_tokens=1, key=key, temperature=3.0, **options
-        )
+    def sample(key, prompts=PROMPTS, temperature=3.0, **options):
+        options |= {"key": key, "temperature": temperature, "max_new_tokens": 1}
+        return generate(MODEL, params, prompts, LENGTHS, **options)
 
     np.testing.assert_array_equal(sample(jax.random.key(0)), sample(jax.random.key(0)))
     draws = np.concatenate([sample(jax.random.key(i)) for i in range(300)], axis=1)[1]
@@ -80,6 +79,10 @@ def test_sampling_follows_the_key_and_the_distribution(params):
     np.testing.assert_allclose(frequency, jax.nn.softmax(logits), atol=0.12)
     greedy = generate(MODEL, params, PROMPTS, LENGTHS, max_new_tokens=1)
     np.testing.assert_array_equal(sample(jax.random.key(5), top_p=1e-6), greedy)
+    for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[:, ::-1]):
+        greedy = generate(MODEL, params, prompts, LENGTHS, max_new_tokens=1)
+        cold = sample(jax.random.key(5), prompts, temperature=0.0)
+        np.testing.assert_array_equal(cold, greedy)
 
 
 def test_top_p_keeps_the_smallest_sufficient_set():
