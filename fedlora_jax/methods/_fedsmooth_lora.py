@@ -99,8 +99,8 @@ def fedsmooth_lora(
     Args:
       zeta: :math:`\zeta_0`, the weight of the round-matching matrix. With 1, and but for the
         truncations, a client restarts exactly where it ended.
-      zeta_min: If it is less than zeta, zeta falls to it along half a cosine over `rounds`. The
-        authors' language code keeps 1, their image code goes from 1 to 0.
+      zeta_min: If it is less than zeta, zeta falls to it along half a cosine over `rounds`, and
+        stays there. The authors' language code keeps 1, their image code goes from 1 to 0.
       rounds: T of that cosine.
       gamma: Damps the gradient-aligned matrix; the paper has 256 for images, 64 for language.
       calibration_batches: Batches of the client's own data in the gradient estimate, at most one
@@ -140,7 +140,8 @@ def fedsmooth_lora(
         if not falls:
             return jnp.float32(zeta)
         assert rounds is not None
-        return zeta_min + (zeta - zeta_min) * (1 + jnp.cos(jnp.pi * round_index / rounds)) / 2
+        done = jnp.minimum(round_index / rounds, 1)
+        return zeta_min + (zeta - zeta_min) * (1 + jnp.cos(jnp.pi * done)) / 2
 
     def init(key: jax.Array, server: Server) -> tuple[Server, ClientState]:
         for path, factors in server.trainable.adapters.items():

@@ -15,7 +15,7 @@ from fedlora_jax.federated import randomness
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.round import Recipe, create, run_round, train_cohort
 from fedlora_jax.federated.task import Task, equally
-from fedlora_jax.methods import Server, Trainable
+from fedlora_jax.methods import Context, Server, Trainable
 from tests.world import positions
 
 D_IN, D_OUT, RANK, SCALE, GAMMA, RATE, STEPS = 9, 7, 2, 1.3, 4.0, 0.05, 3
@@ -127,6 +127,24 @@ def test_two_rounds_are_those_of_the_formulas(linear, two_rounds, options, zetas
         kernel = federation.server.backbone["layers_0"]["kernel"]
         np.testing.assert_allclose(kernel, weight, rtol=2e-4, atol=2e-5)
         assert not any(x.any() for x in jax.tree.leaves(federation.server.trainable.adapters))
+
+
+def test_zeta_stays_where_it_has_fallen_to(linear):
+    """In a run that goes on for more rounds than it was made for."""
+    method = methods.fedsmooth_lora(zeta=0.8, zeta_min=0.2, rounds=2, start="exact")
+    server, client = method.init(jax.random.key(2), linear[2])
+    client = client._replace(upload=jax.tree.map(jnp.ones_like, client.upload))
+    context = Context(jax.random.key(3), lambda adapters, **_: adapters, jnp.int32(RANK))
+
+    @jax.jit
+    def zeta(index):
+        start = method.start(
+            server._replace(round=index), client._replace(round=index - 1), context
+        )
+        return start.offset["layers_0"].b[0, 0]  # zeta times an upload of ones
+
+    got = [zeta(index) for index in range(5)]
+    np.testing.assert_allclose(got[1:], [0.5, 0.2, 0.2, 0.2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 100])
