@@ -146,7 +146,7 @@ def _spread(clients: jax.Array, mean: jax.Array, weights: jax.Array) -> jax.Arra
     """The root of the weighted mean of `|x_k - mean|^2`."""
     apart = jnp.where(weights[:, None, None] > 0, clients - mean, 0)
     unit = lowrank.power_of_two(apart)[0, 0, 0]
-    return unit * lowrank.safe_sqrt(jnp.einsum("k,kij->", weights, (apart / unit) ** 2))
+    return unit * lowrank.safe_sqrt(lowrank.einsum("k,kij->", weights, (apart / unit) ** 2))
 
 
 def _products(x: Factors, y: Factors) -> _Pair:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree
-from fedlora_jax.lowrank import Factors, einsum
+from fedlora_jax.lowrank import Factors, einsum, matmul
 from fedlora_jax.names import lookup
 
 Solver = Literal["als", "gradient"]
@@ -233,12 +233,12 @@ def _gain(kinds: Sequence[_Grams], weights: jax.Array, fit: _Fit) -> tuple[jax.A
     dp, dq = _with_mean(fit.dp), _with_mean(fit.dq)
     gain = terms = jnp.zeros((), weights.dtype)
     for grams in kinds:
-        gain += jnp.vdot(_against(both, grams, dq), own + dp)
-        gain += jnp.vdot(_against(both, grams, own), dp)
+        gain += einsum("l,l->", _against(both, grams, dq), own + dp)
+        gain += einsum("l,l->", _against(both, grams, own), dp)
         a, b = _sizes(grams)
         size = einsum("ni,ij,nj->n", a, jnp.abs(both), b)
         for left, right in ((dq, own + dp), (own, dp)):
-            terms += jnp.sum(size * (a @ jnp.abs(left)) * (b @ jnp.abs(right)))
+            terms += jnp.sum(size * matmul(a, jnp.abs(left)) * matmul(b, jnp.abs(right)))
     return gain, 8 * jnp.finfo(weights.dtype).eps * jax.lax.stop_gradient(terms)
 
 
@@ -265,7 +265,7 @@ def _scale_fixed(weights: jax.Array, fit: _Fit) -> tuple[jax.Array, jax.Array]:
 def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax.Array, jax.Array]:
     """Adam on the change of each coefficient relative to its client's weight."""
     own = _with_mean(weights)
-    unit = sum(jnp.vdot(own, _square(grams, own) @ own) for grams in kinds)
+    unit = sum(einsum("j,jl,l->", own, _square(grams, own), own) for grams in kinds)
     unit = jnp.where(unit > _TINY, unit, 1)
 
     def loss(changes: jax.Array) -> jax.Array:
