@@ -140,7 +140,7 @@ def fedsmooth_lora(
         if not falls:
             return jnp.float32(zeta)
         assert rounds is not None
-        done = jnp.minimum(round_index / rounds, 1)
+        done = jnp.minimum(jnp.float32(round_index) / rounds, 1)
         return zeta_min + (zeta - zeta_min) * (1 + jnp.cos(jnp.pi * done)) / 2
 
     def init(key: jax.Array, server: Server) -> tuple[Server, ClientState]:
@@ -293,14 +293,15 @@ def _sketched(
     """
     longest = max(f.a.shape[1] for f in like)
     widest = _COLUMNS * max(f.rank for f in like)
-    noise = jax.random.normal(key, (longest, widest))
+    dtype = jnp.result_type(*jax.tree.leaves(like))
+    noise = jax.random.normal(key, (longest, widest), dtype)
     first, exact = [], True
     for factors in like:
         (count, d_in, _), d_out = factors.a.shape, factors.b.shape[2]
         columns = min(_COLUMNS * factors.rank, d_in, d_out)
         exact = exact and columns == min(d_in, d_out)
         bases = jnp.broadcast_to(noise[:d_in, :columns], (count, d_in, columns))
-        first.append(Factors(bases, jnp.zeros((count, columns, d_out))))
+        first.append(Factors(bases, jnp.zeros((count, columns, d_out), dtype)))
 
     def left(factors: Factors) -> Factors:
         return Factors(jax.lax.map(lowrank.orthonormal, factors.a), jnp.zeros_like(factors.b))
@@ -327,8 +328,8 @@ def _dense(
 
     def probe(own: Factors) -> Factors:
         (count, d_in, _), d_out = own.a.shape, own.b.shape[2]
-        identity = jnp.broadcast_to(jnp.eye(d_in), (count, d_in, d_in))
-        return Factors(identity, jnp.zeros((count, d_in, d_out)))
+        identity = jnp.broadcast_to(jnp.eye(d_in, dtype=own.a.dtype), (count, d_in, d_in))
+        return Factors(identity, jnp.zeros((count, d_in, d_out), own.b.dtype))
 
     def triplets(g: jax.Array, *, count: int) -> lowrank.SVD:
         u, s, v = _linalg.svd(g)

@@ -77,7 +77,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., width] -> [..., width]`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.epsilon)
         return wide.astype(self.dtype) * scale.astype(self.dtype)
@@ -388,7 +388,8 @@ def _scores(head: nn.Dense | nn.Embed, x: jax.Array, targets: jax.Array) -> Toke
         logits, pull_back = nn.vjp(_logits, head, x, vjp_variables=False)
         chosen = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
         total = jax.nn.logsumexp(logits, axis=-1)
-        slope = jnp.exp(logits - total[:, None]) - jax.nn.one_hot(target, logits.shape[-1])
+        chances = jnp.exp(logits - total[:, None])
+        slope = chances - jax.nn.one_hot(target, logits.shape[-1], dtype=logits.dtype)
         *_, gradient = pull_back(slope)
         correct = jnp.argmax(logits, axis=-1) == target
         return None, (TokenScores(total - chosen, correct), jax.lax.stop_gradient(gradient))

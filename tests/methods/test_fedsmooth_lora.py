@@ -51,6 +51,21 @@ def two_rounds(linear):
     return functools.cache(lambda **options: run_two_rounds(linear, **options))
 
 
+def test_types_stay_where_numbers_are_float64_by_default(linear):
+    """Of the options that are no defaults; for those see `test_methods.py`."""
+    task, training, server, data, _, _ = linear
+    method = methods.fedsmooth_lora(gradient="dense", zeta_min=0.0, rounds=4)
+
+    def run(server):
+        first = create(jax.random.key(0), method, server, len(COUNTS))
+        recipe = Recipe(task, method, training)
+        return first, run_round(recipe, first, data, COHORT, jax.random.key(3), RATE)[0]
+
+    with jax.enable_x64(True):
+        first, after = jax.eval_shape(run, server)
+    assert jax.tree.map(lambda x: x.dtype, first) == jax.tree.map(lambda x: x.dtype, after)
+
+
 def run_two_rounds(linear, **options):
     task, training, server, data, _, _ = linear
     options = {"gamma": GAMMA, "calibration_batches": 1, **options}

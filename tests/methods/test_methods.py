@@ -13,9 +13,9 @@ import pytest
 from fedlora_jax import Factors, aggregation, lora, methods, transforms
 from fedlora_jax.experiment.checkpoints import Checkpoints
 from fedlora_jax.federated import communication
-from fedlora_jax.federated.round import Recipe, run_round
+from fedlora_jax.federated.round import Recipe, create, run_round
 from fedlora_jax.methods import Context, Server, Start, Trainable, Trained, change, trained_mask
-from tests.world import COHORT, alone, any_client, method_of, train_by_hand
+from tests.world import COHORT, COUNTS, alone, any_client, method_of, train_by_hand
 
 ALL = sorted(methods.REGISTRY)
 EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "random_basis_lora", "rolora"]
@@ -72,6 +72,21 @@ def test_exact_methods_give_the_mean_of_the_clients_models(world, cohort_of, nam
     for path, kernel in ideal(world, before, result).items():
         np.testing.assert_allclose(reached[path], kernel, rtol=1e-5, atol=2e-6)
         assert np.abs(reached[path] - start[path]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_round_leaves_types_as_they_are_where_numbers_are_float64_by_default(world, name):
+    """Another type after the first round is a second program."""
+
+    def run(server):
+        first = create(jax.random.key(0), method_of(name), server, len(COUNTS))
+        recipe = Recipe(world.task, method_of(name), world.training)
+        rate = jnp.float32(0.1)
+        return first, run_round(recipe, first, world.data, COHORT, world.seed, rate)[0]
+
+    with jax.enable_x64(True):
+        first, after = jax.eval_shape(run, world.server)
+    assert jax.tree.map(lambda x: x.dtype, first) == jax.tree.map(lambda x: x.dtype, after)
 
 
 # With one client: all but those that truncate (fedsmooth_lora, spectral), leave the length of the

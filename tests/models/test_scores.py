@@ -86,6 +86,19 @@ def test_scores_are_those_of_plain_logits(name, changes):
         assert all(jnp.any(x != 0) for x in slopes[1]["head"])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_types_are_the_same_where_numbers_are_float64_by_default(name):
+    model = MODELS[name]
+
+    def loss(params):
+        return jnp.sum(model.apply({"params": params}, INPUTS, TARGETS).nll)
+
+    with jax.enable_x64(True):
+        params = jax.eval_shape(model.init, jax.random.key(0), INPUTS)["params"]
+        value, slopes = jax.eval_shape(jax.value_and_grad(loss), params)
+    assert {x.dtype for x in jax.tree.leaves((params, value, slopes))} == {np.dtype(np.float32)}
+
+
 def test_clients_under_vmap():
     model = MODELS["untied"]
     params = parameters(model)
