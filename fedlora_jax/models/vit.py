@@ -172,10 +172,9 @@ class ViT(nn.Module):
     def _add_class_token_and_positions(self, patches: jax.Array) -> jax.Array:
         """Prepends the class token and adds positions, `[B, P, width] -> [B, P + 1, width]`."""
         batch, num_patches, width = patches.shape
-        class_token = self.param("class_token", nn.initializers.zeros, (1, 1, width))
-        positions = self.param(
-            "position_embedding", nn.initializers.normal(0.02), (1, num_patches + 1, width)
-        )
+        class_token = self.param("class_token", nn.initializers.zeros, (1, 1, width), jnp.float32)
+        normal, shape = nn.initializers.normal(0.02), (1, num_patches + 1, width)
+        positions = self.param("position_embedding", normal, shape, jnp.float32)
         class_tokens = jnp.broadcast_to(class_token, (batch, 1, width)).astype(patches.dtype)
         return jnp.concatenate([class_tokens, patches], axis=1) + positions.astype(patches.dtype)
 

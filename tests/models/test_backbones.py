@@ -257,3 +257,11 @@ def test_positions_in_order_are_those_that_are_not_given():
     np.testing.assert_allclose(
         apply(model, params, tokens), apply(model, params, tokens, None, at), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_is_float32_where_numbers_are_float64_by_default(name):
+    model, inputs = MODELS[name]
+    with jax.enable_x64(True):
+        outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), inputs)
+    assert {x.dtype for x in jax.tree.leaves((outputs, variables))} == {np.dtype(np.float32)}
