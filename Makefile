@@ -77,7 +77,8 @@ clean:
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	  f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "make: no environment: on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
 
 $(VENV)/.core: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable .

@@ -1,0 +1,24 @@
+"""What the Makefile does before any test can run."""
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# As Debian's without the package python3-venv: it leaves an environment without pip.
+WITHOUT_VENV = """#!/bin/sh
+[ "$2" = venv ] || exit 0
+mkdir -p "$3/bin" && touch "$3/bin/python" && exit 1
+"""
+
+
+def make(*arguments):
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_an_environment_that_failed_does_not_stay(tmp_path):
+    python, environment = tmp_path / "python", tmp_path / "environment"
+    python.write_text(WITHOUT_VENV)
+    python.chmod(0o755)
+    made = make(f"{environment}/bin/python", f"VENV={environment}", f"PYTHON={python}")
+    assert made.returncode != 0 and "python3-venv" in made.stderr
+    assert not environment.exists()
