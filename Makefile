@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/demo
+# Of `make demo` and `make endurance`: what is installed besides, cuda or tpu for an accelerator.
+EXTRAS ?=
+CORE := $(VENV)/.core$(EXTRAS:%=-%)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 # Two workers, each of which takes files as it is free.
@@ -21,7 +24,8 @@ SECONDS ?= 1200
 .PHONY: help demo test tests devices parity faults faults-short rest endurance lint format clean
 
 help:
-	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes)"
+	@echo "make demo    set up, then compare federated methods on real data (about 5 minutes);"
+	@echo "             EXTRAS=cuda or EXTRAS=tpu sets up for an accelerator"
 	@echo "make test    set up, then lint, check types and run all tests"
 	@echo "make devices set up, then check that several devices and hosts find what one finds"
 	@echo "make parity  set up, then check backbones and adapters against torch, transformers and peft,"
@@ -34,7 +38,7 @@ help:
 	@echo "make format  format the code"
 	@echo "make clean   remove the environment and all runs"
 
-demo: $(VENV)/.core
+demo: $(CORE)
 	$(BIN)/python -m experiments.compare --config=configs/digits.py --workdir=$(WORKDIR)
 
 # Side by side: tests wait for disk and for other processes now and then.
@@ -59,7 +63,7 @@ faults-short: $(VENV)/.test
 rest: $(VENV)/.parity
 	FAULTS_KILLS=1 $(PYTEST) $(WORKERS) $(APART) $(PRETRAINED) $(HUMANEVAL)
 
-endurance: $(VENV)/.core
+endurance: $(CORE)
 	$(BIN)/python -m experiments.benchmark endurance
 
 lint: $(VENV)/.test
@@ -80,9 +84,9 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "make: no environment: on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
 
-$(VENV)/.core: pyproject.toml | $(BIN)/python
-	$(INSTALL) --editable .
-	touch $@
+$(CORE): pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable '.$(EXTRAS:%=[%])'
+	touch $(VENV)/.core $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(INSTALL) --editable '.[test]'

@@ -22,3 +22,15 @@ def test_an_environment_that_failed_does_not_stay(tmp_path):
     made = make(f"{environment}/bin/python", f"VENV={environment}", f"PYTHON={python}")
     assert made.returncode != 0 and "python3-venv" in made.stderr
     assert not environment.exists()
+
+
+def test_the_demo_installs_what_an_accelerator_needs(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.touch()
+    (tmp_path / ".core").touch()  # set up before, without
+    made = make("--dry-run", "demo", f"VENV={tmp_path}", "EXTRAS=cuda").stdout
+    assert "--editable '.[cuda]'\n" in made and f"touch {tmp_path}/.core " in made
+    assert "--editable" not in make("--dry-run", "demo", f"VENV={tmp_path}", "EXTRAS=").stdout
+    (tmp_path / ".core").unlink()
+    assert "--editable '.'\n" in make("--dry-run", "demo", f"VENV={tmp_path}", "EXTRAS=").stdout

@@ -90,3 +90,20 @@ def test_a_restarted_kernel_goes_on_in_the_clone_that_is_there(path, tmp_path, m
         exec(first.source, {})
         assert Path.cwd() == clone and sys.path[0] == str(clone)
     assert clones == [clone] and set(installed_in) == {clone}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "there, wanted", [("jax_cuda12_plugin", ["jax[cuda12]"]), ("libtpu", ["jax[tpu]"]), ("", [])]
+)
+def test_colab_keeps_its_accelerator(path, there, wanted, tmp_path, monkeypatch):
+    first = next(c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+    (tmp_path / "fedlora-jax").mkdir()
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == there or None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command))
+    exec(first.source, {})
+    itself = ".[gguf,text]" if path.stem in NEEDED else "."
+    assert ran[0][ran[0].index("-e") :] == ["-e", itself, *wanted]
