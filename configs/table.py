@@ -12,6 +12,8 @@ With a source (a directory with weights, or a model of the hub) that model is ad
 sentence-transformers' MiniLM. `docs/your_own_data.md` walks through it.
 """
 
+import warnings
+
 import ml_collections
 
 from configs import labelled_texts as base
@@ -36,11 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     texts = tuple(filter(None, (args["text"], args["second"])))
     files = {"federated": args["file"], "validation": "", "test": ""}
     fields = {"label": args["label"], "client": "client", "domain": "domain"}
-    names = (
-        ()
-        if args["numbers"]
-        else labelled_texts.class_names_of_files(files, texts=texts, fields=fields)
-    )
+    names = () if args["numbers"] else _classes(files, texts, fields)
     config = base.base(
         args["source"], len(names), args["clients"], args["method"], args["runlocal"]
     )
@@ -61,3 +59,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.partition_options = {}
         config.clients_per_round = 2
     return config
+
+
+def _classes(
+    files: dict[str, str], texts: tuple[str, ...], fields: dict[str, str]
+) -> tuple[str, ...]:
+    """Those of the records that can be used: whether others stop a run is not known yet."""
+    with warnings.catch_warnings(action="ignore"):
+        return labelled_texts.class_names_of_files(
+            files, texts=texts, fields=fields, on_bad_record="skip"
+        )

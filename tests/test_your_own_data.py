@@ -59,6 +59,15 @@ def test_a_table_of_texts(here):
     assert len(record_files.read("sentences.csv")) > 100
 
 
+def test_a_record_that_cannot_be_used_is_left_to_the_reading_of_a_table(here, recwarn):
+    Path("x.csv").write_text("text,label\na,cat\n,dog\nb,cow\n")
+    config = table_config.get_config("file=x.csv,clients=2")
+    assert config.data.classes == ("cat", "cow") and not recwarn.list
+    Path("x.csv").write_text("test,label\na,cat\n")
+    with pytest.raises(ValueError, match="x.csv:2: no field 'text'. Did you mean 'test'"):
+        table_config.get_config("file=x.csv,clients=2")
+
+
 def test_a_folder_of_images(here):
     exec(IMAGES, {})
     config = images_config.get_config("root=images,size=16")

@@ -72,13 +72,17 @@ def read_each(
       ValueError: If none can be used; or as `good`.
     """
 
+    bad: list[BadRecord] = []
+
     def result(record: Record) -> T | BadRecord:
         try:
             return read(record)
         except ValueError as error:
-            return BadRecord(str(error))
+            bad.append(BadRecord(str(error)))
+            return bad[-1]
 
     found = list(good(map(result, records), on_bad_record))
     if not found:
-        raise ValueError("there is no record that can be used")
+        first = f"; the first: {bad[0]}" if bad else ""
+        raise ValueError(f"there is no record that can be used{first}")
     return found
