@@ -68,6 +68,11 @@ def test_a_record_that_cannot_be_used_is_left_to_the_reading_of_a_table(here, re
         table_config.get_config("file=x.csv,clients=2")
 
 
+def test_a_table_without_a_file():
+    with pytest.raises(ValueError, match="configs/table.py:file=PATH"):
+        table_config.get_config("clients=2")
+
+
 def test_a_folder_of_images(here):
     exec(IMAGES, {})
     config = images_config.get_config("root=images,size=16")

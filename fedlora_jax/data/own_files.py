@@ -107,7 +107,10 @@ def read_splits(
     for name in (*files, *held_out):
         lookup(dict.fromkeys(SPLITS), name, "split")
     if not files.get("federated"):
-        raise ValueError("there is no file to train on: set config.data.files.federated")
+        raise ValueError(
+            "there is no file to train on (config.data.files.federated): name it with file=PATH, "
+            "as in --config=configs/table.py:file=PATH"
+        )
     splits: dict[str, list[Example]] = {
         name: read(files[name], wanted, fields, **options) if files.get(name) else []
         for name in SPLITS
