@@ -51,6 +51,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.data.held_out.pretrain = 0.3
         config.model.options = {
             "num_classes": len(classes),
-            "patch_size": max(1, args["size"] // 8),
+            "patch_size": _patch_size(args["size"]),
         }
     return config
+
+
+def _patch_size(size: int) -> int:
+    """The largest patches that tile an image, eight or more along its side."""
+    return max(side for side in range(1, max(2, size // 8 + 1)) if size % side == 0)

@@ -99,6 +99,13 @@ def test_errors(tmp_path):
         image_folder.class_names(root)
 
 
+def test_patches_tile_images_of_any_size(tmp_path):
+    root = write(tmp_path / "images", ("",), count=1)
+    for size, patch in ((8, 1), (16, 2), (28, 2), (32, 4), (50, 5), (100, 10), (7, 1)):
+        config = configuration.get_config(f"root={root},size={size}")
+        assert config.model.options.patch_size == patch
+
+
 def test_a_configuration_is_prepared(tmp_path):
     root = write(tmp_path / "images", ("one", "two"))
     config = configuration.get_config(f"root={root},size=8,clients=4,runlocal")
