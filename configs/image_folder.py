@@ -20,6 +20,8 @@ from fedlora_jax.data import image_folder
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """The configuration; `arg` is `root=PATH` and any of the others below."""
     args = parse_arg(arg, root="", size=32, clients=12, source="", method="fedit", runlocal=False)
+    if not args["root"]:
+        raise ValueError("which folder? --config=configs/image_folder.py:root=DIR")
     small = ",runlocal" if args["runlocal"] else ""
     config = digits.get_config(f"method={args['method']}{small}")
     classes = image_folder.class_names(args["root"])

@@ -151,7 +151,12 @@ def _files(root: Path) -> list[_File]:
         )
     depth = len(found[0].relative_to(root).parts)
     for path in found:
-        if len(path.relative_to(root).parts) != depth or depth not in (2, 3):
+        if (own := len(path.relative_to(root).parts)) not in (2, 3):
+            raise ValueError(
+                f"{path} lies elsewhere than expected: {root}/CLASS/{path.name} or "
+                f"{root}/DOMAIN/CLASS/{path.name}"
+            )
+        if own != depth:
             raise ValueError(
                 f"{path} lies elsewhere than {found[0]}: expected all images in root/class/ or all "
                 f"in root/domain/class/, where root is {root}"

@@ -99,6 +99,24 @@ def test_errors(tmp_path):
         image_folder.class_names(root)
 
 
+def test_images_in_no_folder_of_a_class(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}/0.png .* expected: {tmp_path}/CLASS/0.png or"
+    ):
+        image_folder.class_names(tmp_path)
+    deep = tmp_path / "a" / "b" / "c"
+    deep.mkdir(parents=True)
+    (tmp_path / "0.png").rename(deep / "0.png")
+    with pytest.raises(ValueError, match=f"{tmp_path}/DOMAIN/CLASS/0.png"):
+        image_folder.class_names(tmp_path)
+
+
+def test_a_configuration_without_a_folder():
+    with pytest.raises(ValueError, match="root=DIR"):
+        configuration.get_config("size=32")
+
+
 def test_patches_tile_images_of_any_size(tmp_path):
     root = write(tmp_path / "images", ("",), count=1)
     for size, patch in ((8, 1), (16, 2), (28, 2), (32, 4), (50, 5), (100, 10), (7, 1)):
