@@ -85,11 +85,14 @@ def draw(config: ml_collections.ConfigDict, train: Examples, seed: int) -> parti
     split = partition.get(name)
     known = {**_looked_at(train), "seed": seed}
     parameters = inspect.signature(split).parameters
+    # Of files of one's own.
+    mending = {"clients": ": name each example's in its file, or give the configuration clients=N"}
     for each in ("labels", "clients"):
         if each not in known and each in parameters and parameters[each].default is not None:
+            hint = mending.get(each, "") if "files" in config.data else ""
             raise ValueError(
                 f"the partition {name!r} needs {each}, which the data set {config.data.name!r} "
-                "does not have"
+                f"does not have{hint}"
             )
     wanted = {each: known[each] for each in parameters if each in known}
     return split(**wanted, **options)

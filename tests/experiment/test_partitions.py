@@ -154,6 +154,11 @@ def test_what_a_data_set_lacks_and_what_a_partitioner_does_not_know(base, make):
     train = base[1].train
     with pytest.raises(ValueError, match="'natural' needs clients, which .*'digits_domains'"):
         partitions.draw(make("natural", {}), train, 0)
+    own = make("natural", {})
+    with own.unlocked():
+        own.data.files = {"federated": "mine.csv"}
+    with pytest.raises(ValueError, match="does not have: .* clients=N"):
+        partitions.draw(own, train, 0)
     unlabelled = {"image": train["image"], "domain": train["domain"]}
     with pytest.raises(ValueError, match="'shards' needs labels"):
         partitions.draw(make("shards", {"num_clients": 2, "shards_per_client": 2}), unlabelled, 0)
