@@ -13,14 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from fedlora_jax import locks, methods
+from fedlora_jax import bounds, locks, methods
 from fedlora_jax.experiment import hosts
 from fedlora_jax.names import lookup
 
@@ -298,15 +298,28 @@ def set_step(config: ConfigDict, step: float | None) -> None:
 
 
 def read_server_steps(path: Path) -> dict[str, float | None]:
-    """The server's step size of each method in a file of `experiments.tune`; empty without any."""
-    return json.loads(path.read_text()).get("server_steps", {})
+    """The server's step size of each method in a file of `experiments.tune`; empty without any.
+
+    Raises:
+      ValueError: If one is no positive number, nor None.
+    """
+    steps = json.loads(path.read_text()).get("server_steps", {})
+    for name, step in steps.items():
+        _check_positive(step, f"{path}: the server step of {name}", optional=True)
+    return steps
+
+
+def _check_positive(value: Any, what: str, optional: bool = False) -> None:
+    if fault := bounds.Bound(above=True, optional=optional).fault(value):
+        raise ValueError(f"{what} {fault}")
 
 
 def read_learning_rates(path: Path, names: Sequence[str]) -> dict[str, float]:
     """The learning rates of these methods from a file that `experiments.tune` wrote.
 
     Raises:
-      ValueError: If the file is of another kind, or lacks a method; it names all that are missing.
+      ValueError: If the file is of another kind, or lacks a method; it names all that are missing;
+        or if a rate is no positive number.
       FileNotFoundError: If there is none.
     """
     try:
@@ -319,6 +332,8 @@ def read_learning_rates(path: Path, names: Sequence[str]) -> dict[str, float]:
             f"{path} has no learning rate of {', '.join(_with_nearest(missing, rates))}. "
             f"It has those of {', '.join(sorted(rates))}"
         )
+    for name in names:
+        _check_positive(rates[name], f"{path}: the learning rate of {name}")
     return {name: rates[name] for name in names}
 
 

@@ -205,6 +205,20 @@ def test_learning_rates_from_a_file(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="no file of experiments.tune"):
         apps.read_learning_rates(path, ["fedit"])
+    for bad in ('"0.02"', "null", "0", "[0.02]", "true"):
+        path.write_text(f'{{"learning_rates": {{"fedit": {bad}, "local": 0.02}}}}')
+        with pytest.raises(ValueError, match="rates.json: the learning rate of fedit must be"):
+            apps.read_learning_rates(path, ["local", "fedit"])
+        assert apps.read_learning_rates(path, ["local"]) == {"local": 0.02}
+
+
+def test_server_steps_from_a_file(tmp_path):
+    path = tmp_path / "learning_rates.json"
+    path.write_text('{"server_steps": {"fedit": 2, "local": null}}')
+    assert apps.read_server_steps(path) == {"fedit": 2, "local": None}
+    path.write_text('{"server_steps": {"fedit": "2"}}')
+    with pytest.raises(ValueError, match="rates.json: the server step of fedit must be"):
+        apps.read_server_steps(path)
 
 
 def test_report_where_lower_is_better(tmp_path):
