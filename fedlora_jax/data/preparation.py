@@ -23,7 +23,6 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.core.download.extractor import ExtractError
 
 from fedlora_jax.data import bad_records, builders, sources
-from fedlora_jax.names import lookup
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CAUSES = 10  # of an exception, at most so many are followed
@@ -167,7 +166,7 @@ def prepare(
     directory = sources.directory_of(data_dir)
     base, _, config = name.partition("/")
     kind: Callable[..., tfds.core.DatasetBuilder] = builders.get(base)
-    _check_config(builders.get(base), config)
+    sources.check_part(builders.get(base), config)
     options = {"on_bad_record": on_bad_record}
     if "on_bad_record" not in inspect.signature(kind).parameters:
         options = {}
@@ -198,12 +197,6 @@ def prepare(
             report(
                 f"{full}: {_counts(builder)}; {builder.info.dataset_size} in {builder.data_path}"
             )
-
-
-def _check_config(kind: type[tfds.core.DatasetBuilder], config: str) -> None:
-    known = dict.fromkeys(f"{kind.name}/{each.name}" for each in kind.BUILDER_CONFIGS)
-    if known and (config or kind.name not in sources.DOMAINS):
-        lookup(known, f"{kind.name}/{config}", f"part of {kind.name}")
 
 
 def table() -> list[tuple[str, str, str, str, str]]:

@@ -273,6 +273,7 @@ def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
             raise
         return found  # made by other code: nothing is known of its versions
     if found is None:
+        check_part(known, name.partition(":")[0].partition("/")[2])
         raise FileNotFoundError(
             f"data set {name!r} is not prepared in {directory}. Prepare it once with\n"
             f"{_command(name, directory)}"
@@ -292,6 +293,21 @@ def _builder(name: str, directory: Path) -> tfds.core.DatasetBuilder:
         f"knows {', '.join(dict.fromkeys(versions))}. Prepare it in that version, beside the "
         f"other, with\n{_command(name, directory)}"
     )
+
+
+def check_part(kind: type[tfds.core.DatasetBuilder], part: str) -> None:
+    """Checks that a data set has a part of this name; without a name, that it is one whole.
+
+    Args:
+      kind: Its builder.
+      part: The name of a config, `"sst2"`, or empty.
+
+    Raises:
+      ValueError: If not; it names the nearest part.
+    """
+    known = dict.fromkeys(f"{kind.name}/{each.name}" for each in kind.BUILDER_CONFIGS)
+    if known and (part or kind.name not in DOMAINS):
+        lookup(known, f"{kind.name}/{part}", f"part of {kind.name}")
 
 
 def _found(name: str, directory: Path) -> tfds.core.DatasetBuilder | None:

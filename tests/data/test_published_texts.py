@@ -194,6 +194,9 @@ def test_splits_and_names_that_do_not_exist(data_dir):
     reader = labelled_texts.Reader(letters.bert(), 0, 60)
     with pytest.raises(ValueError, match="Did you mean 'glue/sst2'"):
         labelled_texts.load("glue/sst", "train", reader, data_dir=data_dir)
+    for name in ("glue/sst", "glue"):  # which `prepare_data` would refuse
+        with pytest.raises(ValueError, match=f"unknown part of glue '{name}/?'.*glue/sst2"):
+            labelled_texts.class_names(name, data_dir / "nowhere")
     with pytest.raises(FileNotFoundError, match="prepare_data --dataset=glue/sst2"):
         sources.info("glue/sst2", data_dir / "nowhere")
 
