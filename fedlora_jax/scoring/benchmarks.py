@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedlora_jax.foreign import reading
 from fedlora_jax.models import pretrained
 from fedlora_jax.names import lookup
 from fedlora_jax.scoring import answers, execution
@@ -271,7 +272,8 @@ def _read(
       package: What to install to have the file.
 
     Raises:
-      ValueError: If a line is wrong, by file and number, or there is none.
+      ValueError: If a line is wrong, by file and number, or there is none; or if the file is not
+        what its name says, or no text in UTF-8.
       FileNotFoundError: If there is no such file.
     """
     try:
@@ -280,9 +282,9 @@ def _read(
         raise FileNotFoundError(f"{error}: pip install {package}") from error
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}")
-    opened = gzip.open(file, "rt") if file.suffix == ".gz" else file.open()
+    open_ = gzip.open if file.suffix == ".gz" else open
     rows = []
-    with opened as lines:
+    with reading(file, "a file of problems"), open_(file, "rt", encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -1,5 +1,6 @@
 """Examples from a local file."""
 
+import gzip
 import json
 
 import numpy as np
@@ -140,6 +141,10 @@ def test_errors(tmp_path, encoder):
         jsonl.read(tmp_path / "none.jsonl", TEMPLATE)
     with pytest.raises(ValueError, match="empty.jsonl holds no example"):
         jsonl.read(write(tmp_path / "empty.jsonl", [""]), TEMPLATE)
+    for name in ("x.jsonl.gz", "x.json", "x.txt"):
+        (tmp_path / name).write_bytes(gzip.compress(b"{}"))
+        with pytest.raises(ValueError, match=f"{name} is no text in UTF-8"):
+            jsonl.read(tmp_path / name, TEMPLATE)
     files = {"federated": write(tmp_path / "x.jsonl", examples(3))}
     for changed, problem in (
         ({"split": "train"}, "unknown split 'train'"),

@@ -128,6 +128,16 @@ def test_mistakes(write, tmp_path):
     ):
         with pytest.raises(ValueError, match=problem):
             call()
+    whole = gzip.compress(json.dumps(QUESTION).encode())
+    for name, content in (
+        ("plain.gz", b"{}"),
+        ("short.gz", whole[:-12]),
+        ("damaged.gz", whole[:10] + b"\xff\xff" + whole[12:]),
+        ("latin.jsonl", b'{"question": "\xff"}'),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not a file of problems"):
+            get("gsm8k", str(tmp_path / name))
     assert get("mbpp", write(TASK | {"test_setup_code": None, "test_imports": []})).problems
     with pytest.raises(FileNotFoundError, match="there is no file .*none.jsonl"):
         get("mbpp", str(tmp_path / "none.jsonl"))
