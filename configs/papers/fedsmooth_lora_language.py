@@ -3,7 +3,8 @@
     python -m experiments.prepare_data --dataset=metamathqa
     python -m experiments.compare --methods=fedit,flora,frlora,fedsmooth_lora --seeds=1 \\
         --config=configs/papers/fedsmooth_lora_language.py:task=mathematics --workdir=runs/math
-    python -m experiments.evaluate --workdir=runs/math/fedsmooth_lora/seed_0 --tasks=gsm8k
+    python -m experiments.evaluate --workdir=runs/math/fedsmooth_lora/seed_0 \\
+        --tasks=gsm8k=test.jsonl
 
 Wang et al., "FedSmoothLoRA: Toward Smoother and Faster Convergence in Federated Low-Rank
 Adaptation" (arXiv:2605.29460). Its table is not repeated here: it could not be read where this was

@@ -3,7 +3,8 @@
     python -m experiments.prepare_data --dataset=gsm8k
     python -m experiments.compare --config=configs/papers/flora_na_generation.py:task=mathematics \\
         --methods=fedit,ffa_lora,fedsa_lora,fedex_lora,flora_na --seeds=1 --workdir=runs/gsm8k
-    python -m experiments.evaluate --workdir=runs/gsm8k/flora_na/seed_0 --tasks=gsm8k
+    python -m experiments.evaluate --workdir=runs/gsm8k/flora_na/seed_0 \\
+        --tasks=gsm8k=test.jsonl
 
 Nguyen et al., "Communication-Efficient and Accurate Approach for Aggregation in Federated Low-Rank
 Adaptation" (arXiv:2509.26399): exact match on GSM8K's test questions, in percent, after training
