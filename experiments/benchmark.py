@@ -229,7 +229,7 @@ def round_table() -> None:
     missing = [name for name in ("torch", "transformers", "peft") if not find_spec(name)]
     if _REFERENCE.value and missing:
         raise app.UsageError(
-            f"{', '.join(missing)} not installed: pip install 'fedlora-jax[parity]', or leave "
+            f"{', '.join(missing)} not installed: pip install -e '.[parity]', or leave "
             "PyTorch out with --noreference"
         )
     try:

@@ -46,3 +46,15 @@ def test_relative_links_lead_somewhere():
             if not target.exists() or anchor and anchor not in anchors(target):
                 broken.append(f"{page.relative_to(ROOT)}: {link}")
     assert len(pages) > 50 and not broken
+
+
+def test_extras_are_installed_from_a_checkout():
+    """The package is on no index: nothing advises to install it from there."""
+    pages = [
+        p
+        for folder in ("configs", "docs", "experiments", "fedlora_jax", "notebooks")
+        for p in (ROOT / folder).rglob("*")
+        if p.suffix in (".py", ".md", ".ipynb")
+    ]
+    assert len(pages) > 200
+    assert not [page for page in pages if "install 'fedlora-jax" in page.read_text()]

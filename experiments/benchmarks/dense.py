@@ -11,7 +11,7 @@ try:
     import torch
 except ImportError as error:  # pragma: no cover
     raise ImportError(
-        "the dense reference needs PyTorch: pip install 'fedlora-jax[parity]', "
+        "the dense reference needs PyTorch: pip install -e '.[parity]', "
         "or leave it out with --noreference"
     ) from error
 

@@ -29,7 +29,7 @@ try:
     import transformers
 except ImportError as error:  # pragma: no cover
     raise ImportError(
-        "the round in PyTorch needs transformers and PEFT: pip install 'fedlora-jax[parity]', "
+        "the round in PyTorch needs transformers and PEFT: pip install -e '.[parity]', "
         "or leave it out with --noreference"
     ) from error
 

@@ -235,7 +235,7 @@ def _check_requirements(builder: tfds.core.DatasetBuilder, base: str, manual: Pa
     needs = known.tensorflow if known else base not in builders.BUILDERS
     if needs and importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
-            f"preparing {base} takes TensorFlow: pip install 'fedlora-jax[prepare]'. "
+            f"preparing {base} takes TensorFlow: pip install -e '.[prepare]'. "
             "Reading it afterwards does not"
         )
     wanted = builder.MANUAL_DOWNLOAD_INSTRUCTIONS

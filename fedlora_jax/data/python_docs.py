@@ -83,7 +83,7 @@ def load(split: str, tokenizer: str | os.PathLike[str], length: int = 64) -> dic
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ImportError("text needs a tokenizer: pip install 'fedlora-jax[text]'") from error
+        raise ImportError("text needs a tokenizer: pip install -e '.[text]'") from error
     encoder = Tokenizer.from_file(os.fspath(tokenizer))
     padding = (encoder.padding or {}).copy()
     padding.update(length=length, direction="right", pad_to_multiple_of=None)

@@ -347,7 +347,7 @@ def _command(name: str, directory: str | os.PathLike[str]) -> str:
     name = name.partition(":")[0]
     base = name.partition("/")[0]
     return (
-        f"  pip install 'fedlora-jax[prepare]'\n"
+        f"  pip install -e '.[prepare]'\n"
         f"  python -m experiments.prepare_data --dataset={base if base in DOMAINS else name} "
         f"--data_dir={directory}"
     )

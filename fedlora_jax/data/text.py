@@ -127,7 +127,7 @@ def read_tokenizer(path: str | os.PathLike[str]) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
-        raise ImportError("text needs a tokenizer: pip install 'fedlora-jax[text]'") from error
+        raise ImportError("text needs a tokenizer: pip install -e '.[text]'") from error
     with reading(path, "a tokenizer"):
         tokenizer = Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
     tokenizer.no_padding()
@@ -441,7 +441,7 @@ def _jinja() -> ModuleType:
         import jinja2.sandbox
     except ImportError as error:
         raise ImportError(
-            "a model's own chat template needs jinja2: pip install 'fedlora-jax[text]'"
+            "a model's own chat template needs jinja2: pip install -e '.[text]'"
         ) from error
     return jinja2
 

@@ -175,6 +175,6 @@ def _library() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             "accounting of differential privacy needs the library dp-accounting: "
-            "pip install 'fedlora-jax[privacy]'"
+            "pip install -e '.[privacy]'"
         ) from error
     return dp_accounting

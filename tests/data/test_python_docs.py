@@ -52,5 +52,5 @@ def test_errors(monkeypatch):
     with pytest.raises(ValueError, match="unknown split 'train'"):
         python_docs.passages("train")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"fedlora-jax\[text\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[text\]'"):
         python_docs.load("test", "tokenizer.json")

@@ -115,7 +115,7 @@ def test_chat_templates_that_do_not_serve(monkeypatch):
     with pytest.raises(ValueError, match="writes a question as '1hi'"):
         text.chat_template(changing).render(example)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=r"jinja2: pip install 'fedlora-jax\[text\]'"):
+    with pytest.raises(ImportError, match=r"jinja2: pip install -e '\.\[text\]'"):
         text.chat_template(CHAT)
 
 
@@ -181,5 +181,5 @@ def test_tokenizers(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="bad.json is not a tokenizer"):
         text.read_tokenizer(tmp_path / "bad.json")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"fedlora-jax\[text\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[text\]'"):
         text.read_tokenizer(tmp_path / "tokenizer.json")

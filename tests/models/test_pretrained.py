@@ -226,7 +226,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 def test_a_hub_name_without_the_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r"fedlora-jax\[hub\]"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[hub\]'"):
         pretrained.locate("somebody/something")
 
 

@@ -16,7 +16,7 @@ def pytest_terminal_summary(terminalreporter):
     if _MISSING:
         terminalreporter.write_line(
             f"tests/parity left out, {', '.join(_MISSING)} not installed: "
-            "pip install 'fedlora-jax[parity]'"
+            "pip install -e '.[parity]'"
         )
 
 

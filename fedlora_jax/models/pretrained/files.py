@@ -157,7 +157,7 @@ def locate(source: PathLike) -> Path:
     except ImportError as error:
         raise ImportError(
             f"there is no file or directory {source}; to read it from the hub, "
-            "pip install 'fedlora-jax[hub]'"
+            "pip install -e '.[hub]'"
         ) from error
     patterns = [
         "*.safetensors",

@@ -252,5 +252,5 @@ def _library(name: str = "gguf") -> ModuleType:
         return __import__(name)
     except ImportError as error:
         raise ImportError(
-            f"reading GGUF files needs the library {name}: pip install 'fedlora-jax[gguf]'"
+            f"reading GGUF files needs the library {name}: pip install -e '.[gguf]'"
         ) from error
