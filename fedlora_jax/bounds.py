@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Bound(NamedTuple):
-    """What a number must be.
+    """What a number must be, or each of a tuple of them.
 
     Attributes:
       low: The least that it may be.
@@ -24,6 +24,7 @@ class Bound(NamedTuple):
       whole: Whether it must be an integer.
       optional: Whether it may be None.
       hint: What to do instead, for the message.
+      several: How many there must be at least, of a tuple of such numbers; None for one number.
     """
 
     low: float = 0
@@ -33,6 +34,7 @@ class Bound(NamedTuple):
     whole: bool = False
     optional: bool = False
     hint: str = ""
+    several: int | None = None
 
     def __str__(self) -> str:
         if not self.above and not self.below and self.high < math.inf:
@@ -44,6 +46,8 @@ class Bound(NamedTuple):
 
     def fault(self, value: Any) -> str | None:
         """What is wrong with a value: `must be at least 1, got 0`; None if nothing is."""
+        if self.several is not None:
+            return self._fault_of_several(value)
         if isinstance(value, jax.core.Tracer) or (value is None and self.optional):
             return None
         if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
@@ -57,6 +61,14 @@ class Bound(NamedTuple):
         too_high = value >= self.high if self.below else value > self.high
         return f"must be {self}, got {value}{self.hint}" if too_low or too_high else None
 
+    def _fault_of_several(self, values: Any) -> str | None:
+        least = self.several or 0
+        if not isinstance(values, tuple | list) or len(values) < least:
+            wanted = f"at least {least} number{'s' * (least != 1)}" if least else "numbers"
+            return f"must be {wanted}, as a tuple, got {values!r}"
+        one = self._replace(several=None)
+        return next((fault for value in values if (fault := one.fault(value))), None)
+
 
 _COUNT = Bound(1, whole=True)
 _MAYBE_COUNT = Bound(1, whole=True, optional=True)
@@ -68,6 +80,14 @@ _UP_TO_ALL = Bound(0, 1)
 _MINORITY = Bound(0, 0.5, below=True, hint="; no rule holds against half of the clients")
 _PROBABILITY = Bound(0, 1, above=True, below=True)
 _SEED = Bound(0, 2**32 - 1, whole=True)
+_SEEDS = _SEED._replace(several=1)
+_DIALS = {
+    "heterogeneity": _NOT_NEGATIVE,
+    "clients": _COUNT,
+    "rank": _COUNT,
+    "local_steps": _COUNT,
+    "momentum": _SHARE,
+}
 _PARTS = {"num_clients": _COUNT, "clients_per_domain": _COUNT, "min_examples": _COUNT}
 
 BOUNDS: dict[str, dict[str, Bound]] = {
@@ -109,6 +129,22 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "robust.byzantine": _MINORITY,
         "mesh.clients": _COUNT,
         "mesh.model": _COUNT,
+        # Of `configs/linear.py`.
+        "seeds": _COUNT,
+        "tuning_seeds": _SEEDS,
+        "confirming_seeds": _SEEDS._replace(several=0),
+        "finalists": _COUNT,
+        "runs_at_once": _COUNT,
+        "learning_rates": _POSITIVE._replace(several=1),
+        "server_steps": _POSITIVE._replace(several=1),
+        "problem.inputs": _COUNT,
+        "problem.outputs": _COUNT,
+        "problem.examples": _COUNT,
+        "problem.noise": _NOT_NEGATIVE,
+        "problem.decay": _NOT_NEGATIVE,
+        "problem.shift": _NOT_NEGATIVE,
+        **{f"base.{dial}": bound for dial, bound in _DIALS.items()},
+        **{f"dials.{dial}": bound._replace(several=0) for dial, bound in _DIALS.items()},
     },
     # Of `models.get`, and `config.model.options`.
     "model": {

@@ -19,7 +19,7 @@ from experiments.linear_study.program import (
 )
 from experiments.linear_study.results import Key, Results
 from experiments.shared.apps import command, progress_bar
-from fedlora_jax import locks, methods
+from fedlora_jax import bounds, locks, methods
 from fedlora_jax.names import lookup
 
 # At their defaults they do what fedex_lora and flexlora do.
@@ -79,6 +79,7 @@ def run_study(config: ConfigDict, workdir: Path, names: Sequence[str]) -> Path:
       ValueError: If the configuration makes no sense, or is not that of the runs in `workdir`.
       Damaged: If a line of `runs.jsonl` is not what was written.
     """
+    bounds.check_config(config.to_dict())
     settings, seeds = settings_of(config), list(range(config.seeds))
     tuning = (*config.tuning_seeds, *config.confirming_seeds)
     if len({*seeds, *tuning}) < len(seeds) + len(tuning):

@@ -183,6 +183,40 @@ def test_what_is_not_as_written_is_named(fake, tmp_path):
         study.run_study(small(seeds=101), tmp_path, ["fedit"])
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seeds": 0}, "config.seeds must be at least 1, got 0"),
+        ({"finalists": 0}, "config.finalists must be at least 1, got 0"),
+        ({"runs_at_once": 0}, "config.runs_at_once must be at least 1, got 0"),
+        ({"learning_rates": ()}, r"config.learning_rates must be at least 1 number, .* got \(\)"),
+        ({"learning_rates": (0.1, -0.1)}, "config.learning_rates must be above 0, got -0.1"),
+        ({"server_steps": ()}, "config.server_steps must be at least 1 number"),
+        ({"tuning_seeds": ()}, "config.tuning_seeds must be at least 1 number"),
+        ({"confirming_seeds": (-1,)}, "config.confirming_seeds must be from 0 to"),
+        ({"local.batch_size": -3}, "config.local.batch_size must be at least 1, got -3"),
+        ({"lora.scale": -1.0}, "config.lora.scale must be above 0, got -1.0"),
+        ({"base.local_steps": 0}, "config.base.local_steps must be at least 1, got 0"),
+        ({"dials.local_steps": (4, 0)}, "config.dials.local_steps must be at least 1, got 0"),
+        ({"dials.momentum": (1.0,)}, "config.dials.momentum must be at least 0 and below 1"),
+        ({"problem.noise": -1.0}, "config.problem.noise must be at least 0, got -1.0"),
+    ],
+)
+def test_numbers_without_sense_are_refused_before_any_work(fake, tmp_path, values, message):
+    config = small()
+    config.update_from_flattened_dict(values)
+    with pytest.raises(ValueError, match=message):
+        study.run_study(config, tmp_path, ["fedit"])
+    assert not fake.ran and not list(tmp_path.iterdir())
+
+
+def test_no_dial_has_to_be_turned(fake, tmp_path):
+    config = small(confirming_seeds=())
+    config.dials.update(dict.fromkeys(DIALS._fields, ()))
+    study.run_study(config, tmp_path, ["fedit"])
+    assert len(fake.ran) == 4 + 2
+
+
 def test_the_report_says_what_the_runs_say(fake, tmp_path):
     """Every number of the tables again, from the lines on disk."""
     text = study.run_study(small(seeds=3), tmp_path, ["fedit", "ffa_lora"]).read_text()
