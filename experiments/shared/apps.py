@@ -73,10 +73,7 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
             logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
         keep_compiled(_COMPILATION_CACHE.value)
         try:
-            if _COORDINATOR.value is not None:
-                if not several_hosts:
-                    raise ValueError("this program runs on one host: leave out --coordinator")
-                hosts.join(_COORDINATOR.value, _NUM_HOSTS.value, _HOST.value)
+            _join(several_hosts)
             main()
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
             logging.info("Where it comes from:", exc_info=True)
@@ -90,6 +87,26 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
             _end(_INTERRUPTED)
 
     app.run(quietly, flags_parser=_parse)
+
+
+def _join(several_hosts: bool) -> None:
+    """Waits for the other hosts, if flags say that there are any.
+
+    Raises:
+      ValueError: If there may be none, or nothing says where they meet.
+    """
+    if _COORDINATOR.value is None and _NUM_HOSTS.value == 1 and _HOST.value == 0:
+        return
+    if not several_hosts:
+        raise ValueError(
+            "this program runs on one host: leave out --coordinator, --num_hosts and --host"
+        )
+    if _COORDINATOR.value is None:
+        raise ValueError(
+            f"--num_hosts={_NUM_HOSTS.value} and --host={_HOST.value} are of several hosts: "
+            "--coordinator must say where they meet, address:port of the first or auto"
+        )
+    hosts.join(_COORDINATOR.value, _NUM_HOSTS.value, _HOST.value)
 
 
 def _end(status: str | int) -> NoReturn:

@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from ml_collections import config_flags
 
 from configs import digits
@@ -63,6 +64,25 @@ def test_a_mistake_is_one_line(answer, arguments, message):
 )
 def test_reasons(error, message):
     assert apps._reason(error) == message
+
+
+@pytest.mark.parametrize(
+    ("given", "several_hosts", "message"),
+    [
+        ({"num_hosts": 2, "host": 1}, True, "--num_hosts=2 and --host=1 .* --coordinator must say"),
+        ({"host": 1}, True, "--coordinator must say"),
+        ({"num_hosts": 2}, False, "runs on one host: leave out --coordinator, --num_hosts and"),
+        ({"coordinator": "auto"}, False, "runs on one host"),
+    ],
+)
+def test_none_of_several_hosts_trains_alone(given, several_hosts, message):
+    with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
+        apps._join(several_hosts)
+
+
+def test_one_host_needs_no_coordinator():
+    apps._join(True)
+    apps._join(False)
 
 
 def test_a_signal_waits_for_the_end_of_a_round():
