@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from experiments.shared import report
 from experiments.shared.apps import (
+    check_asked,
     method_names,
     progress_bar,
     read_learning_rates,
@@ -40,9 +41,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.", required=True)
 _METHODS = flags.DEFINE_list(
-    "methods", ["local", "fedit", "lora_fair", "flora_na", "central"], "Methods to compare, or all."
+    "methods",
+    ["local", "fedit", "lora_fair", "flora_na", "central"],
+    "Methods to compare, or all; a method that --config names must be among them.",
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds: 0, 1, ...", lower_bound=1)
+_SEEDS = flags.DEFINE_integer(
+    "seeds",
+    3,
+    "Number of seeds: 0, 1, ...; config.seed must be one of them.",
+    lower_bound=1,
+)
 _LEARNING_RATES = flags.DEFINE_string(
     "learning_rates",
     None,
@@ -54,6 +62,7 @@ _LEARNING_RATES = flags.DEFINE_string(
 def main() -> None:
     """Runs all methods under all seeds, then writes the report."""
     config, names = _CONFIG.value, method_names(_METHODS.value)
+    check_asked(config, names, _SEEDS.value)
     steps: dict[str, float | None] = {}
     if _LEARNING_RATES.value is None:
         rates = dict.fromkeys(names, config.local.learning_rate)

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.shared import report, rounds
-from experiments.shared.apps import command, method_names, progress_bar, run
+from experiments.shared.apps import check_asked, command, method_names, progress_bar, run
 from fedlora_jax import experiment, locks, transforms
 from fedlora_jax.experiment import Program, Setting, records
 from fedlora_jax.experiment.measure import in_words
@@ -47,6 +47,7 @@ def main() -> None:
     """Runs what is missing, and writes the tables."""
     config, out = _CONFIG.value, Path(_OUT.value)
     names, rules, kinds = method_names(_METHODS.value), _RULES.value, _KINDS.value
+    check_asked(config, names, _SEEDS.value)
     for given, known, what in ((rules, RULES, "robust rule"), (kinds, KINDS, "kind of faults")):
         for name in given:
             lookup(dict.fromkeys(known, name), name, what)
@@ -228,9 +229,16 @@ def page(
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
     _OUT = flags.DEFINE_string("out", None, "Directory for the results.", required=True)
-    _METHODS = flags.DEFINE_list("methods", ["fedit"], "Methods, or all.")
+    _METHODS = flags.DEFINE_list(
+        "methods", ["fedit"], "Methods, or all; a method that --config names must be among them."
+    )
     _RULES = flags.DEFINE_list("rules", list(RULES), "Robust rules.")
     _KINDS = flags.DEFINE_list("kinds", list(KINDS), "Kinds of faults.")
-    _SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds: 0, 1, ...", lower_bound=1)
+    _SEEDS = flags.DEFINE_integer(
+        "seeds",
+        2,
+        "Number of seeds: 0, 1, ...; config.seed must be one of them.",
+        lower_bound=1,
+    )
     flags.mark_flag_as_required("config")
     run(main)

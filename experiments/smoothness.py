@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.shared import report, rounds
-from experiments.shared.apps import command, method_names, progress_bar, run
+from experiments.shared.apps import check_asked, command, method_names, progress_bar, run
 from fedlora_jax import experiment, locks, lora
 from fedlora_jax.experiment import Program, Setting, records
 from fedlora_jax.experiment.program import make_method
@@ -42,6 +42,7 @@ def main() -> None:
     """Runs what is missing, and writes the table."""
     config, out = _CONFIG.value, Path(_OUT.value)
     names = method_names(_METHODS.value)
+    check_asked(config, names, _SEEDS.value)
     with locks.held(out, out / ".lock"):
         text = page(study(config, out, names, _SEEDS.value))
         head = f"# How smoothly rounds follow one another\n\n```\n{command()}\n```\n\n"
@@ -200,7 +201,14 @@ def page(runs: Sequence[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
     _OUT = flags.DEFINE_string("out", None, "Directory for the results.", required=True)
-    _METHODS = flags.DEFINE_list("methods", ["fedit"], "Methods, or all.")
-    _SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds: 0, 1, ...", lower_bound=1)
+    _METHODS = flags.DEFINE_list(
+        "methods", ["fedit"], "Methods, or all; a method that --config names must be among them."
+    )
+    _SEEDS = flags.DEFINE_integer(
+        "seeds",
+        2,
+        "Number of seeds: 0, 1, ...; config.seed must be one of them.",
+        lower_bound=1,
+    )
     flags.mark_flag_as_required("config")
     run(main)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from experiments.shared import plots, report
 from experiments.shared.apps import (
+    check_asked,
     command,
     has_step,
     method_names,
@@ -47,7 +48,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file with a validation split, e.g. configs/digits.py."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.", required=True)
-_METHODS = flags.DEFINE_list("methods", ["all"], "Methods to tune, or all.")
+_METHODS = flags.DEFINE_list(
+    "methods", ["all"], "Methods to tune, or all; a method that --config names must be among them."
+)
 _LEARNING_RATES = flags.DEFINE_list(
     "learning_rates", ["0.002", "0.006", "0.02", "0.06"], "The grid, the same for all methods."
 )
@@ -63,7 +66,12 @@ _HALVING = flags.DEFINE_integer(
     "One point in so many goes on, for so many times the rounds; 1: all, to the last round.",
     lower_bound=1,
 )
-_SEEDS = flags.DEFINE_integer("seeds", 2, "Number of seeds: 0, 1, ...", lower_bound=1)
+_SEEDS = flags.DEFINE_integer(
+    "seeds",
+    2,
+    "Number of seeds: 0, 1, ...; config.seed must be one of them.",
+    lower_bound=1,
+)
 
 
 class Point(NamedTuple):
@@ -113,6 +121,7 @@ def main() -> None:
     else:
         steps = parse_positive("server_steps", _SERVER_STEPS.value)
     names = method_names(_METHODS.value)
+    check_asked(_CONFIG.value, names, _SEEDS.value)
     workdir = Path(_WORKDIR.value)
     tune(_CONFIG.value, workdir, names, rates, steps, _SEEDS.value, _HALVING.value)
 

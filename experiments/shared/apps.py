@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from fedlora_jax import bounds, locks, methods
@@ -294,6 +294,33 @@ def method_names(wanted: Iterable[str]) -> list[str]:
     for name in names:
         methods.get(name)
     return list(dict.fromkeys(names))
+
+
+def check_asked(config: ConfigDict, names: Sequence[str], num_seeds: int) -> None:
+    """Checks that what `--config` asks for is among what `--methods` and `--seeds` have run.
+
+    Args:
+      config: Of the flag `--config`.
+      names: The methods that are run.
+      num_seeds: Seeds 0, 1, ... are run.
+
+    Raises:
+      ValueError: If a method that is named there, or the seed, is none of them.
+    """
+    flag = flags.FLAGS["config"]
+    in_argument = re.search(r"[:,]method=", config_flags.get_config_filename(flag))
+    named = in_argument or "method" in config_flags.get_override_values(flag)
+    if named and config.method not in names:
+        raise ValueError(
+            f"config.method is {config.method!r}, but --methods names {', '.join(names)}: "
+            "--methods says what this program runs; name it there, or leave it out of --config"
+        )
+    if config.seed >= num_seeds:
+        seeds = "seed 0" if num_seeds == 1 else f"seeds 0 to {num_seeds - 1}"
+        raise ValueError(
+            f"config.seed is {config.seed}, but --seeds={num_seeds} runs the {seeds}: --seeds says "
+            "how many this program runs; leave config.seed out"
+        )
 
 
 def has_step(config: ConfigDict) -> bool:

@@ -85,6 +85,41 @@ def test_one_host_needs_no_coordinator():
     apps._join(False)
 
 
+@pytest.fixture
+def given(monkeypatch):
+    """The configuration of a program with these arguments."""
+
+    def parse(*arguments):
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        monkeypatch.setattr(flags, "FLAGS", values)
+        monkeypatch.setattr("sys.argv", ["program", *arguments])
+        values(["program", *arguments])
+        return values.config
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([CONFIG, "--config.seed=7"], "config.seed is 7, but --seeds=3 runs the seeds 0 to 2"),
+        ([CONFIG + ":method=flora"], "config.method is 'flora', but --methods names fedit, local"),
+        ([CONFIG + ":runlocal,method=flora"], "config.method is 'flora'"),
+        ([CONFIG, "--config.method=flora"], "config.method is 'flora'"),
+    ],
+)
+def test_a_method_or_seed_that_would_not_run_is_refused(given, arguments, message):
+    config = given(*arguments)
+    with pytest.raises(ValueError, match=message):
+        apps.check_asked(config, ["fedit", "local"], 3)
+    apps.check_asked(config, ["fedit", "flora"], 8)
+
+
+def test_what_a_configuration_has_by_default_is_not_asked_for(given):
+    apps.check_asked(given(CONFIG, "--config.seed=0"), ["local"], 1)
+
+
 def test_a_signal_waits_for_the_end_of_a_round():
     before = signal.getsignal(signal.SIGTERM)
     done = []

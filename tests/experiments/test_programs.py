@@ -132,6 +132,7 @@ def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken
         (["--config.data.partition=diriclet"], "dirichlet"),
         (["--config.local.optimizer=sdg"], "sgd"),
         (["--config.seed=-1"], "config.seed must be from 0 to 4294967295, got -1"),
+        (["--config.seed=1"], "config.seed is 1, but --seeds=1 runs the seed 0"),
         (["--num_hosts=2", "--host=1"], "--coordinator must say"),
     ],
 )
