@@ -92,6 +92,8 @@ def compare(
       The metrics by method and seed, without methods that diverged.
 
     Raises:
+      ValueError: Before any work, if a configuration makes no sense, or the directory of a method
+        and a seed holds a run of another one.
       FloatingPointError: If a method diverged, after all others have run and all is written.
     """
     configs = {name: config.copy_and_resolve_references() for name in learning_rates}
@@ -100,14 +102,16 @@ def compare(
         mine.local.learning_rate = learning_rates[name]
         if name in server_steps:
             set_step(mine, server_steps[name])
+    jobs = [(name, seed) for name in configs for seed in range(num_seeds)]
     with hosts.all_or_none():
         for mine in configs.values():
             experiment.check(mine)
+        for name, seed in jobs:
+            experiment.check_workdir(_under(configs[name], seed), _directory(workdir, name, seed))
         locks.check_writable(workdir)
     with hosts.all_or_none(), hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)
     metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
-    jobs = [(name, seed) for name in configs for seed in range(num_seeds)]
     program = functools.lru_cache(1)(
         lambda name: experiment.compile_program(configs[name], setting)
     )
@@ -119,11 +123,10 @@ def compare(
             if name in diverged:
                 bar.update(config.rounds)
                 return []
-            mine, before = configs[name], bar.n
-            mine.seed = seed
+            mine, before = _under(configs[name], seed), bar.n
             bar.set_description(f"{name}, seed {seed}")
             say = tqdm.write if seed == 0 and hosts.is_first() else None
-            directory = workdir / name / f"seed_{seed}"
+            directory = _directory(workdir, name, seed)
             try:
                 rounds = experiment.run(mine, setting, program(name), directory, advance, say)
             except FloatingPointError as error:
@@ -139,13 +142,23 @@ def compare(
     kept = [name for name in configs if name not in diverged]
     runs = {name: [found[name, seed] for seed in range(num_seeds)] for name in kept}
     if runs and hosts.is_first():
-        first = workdir / next(iter(runs)) / "seed_0"
+        first = _directory(workdir, next(iter(runs)), 0)
         steps = {name: report.step_of(configs[name]) for name in kept}
         study = (config, setting, workdir, runs, learning_rates, untouched, diverged)
         report.finish(*study, first=first, steps=steps)
     if diverged:
         raise FloatingPointError(report.diverged_methods(diverged))
     return runs
+
+
+def _under(config: ConfigDict, seed: int) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    return config
+
+
+def _directory(workdir: Path, name: str, seed: int) -> Path:
+    return workdir / name / f"seed_{seed}"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def main() -> None:
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     with hosts.all_or_none():
         experiment.check(config)
+        experiment.check_workdir(config, workdir)
         locks.check_writable(workdir)
     with hosts.all_or_none(), hosts.first_before_others("prepared"):
         setting = experiment.prepare(config)

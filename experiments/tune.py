@@ -192,11 +192,14 @@ def tune(
     """Chooses a point of the grid for each method, and writes the report into `workdir`.
 
     Raises:
-      ValueError: If the configuration has no validation split.
+      ValueError: Before any work, if the configuration has no validation split, or the directory of
+        a run holds one of another configuration.
       FloatingPointError: If every point diverged for a method, after all has been written.
     """
     config = judged_on_validation(config)
     grids = {name: _grid(config, name, rates, steps) for name in names}
+    for name, grid in grids.items():
+        _check_workdirs(grid, workdir / name, num_seeds)
     locks.check_writable(workdir)
     setting = experiment.prepare(config)
     metric, found, spent = setting.task.metrics[0], {}, {}
@@ -248,6 +251,19 @@ def _grid(
     return grid
 
 
+def _directory(workdir: Path, point: Point, seed: int) -> Path:
+    """Of a run, within the directory of its method."""
+    return workdir / point.directory / f"seed_{seed}"
+
+
+def _check_workdirs(grid: Mapping[Point, ConfigDict], workdir: Path, num_seeds: int) -> None:
+    for point, config in grid.items():
+        mine = config.copy_and_resolve_references()
+        for seed in range(num_seeds):
+            mine.seed = seed
+            experiment.check_workdir(mine, _directory(workdir, point, seed))
+
+
 def _rounds(rungs: Sequence[Rung]) -> int:
     """Under one seed, if no point diverges."""
     fresh = [rung.rounds - before for rung, before in zip(rungs, [0, *(r.rounds for r in rungs)])]
@@ -289,7 +305,7 @@ class _Runs:
             step = "" if point.step is None else f", server step {point.step:g}"
             title = f"{config.method}, learning rate {point.rate:g}{step}, seed {seed}"
             self._bar.set_description(title)
-            final = self._value(config, self._directory(point, seed), rounds)
+            final = self._value(config, _directory(self._workdir, point, seed), rounds)
             if self._bar.disable:
                 said = "diverged" if final is None else f"{metric.show(final)}, round {rounds}"
                 print(f"{title}: {said}", flush=True)
@@ -304,12 +320,9 @@ class _Runs:
             row
             for point in self._grid
             for seed in self._seeds
-            for row in records.read_metrics(self._directory(point, seed))
+            for row in records.read_metrics(_directory(self._workdir, point, seed))
         ]
         return Spent(len(self._grid), len(rows), sum(row["seconds"] for row in rows))
-
-    def _directory(self, point: Point, seed: int) -> Path:
-        return self._workdir / point.directory / f"seed_{seed}"
 
     def _program(self, config: ConfigDict) -> experiment.Program:
         """With the step of the configuration, of which what is compiled is independent."""

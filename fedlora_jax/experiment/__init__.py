@@ -5,7 +5,7 @@ of one method, once for all seeds; `run` trains one method under one seed, or go
 """
 
 from fedlora_jax.experiment.finished import judge_untouched
-from fedlora_jax.experiment.loop import Progress, run
+from fedlora_jax.experiment.loop import Progress, check_workdir, run
 from fedlora_jax.experiment.partitions import partition_counts
 from fedlora_jax.experiment.program import Program, check, compile_program, steps, with_step
 from fedlora_jax.experiment.setting import Setting, prepare, training_examples
@@ -17,6 +17,7 @@ __all__ = [
     "Setting",
     "State",
     "check",
+    "check_workdir",
     "compile_program",
     "first_state",
     "judge_untouched",

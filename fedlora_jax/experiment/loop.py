@@ -284,31 +284,48 @@ def _stop_or_warn(excluded: int, answers: int, index: int, workdir: Path) -> Non
         )
 
 
-def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
-    """Writes the configuration, or finds that the directory's run is the same one.
+def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Checks, without writing, that a directory's run, if there is one, is that of a configuration.
 
     More rounds than a run had go on with it, if its rounds do not depend on how many there are.
+
+    Args:
+      config: With method and seed of the run.
+      workdir: Where it is to be.
+
+    Raises:
+      ValueError: If it holds a run of another configuration; it names the fields.
+      Damaged: If its configuration is not what was written.
     """
+    if not (workdir / records.CONFIG).exists():
+        return
+    theirs = records.read_sealed(workdir / records.CONFIG)
+    changed = records.differences(_recorded(config), theirs, "config")
+    if _same_rounds(config) and config.rounds >= theirs["rounds"]:
+        changed = [line for line in changed if not line.startswith(_LENGTHS)]
+    # The same run, wherever its data wait.
+    changed = [line for line in changed if not line.startswith("config.data.streaming ")]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
+            "another work directory, or remove this one"
+        )
+
+
+def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Writes the configuration, or finds that the directory's run is the same one."""
+    check_workdir(config, workdir)
+    path, mine = workdir / records.CONFIG, _recorded(config)
+    if not path.exists() or records.read_sealed(path) != mine:
+        records.write_sealed(path, mine)
+
+
+def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What of a configuration makes a run, as `config.json` has it."""
     mine = {**config.to_dict(), "options": config.options[config.method].to_dict()}
     # The same run, on whatever devices.
     mine.pop("mesh", None)
-    mine = json.loads(json.dumps(mine, default=list))
-    path = workdir / records.CONFIG
-    if path.exists():
-        theirs = records.read_sealed(path)
-        changed = records.differences(mine, theirs, "config")
-        if _same_rounds(config) and config.rounds >= theirs["rounds"]:
-            changed = [line for line in changed if not line.startswith(_LENGTHS)]
-        # The same run, wherever its data wait.
-        changed = [line for line in changed if not line.startswith("config.data.streaming ")]
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
-                "another work directory, or remove this one"
-            )
-        if mine == theirs:
-            return
-    records.write_sealed(path, mine)
+    return json.loads(json.dumps(mine, default=list))
 
 
 _LENGTHS = ("config.rounds ", "config.options.rounds ")

@@ -89,10 +89,14 @@ def test_more_rounds_are_refused_where_they_would_change_the_first_ones(
     base, make, tmp_path, falls
 ):
     path = tmp_path / "config.json"
+    experiment.check_workdir(make(rounds=2, **falls), tmp_path)
+    assert not path.exists()
     loop._claim(make(rounds=2, **falls), tmp_path)
     before = path.read_text()
     with pytest.raises(ValueError, match="config.rounds is 2 there, 3 here"):
         loop._claim(make(rounds=3, **falls), tmp_path)
+    with pytest.raises(ValueError, match="config.rounds is 2 there, 3 here"):
+        experiment.check_workdir(make(rounds=3, **falls), tmp_path)
     assert path.read_text() == before
 
 

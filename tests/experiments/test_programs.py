@@ -95,6 +95,18 @@ def test_killed_comparison_ends_with_the_same_numbers(program, unbroken, tmp_pat
     assert before and compiled(program) == before
 
 
+def test_a_directory_of_another_run_is_found_before_any_training(program, unbroken, tmp_path):
+    theirs = tmp_path / "local" / "seed_1"
+    theirs.mkdir(parents=True)
+    (theirs / "config.json").write_bytes((unbroken[0] / "local/seed_1/config.json").read_bytes())
+    arguments = (f"--config={program.config}", f"--workdir={tmp_path}", METHODS, "--seeds=2")
+    code, out, err = program.run("compare", *arguments, "--config.clients_per_round=17")
+    assert code == 1 and "Traceback" not in err
+    assert f"{theirs} holds a run of another configuration" in err
+    assert "config.clients_per_round is 18 there, 17 here" in err
+    assert not out and not (tmp_path / "fedit").exists()
+
+
 def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken, tmp_path):
     code, out, err = program.run(
         "train", f"--config={program.config}:method=fedit", f"--workdir={tmp_path}"

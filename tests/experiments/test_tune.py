@@ -10,6 +10,8 @@ import pytest
 from configs import digits
 from experiments import tune
 from experiments.tune import Point
+from fedlora_jax import experiment
+from fedlora_jax.experiment import loop
 from fedlora_jax.federated import metrics
 
 
@@ -119,6 +121,18 @@ def test_test_split_is_never_seen():
     without.data.splits = {"train": "federated", "test": "test"}
     with pytest.raises(ValueError, match="no 'validation'.* it has test='test', train="):
         tune.judged_on_validation(without)
+
+
+def test_a_directory_of_another_run_is_found_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "prepare", None)
+    config = digits.get_config()
+    point = tune.judged_on_validation(config)
+    point.method, point.local.learning_rate, point.rounds, point.seed = "local", 0.02, 5, 1
+    directory = tmp_path / "local" / "rate_0.02" / "seed_1"
+    directory.mkdir(parents=True)
+    loop._claim(point, directory)
+    with pytest.raises(ValueError, match=f"{directory} holds a run of .*config.rounds is 5 there"):
+        tune.tune(config, tmp_path, ["fedit", "local"], [0.01, 0.02], [1.0], 2, 1)
 
 
 def state(workdir: Path) -> dict[str, int]:
