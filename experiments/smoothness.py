@@ -66,9 +66,11 @@ def study(
       one a round; `directions`.
 
     Raises:
-      ValueError: If a method has no model for all, or `out` holds runs of another configuration.
+      ValueError: If a method has no model for all, `out` holds runs of another configuration, or
+        `config` wants a mesh.
       FloatingPointError: If training diverges; what is in `results.json` stays.
     """
+    rounds.check_one_device(config)
     configs = {name: _with(config, name) for name in names}
     path, runs = out / "results.json", rounds.read(out / "results.json", config)
     known = {(row["method"], row["seed"]): row for row in runs}

@@ -17,6 +17,15 @@ from fedlora_jax.federated.round import Federation
 Make: TypeAlias = Callable[[int], Callable[..., tuple[Federation, Any]]]
 
 
+def check_one_device(config: ConfigDict) -> None:
+    """Raises ValueError if the configuration wants several devices, which `each` does not use."""
+    wanted = config.get("mesh", {})
+    if any(wanted.get(axis, 1) != 1 for axis in ("clients", "model")):
+        raise ValueError(
+            "this study runs on one device: set config.mesh.clients=1 and config.mesh.model=1"
+        )
+
+
 def each(
     config: ConfigDict, state: State, make: Make, *first: Any
 ) -> Iterator[tuple[Federation, Any]]:

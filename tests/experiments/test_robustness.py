@@ -56,3 +56,11 @@ def test_clients_weigh_what_is_configured(digits, monkeypatch, weights):
     make = robustness._compiled(program)
     make(3)(faults.make("nan", share=0.2, factor=1.0), *jnp.zeros(2))
     assert found == [(weights == "equal", 3)]
+
+
+def test_a_mesh_is_refused_before_any_work(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "prepare", None)
+    config = digits.copy_and_resolve_references()
+    config.mesh.clients = 2
+    with pytest.raises(ValueError, match="this study runs on one device: .* config.mesh.clients=1"):
+        robustness.study(config, tmp_path, ["fedit"], ["none"], ["none"], 1)

@@ -82,3 +82,11 @@ def test_the_model_is_that_of_the_run(digits):
     merged = lora.kernels(lora.merge(server.backbone, moved, scale=server.scale))
     for path, kernel in smoothness.kernels(server).items():
         np.testing.assert_allclose(kernel.ravel(), np.ravel(merged[path]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mesh_is_refused_before_any_work(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiment, "prepare", None)
+    config = digits.copy_and_resolve_references()
+    config.mesh.clients = 2
+    with pytest.raises(ValueError, match="this study runs on one device: .* config.mesh.clients=1"):
+        smoothness.study(config, tmp_path, ["fedit"], 1)
