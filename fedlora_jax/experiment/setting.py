@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fedlora_jax import models
+from fedlora_jax import methods, models
 from fedlora_jax.data import image_folder, images, python_docs, sources
 from fedlora_jax.data.stored import Stored
 from fedlora_jax.experiment import texts
@@ -59,7 +59,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
 
     Raises:
       ValueError: If data and configuration do not fit each other, such as labels that the model
-        has no class for; before anything is trained.
+        has no class for, or a cohort of more clients than there are; before anything is trained.
     """
     model = _model(config)
     if config.data.name in texts.SOURCES:
@@ -70,6 +70,7 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     for split, examples in ((config.data.splits.train, train), (config.data.splits.test, test)):
         _check_values(config, model, split, examples)
     _check_domains(config, train, test, domains)
+    _check_num_clients(config, train)
     inputs = _tokens if "tokens" in train else _images(config)
     first = {key: x[:1] for key, x in train.items()}
     if stored is not None:
@@ -106,6 +107,29 @@ def _check_values(
         labels = examples["label"]
         why = f"is no class 0 to {classes - 1}: config.model.options.num_classes is {classes}"
         refuse("label", (labels < 0) | (labels >= classes), why)
+
+
+def _check_num_clients(config: ml_collections.ConfigDict, train: dict[str, np.ndarray]) -> None:
+    """Raises ValueError if a round wants more clients than there are, where options say how many.
+
+    Nothing is drawn: a run that is read back has its partition, and may lack the file it is of.
+    """
+    options, kind = config.data.partition_options, methods.get(config.method)
+    if kind(**config.options[config.method]).pooled:
+        return
+    if "clients_per_domain" in options:
+        check_cohort(config, options.clients_per_domain * len(np.unique(train["domain"])))
+    elif "num_clients" in options:
+        check_cohort(config, options.num_clients)
+
+
+def check_cohort(config: ml_collections.ConfigDict, num_clients: int) -> None:
+    """Raises ValueError if a round wants more clients than the partition makes."""
+    if config.clients_per_round > num_clients:
+        raise ValueError(
+            f"config.clients_per_round is {config.clients_per_round}, but the partition "
+            f"{config.data.partition!r} makes only {num_clients} clients"
+        )
 
 
 def _check_domains(

@@ -13,7 +13,7 @@ from fedlora_jax import blocks, lora
 from fedlora_jax.data.clients import ClientData, client_data
 from fedlora_jax.data.partition import Parts
 from fedlora_jax.experiment import partitions
-from fedlora_jax.experiment.setting import Setting, dtype_of, is_labelled
+from fedlora_jax.experiment.setting import Setting, check_cohort, dtype_of, is_labelled
 from fedlora_jax.federated import placement, randomness, ranks
 from fedlora_jax.federated.evaluation import HeldOut, Owned, held_out
 from fedlora_jax.federated.round import Federation, PyTree, check_ranks, first_states
@@ -73,13 +73,10 @@ def first_state(
     """
     seed = jax.random.key(config.seed)
     parts = partitions.draw(config, setting.train, config.seed) if parts is None else parts
-    if not method.pooled and config.clients_per_round > len(parts):
-        raise ValueError(
-            f"config.clients_per_round is {config.clients_per_round}, but the partition "
-            f"{config.data.partition!r} makes only {len(parts)} clients"
-        )
     if method.pooled:
         parts = [np.concatenate(parts)]
+    else:
+        check_cohort(config, len(parts))
     # Several devices may each hold a part alone, and are given it from the host.
     params = jax.device_put(setting.params) if mesh is None else setting.params
     backbone, head = lora.split_head(params, config.lora.head)

@@ -8,6 +8,7 @@ import pytest
 from fedlora_jax import experiment
 from fedlora_jax.data import partition
 from fedlora_jax.experiment import finished, partitions
+from fedlora_jax.experiment import setting as experiment_setting
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +219,23 @@ def test_a_client_with_no_example_is_refused(base, make, tmp_path):
     with pytest.raises(ValueError, match=f"{path}: client 1 is empty"):
         experiment.run(config, base[1], program, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "count"),
+    [("domain_dirichlet", None, 30), ("iid", {"num_clients": 4}, 4)],
+)
+def test_too_large_a_cohort_is_refused_before_the_backbone_is_made(
+    make, monkeypatch, name, options, count
+):
+    def make_backbone(*_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(experiment_setting, "_backbone", make_backbone)
+    message = f"clients_per_round is 31, but the partition '{name}' makes only {count} clients"
+    with pytest.raises(ValueError, match=message):
+        experiment.prepare(make(name, options, clients_per_round=31))
+    # Of all clients' examples together there is no cohort.
+    for values in ({"clients_per_round": count}, {"clients_per_round": 31, "method": "central"}):
+        with pytest.raises(NotImplementedError):
+            experiment.prepare(make(name, options, **values))
