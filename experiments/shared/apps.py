@@ -73,6 +73,8 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
             logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
         keep_compiled(_COMPILATION_CACHE.value)
         try:
+            if "config" in flags.FLAGS:
+                check_made_for(Path(sys.argv[0]).stem, flags.FLAGS["config"].value)
             _join(several_hosts)
             main()
         except (ValueError, OSError, FloatingPointError, ImportError) as error:
@@ -87,6 +89,28 @@ def run(main: Callable[[], None], *, several_hosts: bool = False) -> None:
             _end(_INTERRUPTED)
 
     app.run(quietly, flags_parser=_parse)
+
+
+def check_made_for(program: str, config: ConfigDict | None) -> None:
+    """Checks that a configuration is of the kind that a program reads.
+
+    Args:
+      program: Its name in `experiments`.
+      config: Of the flag `--config`; None if there is none.
+
+    Raises:
+      ValueError: If it is of the other kind.
+    """
+    if config is None or ("dials" in config) == (program == "linear"):
+        return
+    if program == "linear":
+        raise ValueError(
+            "the configuration of --config is one of experiments.train and its like: "
+            "experiments.linear wants one like configs/linear.py"
+        )
+    raise ValueError(
+        f"the configuration of --config is one of experiments.linear, not of experiments.{program}"
+    )
 
 
 def _join(several_hosts: bool) -> None:

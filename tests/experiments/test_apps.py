@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 from ml_collections import config_flags
 
-from configs import digits
+from configs import digits, linear
 from experiments.shared import apps
 from fedlora_jax import locks
 
@@ -118,6 +118,16 @@ def test_a_method_or_seed_that_would_not_run_is_refused(given, arguments, messag
 
 def test_what_a_configuration_has_by_default_is_not_asked_for(given):
     apps.check_asked(given(CONFIG, "--config.seed=0"), ["local"], 1)
+
+
+def test_a_configuration_is_for_some_programs():
+    federation, regression = digits.get_config(), linear.get_config()
+    apps.check_made_for("linear", regression)
+    apps.check_made_for("train", federation)
+    with pytest.raises(ValueError, match="is one of experiments.linear, not of experiments.train"):
+        apps.check_made_for("train", regression)
+    with pytest.raises(ValueError, match="experiments.linear wants one like configs/linear.py"):
+        apps.check_made_for("linear", federation)
 
 
 def test_a_signal_waits_for_the_end_of_a_round():

@@ -146,6 +146,10 @@ def test_training_one_method_equals_its_part_of_the_comparison(program, unbroken
         (["--config.seed=-1"], "config.seed must be from 0 to 4294967295, got -1"),
         (["--config.seed=1"], "config.seed is 1, but --seeds=1 runs the seed 0"),
         (["--num_hosts=2", "--host=1"], "--coordinator must say"),
+        (
+            ["--config=configs/linear.py"],
+            "is one of experiments.linear, not of experiments.comp",
+        ),
     ],
 )
 def test_mistakes_end_with_a_message(program, tmp_path, arguments, message):
