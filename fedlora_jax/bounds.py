@@ -249,7 +249,9 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
       ValueError: If one is out of bounds; it names field and bound.
     """
-    for path, value in _flat(config):
+    # Options may refer to other fields, which are then what is wrong.
+    fields = sorted(_flat(config), key=lambda field: field[0].startswith("options."))
+    for path, value in fields:
         bound = bound_of(path, config)
         if bound is not None and (fault := bound.fault(value)):
             raise ValueError(f"config.{path} {fault}")

@@ -98,6 +98,8 @@ def test_traced_values_pass():
         ({"lora.targets": ("(attention",)}, "'.attention' is no regular expression"),
         ({"lora.head": "["}, "is no regular expression"),
         ({"seed": -1}, "config.seed must be from 0 to 4294967295, got -1"),
+        # Of fedsmooth_lora there is an option that refers to it.
+        ({"rounds": 0}, "config.rounds must be at least 1, got 0"),
         ({"options.lora_fair.steps": -5}, "config.options.lora_fair.steps must be at least 0"),
         (
             {"options.spectral.threshold": 2.0},
