@@ -34,6 +34,7 @@ from experiments.shared.judging import (
 )
 from experiments.shared.targets import Adapter, Target
 from fedlora_jax import locks
+from fedlora_jax.experiment import finished
 from fedlora_jax.scoring import benchmarks
 from fedlora_jax.scoring.completions import Sampling
 
@@ -117,6 +118,7 @@ def main() -> None:
     )
     for name, benchmark in asked.items():
         asking.check(name, benchmark)
+    check_target()
     out = _OUT.value or (_WORKDIR.value and Path(_WORKDIR.value, "evaluation"))
     if out is None:
         raise ValueError("--out must name a directory for what is written")
@@ -141,24 +143,34 @@ def evaluate(
             continue
         began = time.perf_counter()
         settings = {**target.name, "file": tasks[name], **asking.settings()}
-        record.claim(name, settings)
-        found = score(name, asked[name], target, asking, record)
+        found = score(name, asked[name], target, asking, record, settings)
         record.finish(name, settings, {**found, "seconds": round(time.perf_counter() - began, 1)})
     print(f"{record.table(names)}\n\nNumbers: {record.path}")
 
 
-def read_target() -> Target:
-    """What the flags say is to be scored."""
+def check_target() -> None:
+    """Checks what the flags say is to be scored, before anything is read or written.
+
+    Raises:
+      ValueError: If they contradict each other.
+      FileNotFoundError: If there is no run in --workdir.
+    """
     given = [name for name in ("workdir", "model", "config") if flags.FLAGS[name].value]
     if len(given) != 1:
         named = " and ".join(f"--{name}" for name in given) or "none of them"
         raise ValueError(f"give one of --workdir, --model and --config; there is {named}")
     if _CLIENT.value is not None and not _WORKDIR.value:
         raise ValueError("--client is of a run: give --workdir")
+    if _WORKDIR.value:
+        if Adapter(_ADAPTER.value, _SCALE.value) != Adapter():
+            raise ValueError("--adapter and --scale go with --model or --config; a run has its own")
+        finished.read_config(Path(_WORKDIR.value))
+
+
+def read_target() -> Target:
+    """What the flags say is to be scored, which `check_target` has checked."""
     adapter = Adapter(_ADAPTER.value, _SCALE.value)
     if _WORKDIR.value:
-        if adapter != Adapter():
-            raise ValueError("--adapter and --scale go with --model or --config; a run has its own")
         return targets.of_run(Path(_WORKDIR.value), _SPLIT.value, _CLIENT.value, _METRICS.value)
     if _MODEL.value:
         return targets.of_model(_MODEL.value, _PRECISION.value, adapter)

@@ -30,7 +30,8 @@ def parse_tasks(texts: Sequence[str]) -> dict[str, str | None]:
     """The file of each task, None for those without.
 
     Raises:
-      ValueError: On an unknown task, with the nearest name, or one that is named twice.
+      ValueError: On an unknown task, with the nearest name, one that is named twice, or a file of
+        metrics.
     """
     tasks: dict[str, str | None] = {}
     for text in texts:
@@ -38,6 +39,10 @@ def parse_tasks(texts: Sequence[str]) -> dict[str, str | None]:
         lookup(dict.fromkeys([METRICS, *benchmarks.names()]), name, "task")
         if name in tasks:
             raise ValueError(f"--tasks names {name} twice")
+        if name == METRICS and equals:
+            raise ValueError(
+                "metrics are of the data of --workdir or --config, not of a file: --tasks=metrics"
+            )
         tasks[name] = path if equals else None
     if not tasks:
         raise ValueError("--tasks names none")
@@ -125,13 +130,29 @@ def measure(target: Target, split: str, metrics: Sequence[str], record: "Record"
 
 
 def score(
-    name: str, benchmark: Benchmark, target: Target, asking: Asking, record: "Record"
+    name: str,
+    benchmark: Benchmark,
+    target: Target,
+    asking: Asking,
+    record: "Record",
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Lets the model write for each problem, and judges that, batch by batch.
 
+    Args:
+      name: Of the task.
+      benchmark: Its problems.
+      target: With the model.
+      asking: How it is asked.
+      record: Where texts go, and are found from before.
+      settings: Of all texts of the task in the record.
+
+    Returns:
+      From `summary`.
+
     Raises:
       ValueError: If the model does not write, its tokenizer is unknown or of another vocabulary, a
-        prompt is too long, or as `Asking.check`.
+        prompt is too long, as `Asking.check`, or else as `Record.claim`.
     """
     asking.check(name, benchmark)
     if not isinstance(target.model, Llama):
@@ -145,6 +166,8 @@ def score(
     encoded = [completions.encode(language, problem.prompt, asking.chat) for problem in problems]
     names = [f"{name} {problem.name}" for problem in problems]
     completions.check_lengths(target.model, encoded, names, asking.sampling)
+    # Not before: what is refused leaves the record to others.
+    record.claim(name, settings)
     items = [(i, sample) for i in range(len(problems)) for sample in range(asking.samples)]
     prompts = [encoded[i] for i, _ in items]
     known = record.generations(name)

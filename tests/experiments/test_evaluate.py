@@ -123,9 +123,8 @@ ASKING = Asking(Sampling(80), rows=2, allow_code_execution=True)
 
 def score(target, directory, out, asking=ASKING, name="humaneval", file="functions"):
     benchmark = benchmarks.get(name, str(directory / f"{file}.jsonl"), asking.chat)
-    record = Record(out)
-    record.claim(name, {**target.name, **asking.settings()})
-    return judging.score(name, benchmark, target, asking, record)
+    settings = {**target.name, **asking.settings()}
+    return judging.score(name, benchmark, target, asking, Record(out), settings)
 
 
 def lines(out):
@@ -265,10 +264,14 @@ def test_mistakes(target, directory, tmp_path):
         score(target._replace(model=None), directory, tmp_path)
     with pytest.raises(ValueError, match="--tokenizer must say"):
         score(target._replace(tokenizer=None), directory, tmp_path)
+    # What was refused keeps no other texts out.
+    assert not (tmp_path / "evaluation.json").exists()
     with pytest.raises(ValueError, match="unknown task 'humanevel'. Did you mean 'humaneval'"):
         judging.parse_tasks(["metrics", "humanevel"])
     with pytest.raises(ValueError, match="names text twice"):
         judging.parse_tasks(["text=a", "text=b"])
+    with pytest.raises(ValueError, match="metrics are of the data .*, not of a file: --tasks=met"):
+        judging.parse_tasks(["metrics=foo.txt"])
     assert judging.parse_tasks(["metrics", "mbpp=a=b"]) == {"metrics": None, "mbpp": "a=b"}
 
 
@@ -300,6 +303,12 @@ def test_command(program, directory, tmp_path):
     assert found["gsm8k"]["exact_match@1"] == 1
     assert "experiments.evaluate --model=" in found["gsm8k"]["command"]
     assert "pass@1" in out and "0.3333" in out
+
+
+def test_a_run_that_is_not_there_leaves_nothing(program, tmp_path):
+    code, _, err = program.run("evaluate", f"--workdir={tmp_path / 'typo'}", "--tasks=metrics")
+    assert code == 1 and "there is no run in" in err and "Traceback" not in err
+    assert not (tmp_path / "typo").exists()
 
 
 @pytest.fixture(scope="module")
