@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import ml_collections
 import numpy as np
 
 from fedlora_jax import methods, models
-from fedlora_jax.data import image_folder, images, python_docs, sources
+from fedlora_jax.data import image_folder, images, partition, python_docs, sources
 from fedlora_jax.data.stored import Stored
 from fedlora_jax.experiment import texts
 from fedlora_jax.federated.task import (
@@ -117,6 +118,9 @@ def _check_num_clients(config: ml_collections.ConfigDict, train: dict[str, np.nd
     options, kind = config.data.partition_options, methods.get(config.method)
     if kind(**config.options[config.method]).pooled:
         return
+    wanted = inspect.signature(partition.get(config.data.partition)).parameters
+    if "labels" in wanted and not is_labelled(train):
+        return  # Nothing comes of it at all, as is said when it is drawn.
     if "clients_per_domain" in options:
         check_cohort(config, options.clients_per_domain * len(np.unique(train["domain"])))
     elif "num_clients" in options:
