@@ -6,11 +6,12 @@ newest that there is; a client that never took part has the first state, which a
 Of several hosts each writes the states that are on its own devices, the second one into
 `clients/ROUND.1.npy`.
 
-Nothing is ever changed, so a kill leaves either a whole round or none, and what was true after any
-round can be read again. A file of which every record has a newer one is removed once no checkpoint
-needs it. Few would come to that: of clients drawn at random some come late. So a round also writes
-again what is left in the files that have least, with the round that it is of, a quarter of a cohort
-at most: files hold about twice the N states at the most, where they would hold five times as many.
+Nothing is ever changed, and a round counts once its checkpoint is there, so that what was true
+after any round can be read again. A file of which every record has a newer one is removed once no
+checkpoint needs it. Few would come to that: of clients drawn at random some come late. So a round
+also writes again what is left in the files that have least, with the round that it is of, a quarter
+of a cohort at most: files hold about twice the N states, and the cohorts that checkpoints need,
+where they would hold five times as many.
 After the records, where NumPy does not look, a file has their SHA-256, which is compared when a run
 goes on.
 """
@@ -70,7 +71,7 @@ class ClientStore:
         self._place = np.zeros(num_clients, np.int32)
         # Of each file its path, how many states it has, how many of them are newest, whether those
         # are few, and the round since when there are none.
-        self._paths: list[Path] = []
+        self._files, self._paths = 0, dict[int, Path]()
         self._counts: dict[int, int] = {}
         self._living: dict[int, int] = {}
         self._sparse: set[int] = set()
@@ -112,7 +113,7 @@ class ClientStore:
                 for first, values in zip(leaves, stacked, strict=True):
                     values[here] = first
                 continue
-            records = self._open(file)[self._place[identities[here]]]
+            records = self._open(file, self._place[identities[here]])
             for field, values in zip(self._fields, stacked, strict=True):
                 values[here] = records[field].view(values.dtype)
         return jax.tree.unflatten(structure, stacked)
@@ -136,30 +137,34 @@ class ClientStore:
         if not self._fields:
             return
         host_of = np.zeros(len(identities), np.int32) if host_of is None else host_of
-        files = [self._add(round_index, host) for host in range(int(host_of.max()) + 1)]
-        parts = [np.flatnonzero(host_of == host) for host in range(len(files))]
-        again = self._left_over(identities)
-        rounds = self._round[again]
-        self._remove_unfinished(round_index, len(files))
-        if (host := jax.process_index()) < len(files):
-            new = self._records(round_index, identities, states, parts[host])
-            old = self._newest(again if host == 0 else again[:0])
-            _save(self._paths[files[host]], np.concatenate([new, old]))
-        for file, part in zip(files, parts, strict=True):
-            self._enter(file, identities[part], round_index, round_index)
-        self._enter(files[0], again, rounds, round_index, len(parts[0]))
+        again, count = self._left_over(identities), int(host_of.max()) + 1
+        files = [self._add(round_index, host) for host in range(count)]
+        # Who is new in each file, and who is there again; of those the rounds, as they are now.
+        parts = [(np.flatnonzero(host_of == i), again[i::count]) for i in range(count)]
+        rounds = [self._round[old] for _, old in parts]
+        self._remove_unfinished(round_index, count)
+        if (host := jax.process_index()) < count:
+            new, old = parts[host]
+            records = np.empty(len(new) + len(old), self._record)
+            self._put_states(records[: len(new)], round_index, identities, states, new)
+            self._put_newest(records[len(new) :], old)
+            _save(self._paths[files[host]], records)
+        for file, (new, old), made in zip(files, parts, rounds, strict=True):
+            self._enter(file, identities[new], round_index, round_index)
+            self._enter(file, old, made, round_index, len(new))
 
     def forget(self, rounds: int) -> None:
         """Removes what no checkpoint after so many rounds, or more, needs."""
         for file in [file for file, newer in self._dead.items() if newer < rounds]:
             if hosts.is_first():
                 self._paths[file].unlink(missing_ok=True)
-            del self._dead[file], self._counts[file]
+            del self._dead[file], self._counts[file], self._paths[file]
 
     def _left_over(self, cohort: np.ndarray) -> np.ndarray:
         """Whose states are written again: what a cohort leaves in the files that have least."""
         room, again = int(_AGAIN * len(cohort)), np.zeros(0, np.int32)
-        for file in sorted(self._sparse, key=self._living.__getitem__):
+        # All hosts in the same order.
+        for file in sorted(self._sparse, key=lambda file: (self._living[file], file)):
             members = np.array(self._open(file)[_IDENTITY])
             left = np.setdiff1d(members[self._file[members] == file], cohort)
             if len(again) + len(left) > room:
@@ -167,28 +172,30 @@ class ClientStore:
             again = np.append(again, left)
         return again
 
-    def _newest(self, identities: np.ndarray) -> np.ndarray:
-        """Records as they are on disk."""
-        records = np.empty(len(identities), self._record)
-        files = self._file[identities]
-        for file in np.unique(files).tolist():
-            here = np.flatnonzero(files == file)
-            records[here] = self._open(file)[self._place[identities[here]]]
-        return records
-
-    def _records(
-        self, round_index: int, identities: np.ndarray, states: PyTree, part: np.ndarray
-    ) -> np.ndarray:
-        records = np.empty(len(part), self._record)
+    def _put_states(
+        self,
+        records: np.ndarray,
+        round_index: int,
+        identities: np.ndarray,
+        states: PyTree,
+        part: np.ndarray,
+    ) -> None:
         records[_IDENTITY], records[_ROUND] = identities[part], round_index
         for field, values in zip(self._fields, jax.tree.leaves(states), strict=True):
             records[field] = values.view(self._record[field].base)[part]
-        return records
+
+    def _put_newest(self, records: np.ndarray, identities: np.ndarray) -> None:
+        """Records as they are on disk."""
+        files = self._file[identities]
+        for file in np.unique(files).tolist():
+            here = np.flatnonzero(files == file)
+            records[here] = self._open(file, self._place[identities[here]])
 
     def _add(self, index: int, host: int) -> int:
         """A new file's number."""
-        self._paths.append(self._path(index, host))
-        return len(self._paths) - 1
+        self._files += 1
+        self._paths[self._files] = self._path(index, host)
+        return self._files
 
     def _path(self, index: int, host: int) -> Path:
         name = f"{index:06d}.{host}.npy" if host else f"{index:06d}.npy"
@@ -231,9 +238,9 @@ class ClientStore:
                 self._path(index, host).unlink(missing_ok=True)
         self._unfinished = {(i, host) for i, host in self._unfinished if i != round_index}
 
-    def _open(self, file: int) -> np.ndarray:
+    def _open(self, file: int, places: np.ndarray | slice = slice(None)) -> np.ndarray:
         path = self._paths[file]
-        records = np.load(path, mmap_mode="r", allow_pickle=False)
+        records = np.load(path, mmap_mode="r", allow_pickle=False)[places]
         if records.dtype == self._older_record:
             # All were of the round that wrote them.
             known = np.empty(len(records), self._record)
