@@ -109,8 +109,8 @@ def compare(
         for name, seed in jobs:
             experiment.check_workdir(_under(configs[name], seed), _directory(workdir, name, seed))
         locks.check_writable(workdir)
-    with hosts.all_or_none(), hosts.first_before_others("prepared"):
-        setting = experiment.prepare(config)
+    # What all methods share, the size of the cohort of the first among it.
+    setting = experiment.prepare_on_all_hosts(next(iter(configs.values())))
     metric, untouched = setting.task.metrics[0], experiment.judge_untouched(config, setting)
     program = functools.lru_cache(1)(
         lambda name: experiment.compile_program(configs[name], setting)

@@ -30,8 +30,7 @@ def main() -> None:
         experiment.check(config)
         experiment.check_workdir(config, workdir)
         locks.check_writable(workdir)
-    with hosts.all_or_none(), hosts.first_before_others("prepared"):
-        setting = experiment.prepare(config)
+    setting = experiment.prepare_on_all_hosts(config)
     with progress_bar(config.rounds, config.method) as bar, whole_rounds(bar) as advance:
         program = experiment.compile_program(config, setting)
         say = tqdm.write if hosts.is_first() else None

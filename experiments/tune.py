@@ -201,7 +201,7 @@ def tune(
     for name, grid in grids.items():
         _check_workdirs(grid, workdir / name, num_seeds)
     locks.check_writable(workdir)
-    setting = experiment.prepare(config)
+    setting = experiment.prepare(next(iter(grids[names[0]].values())))
     metric, found, spent = setting.task.metrics[0], {}, {}
     total = sum(_rounds(plan(len(grid), config.rounds, halving)) for grid in grids.values())
     with progress_bar(num_seeds * total) as bar, whole_rounds(bar) as advance:

@@ -339,7 +339,7 @@ def check_asked(config: ConfigDict, names: Sequence[str], num_seeds: int) -> Non
             f"config.method is {config.method!r}, but --methods names {', '.join(names)}: "
             "--methods says what this program runs; name it there, or leave it out of --config"
         )
-    if config.seed >= num_seeds:
+    if "seed" in config_flags.get_override_values(flag) and config.seed >= num_seeds:
         seeds = "seed 0" if num_seeds == 1 else f"seeds 0 to {num_seeds - 1}"
         raise ValueError(
             f"config.seed is {config.seed}, but --seeds={num_seeds} runs the {seeds}: --seeds says "

@@ -15,8 +15,9 @@ storage type. All functions can be called under `jit`, `vmap` and `grad`.
 Errors. Outside jit a ValueError says what is wrong: shapes that do not fit, weights that are
 negative, not finite or all zero, an upload that is not finite (and whose). Values cannot be checked
 while tracing: there a client with a negative or non-finite weight, or with anything non-finite in
-its upload, counts as absent, and if nobody is left the means are zero. The result is finite
-always; only the descent of `lora_fair(units='raw')`, the authors', runs away from large factors.
+its upload, counts as absent, and if nobody is left the means are zero. The result is finite as long
+as the type holds the products; only the descent of `lora_fair(units='raw')`, the authors', runs
+away from large factors.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,12 @@ from fedlora_jax.experiment.finished import judge_untouched
 from fedlora_jax.experiment.loop import Progress, check_workdir, run
 from fedlora_jax.experiment.partitions import partition_counts
 from fedlora_jax.experiment.program import Program, check, compile_program, steps, with_step
-from fedlora_jax.experiment.setting import Setting, prepare, training_examples
+from fedlora_jax.experiment.setting import (
+    Setting,
+    prepare,
+    prepare_on_all_hosts,
+    training_examples,
+)
 from fedlora_jax.experiment.state import State, first_state
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "judge_untouched",
     "partition_counts",
     "prepare",
+    "prepare_on_all_hosts",
     "run",
     "steps",
     "training_examples",

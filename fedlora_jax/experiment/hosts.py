@@ -42,7 +42,7 @@ def are_several() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is the host that writes."""
+    """Whether this is the host that writes what is of all."""
     return jax.process_index() == 0
 
 

@@ -5,7 +5,6 @@ import functools
 import json
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +74,7 @@ def run(
 
     Raises:
       ValueError: If `workdir` holds a run of another configuration or a partition of other data, or
-        if a round cannot fit the memory, or if hosts differ in configuration, data or backbone.
+        if a round cannot fit the memory.
       Damaged: If what is needed to go on is not what was written, and nothing else has it.
       Held: If another process runs in `workdir`.
       OSError: If nothing can be written there.
@@ -84,7 +83,6 @@ def run(
     check(config)
     rounds = min(until or config.rounds, config.rounds)
     found = partitions.of_run(config, setting.train, workdir)
-    hosts.check_same(_alike(config, setting))
     start = first_state(config, setting, program.method, found.parts, program.mesh)
     with _held(workdir):
         with hosts.first_before_others("claimed"):
@@ -121,20 +119,6 @@ def run(
             if hosts.is_first():
                 records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
         return records.read_metrics(workdir, max(rounds, resumed.rounds))
-
-
-def _alike(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, int]:
-    """What hosts may not differ in, as checksums; nothing is computed for one host."""
-    if not hosts.are_several():
-        return {}
-    settings = np.frombuffer(config.to_json_best_effort(sort_keys=True).encode(), np.uint8)
-    parts = {"settings": settings, "training data": setting.train, "held-out data": setting.test}
-    return {name: _checksum(tree) for name, tree in {**parts, "backbone": setting.params}.items()}
-
-
-def _checksum(tree: PyTree) -> int:
-    arrays = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in jax.tree.leaves(tree))
-    return functools.reduce(lambda before, x: zlib.crc32(x.data, before), arrays, 0)
 
 
 def _given(config: ml_collections.ConfigDict, start: State) -> Params:

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import inspect
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from fedlora_jax import methods, models
 from fedlora_jax.data import image_folder, images, partition, python_docs, sources
 from fedlora_jax.data.stored import Stored
-from fedlora_jax.experiment import texts
+from fedlora_jax.experiment import hosts, texts
 from fedlora_jax.federated.task import (
     Batch,
     Task,
@@ -81,6 +82,33 @@ def prepare(config: ml_collections.ConfigDict) -> Setting:
     # A run of earlier times has no such switch.
     task = task._replace(loop=config.model.get("loop", False))
     return Setting(task, params, train, test, domains, stored)
+
+
+def prepare_on_all_hosts(config: ml_collections.ConfigDict) -> Setting:
+    """`prepare` on each of several hosts; the first one alone makes what is not there yet.
+
+    Raises:
+      ValueError: As `prepare`, on all hosts if on one; or if hosts differ in settings, data or
+        backbone.
+    """
+    with hosts.all_or_none(), hosts.first_before_others("prepared"):
+        setting = prepare(config)
+    hosts.check_same(_alike(config, setting))
+    return setting
+
+
+def _alike(config: ml_collections.ConfigDict, setting: Setting) -> dict[str, int]:
+    """What hosts may not differ in, as checksums; nothing is computed for one host."""
+    if not hosts.are_several():
+        return {}
+    settings = np.frombuffer(config.to_json_best_effort(sort_keys=True).encode(), np.uint8)
+    parts = {"settings": settings, "training data": setting.train, "held-out data": setting.test}
+    return {name: _checksum(tree) for name, tree in {**parts, "backbone": setting.params}.items()}
+
+
+def _checksum(tree: Any) -> int:
+    arrays = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in jax.tree.leaves(tree))
+    return functools.reduce(lambda before, x: zlib.crc32(x.data, before), arrays, 0)
 
 
 def _check_values(

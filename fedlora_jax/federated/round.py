@@ -153,7 +153,7 @@ def check_ranks(
     """The rank of each client, int32 `[N]`; raises ValueError as `create` does."""
     full = max(factors.rank for factors in server.trainable.adapters.values())
     chosen = np.full(num_clients, full) if ranks is None else np.asarray(ranks)
-    whole = np.issubdtype(chosen.dtype, np.integer)
+    whole = np.all(chosen == np.floor(chosen))
     if chosen.shape != (num_clients,) or not whole or chosen.min() < 1 or chosen.max() > full:
         found = f"from {chosen.min()} to {chosen.max()}" if chosen.size else "none"
         raise ValueError(

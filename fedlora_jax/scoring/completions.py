@@ -143,7 +143,7 @@ def write(
             adapters=adapters,
             scale=scale,
             key=key,
-            temperature=sampling.temperature or 1.0,
+            temperature=sampling.temperature,
             top_p=sampling.top_p,
             end_token=end_token,
         )

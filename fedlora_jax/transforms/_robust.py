@@ -52,7 +52,7 @@ def robust(
     `multi_krum` f with n >= 2 f + 3, f the share `byzantine` of n rounded up; `trimmed_mean` f;
     `median` and `geometric_median` less than half, the latter by weight. Clients of weight zero are
     absent, as are those whose change is too large to be squared; if the four are left with nobody,
-    the server keeps its state.
+    the server keeps its state, and a server's step around it sees no change.
 
     The aggregation error of a round is then the distance from the plain mean of what was sent.
 
@@ -97,6 +97,9 @@ def robust(
         kept = jax.tree.map(
             lambda new, old: new if new is old else jnp.where(anybody, new, old), changed, server
         )
+        if aggregated is not None and aggregated.residual is not None:
+            merged = jax.tree.map(lambda x: jnp.where(anybody, x, 0), aggregated.residual)
+            aggregated = aggregated._replace(residual=merged)
         return kept, aggregated
 
     def by_entries(

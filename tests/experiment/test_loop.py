@@ -363,12 +363,12 @@ def test_what_is_not_finite_is_null_in_the_metrics(base, make, tmp_path, monkeyp
 def test_what_hosts_may_not_differ_in_is_named(base, make, monkeypatch):
     """Each has its own checksums; another seed, and a backbone that is one bit away."""
     monkeypatch.setattr("fedlora_jax.experiment.hosts.are_several", lambda: True)
-    setting = base[1]
-    leaves, structure = jax.tree.flatten(setting.params)
+    shared = base[1]
+    leaves, structure = jax.tree.flatten(shared.params)
     other = np.nextafter(np.asarray(leaves[0]), np.float32(9))
-    changed = setting._replace(params=jax.tree.unflatten(structure, [other, *leaves[1:]]))
-    mine = loop._alike(make(), setting)
-    theirs = [loop._alike(make(), setting), loop._alike(make(seed=5), changed)]
+    changed = shared._replace(params=jax.tree.unflatten(structure, [other, *leaves[1:]]))
+    mine = setting._alike(make(), shared)
+    theirs = [setting._alike(make(), shared), setting._alike(make(seed=5), changed)]
 
     def check(number):
         everyone = np.array([[*mine.values()], [*theirs[number].values()]], np.uint32)

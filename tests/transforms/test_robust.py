@@ -136,12 +136,22 @@ def test_order_and_absent_clients_do_not_matter(served, name, rule):
     np.testing.assert_allclose(other, plain, atol=1e-3)
 
 
-@pytest.mark.parametrize("rule", ["geometric_median", "krum", "multi_krum", "norm_clip"])
-def test_if_no_change_can_be_squared_the_server_keeps_its_state(served, rule):
-    server, aggregate = served("fedit", rule)
-    start, changes, _ = uploads_of("fedit", server)
-    after, _ = aggregate(server, sent(start, jax.tree.map(lambda x: 1e20 * x, changes)), EVERYBODY)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        *(("fedit", rule) for rule in ("geometric_median", "krum", "multi_krum", "norm_clip")),
+        ("frlora", "geometric_median"),
+    ],
+)
+def test_if_no_change_can_be_squared_the_server_keeps_its_state(served, name, rule):
+    """And nothing is merged, neither here nor by a server's step around it."""
+    server, aggregate = served(name, rule)
+    start, changes, _ = uploads_of(name, server)
+    far = sent(start, jax.tree.map(lambda x: 1e20 * x, changes))
+    after, aggregated = aggregate(server, far, EVERYBODY)
     jax.tree.map(np.testing.assert_array_equal, after, server)
+    assert (aggregated.residual is None) == (name == "fedit")
+    assert not any(np.any(x) for x in jax.tree.leaves(aggregated.residual))
 
 
 def test_a_clipped_client_moves_an_exact_mean_by_its_share_of_the_norm(served, world):
