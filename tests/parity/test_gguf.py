@@ -141,15 +141,17 @@ def test_other_templates(theirs, name):
 
 def test_greedy_text(theirs, ours):
     model, params, tokenizer = ours
-    for prompt in ("The capital of France is", "def fibonacci(n):\n"):
-        ids = tokenizer.encode(prompt).ids
+    prompts = ("The capital of France is", "def fibonacci(n):\n")
+    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    lengths = jnp.array([len(ids) for ids in encoded])
+    padded = jnp.array([ids + [0] * (max(lengths.tolist()) - len(ids)) for ids in encoded])
+    written = np.asarray(generate(model, params, padded, lengths, max_new_tokens=16))
+    for prompt, ids, got in zip(prompts, encoded, written, strict=True):
         with torch.no_grad():
             whole = theirs[0].generate(
                 torch.tensor([ids]), max_new_tokens=16, do_sample=False, pad_token_id=2
             )
-        prompts = jnp.array([ids])
-        got = generate(model, params, prompts, jnp.array([len(ids)]), max_new_tokens=16)
-        text = tokenizer.decode(np.asarray(got)[0].tolist())
+        text = tokenizer.decode(got.tolist())
         assert text == tokenizer.decode(whole[0, len(ids) :].tolist())
         if "France" in prompt:
             assert "Paris" in text
