@@ -135,6 +135,26 @@ def test_model_and_weights_come_back_in_every_quantisation(tmp_path, params, kin
             np.testing.assert_array_equal(value, want, err_msg=path)
 
 
+def test_a_file_is_looked_through_once_until_it_changes(tmp_path, params, monkeypatch):
+    """The library takes seconds for the vocabulary of a real model."""
+    path, opened, read = tmp_path / "model.gguf", [], gguf.GGUFReader.__init__
+
+    def noted(self, *args, **options):
+        opened.append(args)
+        read(self, *args, **options)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", noted)
+    write(path, params)
+    for _ in range(2):
+        pretrained.from_pretrained(path)
+        pretrained.read_language(path)
+        assert gguf_files.read_config(path)["max_position_embeddings"] == 128
+    assert len(opened) == 1
+    write(path, params, context=64)
+    assert gguf_files.read_config(path)["max_position_embeddings"] == 64
+    assert len(opened) == 2
+
+
 def write_tensors(path, **tensors):
     """A file of tensors as they are stored, with their forms; of a model with two heads."""
     writer = gguf.GGUFWriter(path, "llama")

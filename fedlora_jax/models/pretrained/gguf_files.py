@@ -6,10 +6,10 @@ file itself is mapped. `gguf_tokenizers` says which tokenizers are read. Needs t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -41,6 +41,18 @@ _LLAMA3 = RopeScaling(8.0, 1.0, 4.0, 8192)
 T = TypeVar("T")
 
 
+class _Header(NamedTuple):
+    """What a file says before its numbers.
+
+    Attributes:
+      values: All metadata by name.
+      tensors: The library's `ReaderTensor` of each; their data are mapped.
+    """
+
+    values: Mapping[str, Any]
+    tensors: Sequence[Any]
+
+
 def _named(function: Callable[[PathLike], T]) -> Callable[[PathLike], T]:
     """Makes errors that name the file of all that `function` meets in it."""
 
@@ -60,19 +72,19 @@ def read_config(path: PathLike) -> dict[str, Any]:
       ImportError: If the extra `gguf` is not installed.
       ValueError: If the file is damaged, or its architecture is not Llama's.
     """
-    reader = _open(path)
-    architecture = _value(reader, "general.architecture")
+    header = _open(path)
+    architecture = header.values.get("general.architecture")
     if architecture != "llama":
         raise ValueError(f"{path} holds a model of architecture {architecture!r}; ours is 'llama'")
 
     def number(name: str, default: Any = None) -> Any:
-        return _value(reader, f"llama.{name}", default)
+        return header.values.get(f"llama.{name}", default)
 
     heads, width = number("attention.head_count"), number("embedding_length")
-    names = {tensor.name for tensor in reader.tensors}
+    names = {tensor.name for tensor in header.tensors}
     return {
         "model_type": "llama",
-        "vocab_size": int(_tensor(reader, "token_embd.weight").shape[1]),
+        "vocab_size": int(_tensor(header, "token_embd.weight").shape[1]),
         "hidden_size": width,
         "num_hidden_layers": number("block_count"),
         "num_attention_heads": heads,
@@ -81,21 +93,21 @@ def read_config(path: PathLike) -> dict[str, Any]:
         "head_dim": number("attention.key_length", width // heads),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base", 10_000.0),
-        "rope_scaling": _rope_scaling(reader),
+        "rope_scaling": _rope_scaling(header),
         "max_position_embeddings": number("context_length"),
         "tie_word_embeddings": "output.weight" not in names,
     }
 
 
-def _rope_scaling(reader: Any) -> dict[str, Any] | None:
-    kind = _value(reader, "llama.rope.scaling.type", "none")
+def _rope_scaling(header: _Header) -> dict[str, Any] | None:
+    kind = header.values.get("llama.rope.scaling.type", "none")
     if kind != "none":
         return {"rope_type": kind}
-    if _FREQUENCIES not in {tensor.name for tensor in reader.tensors}:
+    if _FREQUENCIES not in {tensor.name for tensor in header.tensors}:
         return None
-    factors = np.array(_tensor(reader, _FREQUENCIES).data, np.float32)
+    factors = np.array(_tensor(header, _FREQUENCIES).data, np.float32)
     scaling = _LLAMA3._replace(factor=float(factors.max()))
-    base = _value(reader, "llama.rope.freq_base", 10_000.0)
+    base = header.values.get("llama.rope.freq_base", 10_000.0)
     plain, stretched = (
         rotary_frequencies(2 * len(factors), base, wanted) for wanted in (None, scaling)
     )
@@ -121,14 +133,14 @@ def open_gguf(path: PathLike) -> Tensors:
       ImportError: If the extra `gguf` is not installed.
       ValueError: If the file is damaged, or a tensor is in a form that `gguf` cannot dequantise.
     """
-    reader = _open(path)
-    heads = int(_value(reader, "llama.attention.head_count", 1))
+    header = _open(path)
+    heads = int(header.values.get("llama.attention.head_count", 1))
     turned = {
         "attn_q": heads,
-        "attn_k": int(_value(reader, "llama.attention.head_count_kv", heads)),
+        "attn_k": int(header.values.get("llama.attention.head_count_kv", heads)),
     }
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in header.tensors:
         if tensor.name != _FREQUENCIES:
             kind = tensor.name.split(".")[-2]
             tensors[_hugging_face_name(tensor.name)] = _stored(path, tensor, turned.get(kind))
@@ -185,10 +197,10 @@ def read_tokenizer(path: PathLike) -> Any:
       ValueError: If the vocabulary is neither a byte-level one split in a way that is known here,
         nor one of SentencePiece's with scores.
     """
-    reader, tokenizers = _open(path), _library("tokenizers")
+    header, tokenizers = _open(path), _library("tokenizers")
 
     def entry(name: str, default: Any = None) -> Any:
-        return _value(reader, f"tokenizer.ggml.{name}", default)
+        return header.values.get(f"tokenizer.ggml.{name}", default)
 
     try:
         return gguf_tokenizers.make(entry, tokenizers)
@@ -202,46 +214,63 @@ def read_tokenizer(path: PathLike) -> Any:
 @_named
 def chat_template(path: PathLike) -> str | None:
     """The Jinja template of a conversation, if the file has one."""
-    return _value(_open(path), "tokenizer.chat_template")
+    return _open(path).values.get("tokenizer.chat_template")
 
 
 @_named
 def special_tokens(path: PathLike) -> dict[str, str]:
     """The tokens that begin and end a text, by Hugging Face's names, as far as the file says."""
-    reader = _open(path)
-    tokens = _value(reader, "tokenizer.ggml.tokens", [])
+    header = _open(path)
+    tokens = header.values.get("tokenizer.ggml.tokens", [])
     called = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown"}
-    ids = {name: _value(reader, f"tokenizer.ggml.{key}_token_id") for name, key in called.items()}
+    ids = {
+        name: header.values.get(f"tokenizer.ggml.{key}_token_id") for name, key in called.items()
+    }
     return {name: tokens[index] for name, index in ids.items() if index is not None}
 
 
 @_named
 def end_token(path: PathLike) -> int | None:
     """The token id that ends a text, if the file says which."""
-    return _value(_open(path), "tokenizer.ggml.eos_token_id")
+    return _open(path).values.get("tokenizer.ggml.eos_token_id")
 
 
-def _open(path: PathLike) -> Any:
+def _open(path: PathLike) -> _Header:
+    file = Path(path)
+    found = file.stat()
+    return _read_header(file.resolve(), found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=2)
+def _read_header(path: Path, changed: int, size: int) -> _Header:
+    """Kept for who reads the same file next: the library takes seconds for a vocabulary.
+
+    Args:
+      path: The file.
+      changed: When it was last changed; one that was since is another file.
+      size: Its bytes.
+    """
     gguf: Any = _library()
 
     class Reader(gguf.GGUFReader):
         """Does not go on behind the end of a file, which would take as long as a file says."""
 
+        data: Any
+
         def _get(self, offset: int, dtype: Any, count: int = 1, **options: Any) -> Any:
-            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > size:
                 raise ValueError("it is cut short")
+            # The same memory: a slice of a map takes three times as long as one of an array.
+            self.data = np.asarray(self.data)
             return super()._get(offset, dtype, count, **options)
 
-    return Reader(Path(path))
+    reader = Reader(path)
+    values = {name: field.contents() for name, field in reader.fields.items()}
+    return _Header(values, reader.tensors)
 
 
-def _value(reader: Any, name: str, default: Any = None) -> Any:
-    field = reader.get_field(name)
-    return default if field is None else field.contents()
-
-
-def _tensor(reader: Any, name: str) -> Any:
-    for tensor in reader.tensors:
+def _tensor(header: _Header, name: str) -> Any:
+    for tensor in header.tensors:
         if tensor.name == name:
             return tensor
     raise ValueError(f"the file has no tensor {name!r}")
