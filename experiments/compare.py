@@ -48,7 +48,7 @@ _METHODS = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_integer(
     "seeds",
     3,
-    "Number of seeds: 0, 1, ...; config.seed must be one of them.",
+    "Number of seeds: 0, 1, ...; a --config.seed must be one of them.",
     lower_bound=1,
 )
 _LEARNING_RATES = flags.DEFINE_string(

@@ -118,7 +118,7 @@ def main() -> None:
     )
     for name, benchmark in asked.items():
         asking.check(name, benchmark)
-    check_target()
+    check_target(tasks)
     out = _OUT.value or (_WORKDIR.value and Path(_WORKDIR.value, "evaluation"))
     if out is None:
         raise ValueError("--out must name a directory for what is written")
@@ -134,8 +134,6 @@ def evaluate(
 ) -> None:
     """Scores the tasks, records and prints."""
     target = read_target()
-    if METRICS in tasks and target.measure is None:
-        raise ValueError("metrics need data: give --workdir or --config")
     record, names = Record(out), list(tasks)
     for place, name in enumerate(names):
         if name == METRICS:
@@ -148,11 +146,11 @@ def evaluate(
     print(f"{record.table(names)}\n\nNumbers: {record.path}")
 
 
-def check_target() -> None:
+def check_target(tasks: Mapping[str, str | None]) -> None:
     """Checks what the flags say is to be scored, before anything is read or written.
 
     Raises:
-      ValueError: If they contradict each other.
+      ValueError: If they contradict each other, or the tasks.
       FileNotFoundError: If there is no run in --workdir.
     """
     given = [name for name in ("workdir", "model", "config") if flags.FLAGS[name].value]
@@ -161,6 +159,8 @@ def check_target() -> None:
         raise ValueError(f"give one of --workdir, --model and --config; there is {named}")
     if _CLIENT.value is not None and not _WORKDIR.value:
         raise ValueError("--client is of a run: give --workdir")
+    if METRICS in tasks and _MODEL.value:
+        raise ValueError("metrics need data: give --workdir or --config")
     if _WORKDIR.value:
         if Adapter(_ADAPTER.value, _SCALE.value) != Adapter():
             raise ValueError("--adapter and --scale go with --model or --config; a run has its own")

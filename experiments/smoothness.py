@@ -209,7 +209,7 @@ if __name__ == "__main__":
     _SEEDS = flags.DEFINE_integer(
         "seeds",
         2,
-        "Number of seeds: 0, 1, ...; config.seed must be one of them.",
+        "Number of seeds: 0, 1, ...; a --config.seed must be one of them.",
         lower_bound=1,
     )
     flags.mark_flag_as_required("config")

@@ -69,7 +69,7 @@ _HALVING = flags.DEFINE_integer(
 _SEEDS = flags.DEFINE_integer(
     "seeds",
     2,
-    "Number of seeds: 0, 1, ...; config.seed must be one of them.",
+    "Number of seeds: 0, 1, ...; a --config.seed must be one of them.",
     lower_bound=1,
 )
 

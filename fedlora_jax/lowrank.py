@@ -201,6 +201,14 @@ def power_of_two(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax
     return jnp.where(largest > 0, jnp.clip(power, 4 * numbers.tiny, 0.25 / numbers.tiny), 1)
 
 
+def of_size_one(
+    factors: Factors, axis: int | tuple[int, ...] | None = None
+) -> tuple[Factors, Factors]:
+    """Both factors divided by a power of two each, and these, as `power_of_two` has them."""
+    units = Factors(*(power_of_two(x, axis) for x in factors))
+    return Factors(*(x / unit for x, unit in zip(factors, units, strict=True))), units
+
+
 def _norm_by_blocks(factors: Factors) -> Scalar:
     norms = jax.lax.map(lambda rows: vector_norm(matmul(rows, factors.b)), _blocks(factors.a))
     return vector_norm(norms)
@@ -325,9 +333,7 @@ def singular_values(factors: Factors) -> jax.Array:
     (d_in, rank), d_out = factors.a.shape, factors.b.shape[1]
     if rank <= min(d_in, d_out, _EXACT):
         return svd(factors).s
-    factors = wide(factors)
-    units = [power_of_two(x) for x in factors]
-    factors = Factors(*(x / unit for x, unit in zip(factors, units, strict=True)))
+    factors, units = of_size_one(wide(factors))
     tall = factors if d_in >= d_out else transpose(factors)
     rows = _blocks(tall.a)
 
@@ -338,7 +344,7 @@ def singular_values(factors: Factors) -> jax.Array:
     size = min(d_in, d_out)
     squares, _ = jax.lax.scan(add, jnp.zeros((size, size), rows.dtype), rows)
     values = jnp.linalg.eigvalsh(squares)[::-1]
-    return (units[0] * units[1])[0] * safe_sqrt(values[: min(size, rank)])
+    return (units.a * units.b)[0] * safe_sqrt(values[: min(size, rank)])
 
 
 def truncated_sum(terms: Sequence[Factors], rank: int, *, split: Split = "right") -> Factors:

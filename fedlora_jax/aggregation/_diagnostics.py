@@ -158,8 +158,8 @@ def _products(x: Factors, y: Factors) -> _Pair:
 
 def _near_one(factors: Factors, size: jax.Array) -> tuple[Factors, jax.Array]:
     """Factors without their size, and what is left of that of their product."""
-    a, b = (lowrank.power_of_two(x) for x in factors)
-    return Factors(factors.a / a, factors.b / b), size / a[0, 0] / b[0, 0]
+    small, units = lowrank.of_size_one(factors)
+    return small, size / units.a[0, 0] / units.b[0, 0]
 
 
 def _arrays(x: jax.Array, y: jax.Array) -> _Pair:

@@ -95,12 +95,13 @@ def _fedrot_lora(
     strength: jax.Array,
     reflections: bool,
 ) -> Aggregated:
-    reference = _of_size_one(lowrank.pad(reference, clients.rank))
+    # A rotation does not depend on the size of either.
+    reference, _ = lowrank.of_size_one(lowrank.pad(reference, clients.rank))
     strength = strength.astype(weights.dtype)
     identity = jnp.eye(clients.rank, dtype=weights.dtype)
 
     def rotate(client: Factors) -> Factors:
-        a, b = _of_size_one(client)
+        (a, b), _ = lowrank.of_size_one(client)
         core = jnp.where(b_aligned, matmul(b, reference.b.T), matmul(a.T, reference.a))
         turn = _nearest_rotation(core, reflections)
         soft = _nearest_rotation((1 - strength) * identity + strength * turn, True)
@@ -108,11 +109,6 @@ def _fedrot_lora(
         return Factors(matmul(client.a, turn), matmul(turn.T, client.b))
 
     return _fedit(jax.vmap(rotate)(clients), weights)
-
-
-def _of_size_one(factors: Factors) -> Factors:
-    """Both factors without their size: a rotation does not depend on it."""
-    return Factors(*(x / lowrank.power_of_two(x) for x in factors))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

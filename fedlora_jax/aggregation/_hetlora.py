@@ -107,8 +107,7 @@ def pruned_rank(rank: jax.Array | int, largest: int, decay: float) -> jax.Array:
 
 def _sizes(clients: Factors, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The norms of the products, `[K]`, those beyond its type as its largest number."""
-    units = [lowrank.power_of_two(x, axis=(1, 2)) for x in clients]
-    small = Factors(*(x / unit for x, unit in zip(clients, units, strict=True)))
+    small, units = lowrank.of_size_one(clients, axis=(1, 2))
     sizes = lowrank.safe_sqrt(lowrank.inner(small, small))
     for unit in units:
         sizes = jnp.minimum(sizes * unit[:, 0, 0], jnp.finfo(sizes.dtype).max)

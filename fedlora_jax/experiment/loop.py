@@ -268,7 +268,7 @@ def _stop_or_warn(excluded: int, answers: int, index: int, workdir: Path) -> Non
         )
 
 
-def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """Checks, without writing, that a directory's run, if there is one, is that of a configuration.
 
     More rounds than a run had go on with it, if its rounds do not depend on how many there are.
@@ -277,12 +277,15 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
       config: With method and seed of the run.
       workdir: Where it is to be.
 
+    Returns:
+      The configuration as it is recorded there; None if there is no run.
+
     Raises:
       ValueError: If it holds a run of another configuration; it names the fields.
       Damaged: If its configuration is not what was written.
     """
     if not (workdir / records.CONFIG).exists():
-        return
+        return None
     theirs = records.read_sealed(workdir / records.CONFIG)
     changed = records.differences(_recorded(config), theirs, "config")
     if _same_rounds(config) and config.rounds >= theirs["rounds"]:
@@ -294,14 +297,14 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
             "another work directory, or remove this one"
         )
+    return theirs
 
 
 def _claim(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """Writes the configuration, or finds that the directory's run is the same one."""
-    check_workdir(config, workdir)
-    path, mine = workdir / records.CONFIG, _recorded(config)
-    if not path.exists() or records.read_sealed(path) != mine:
-        records.write_sealed(path, mine)
+    mine = _recorded(config)
+    if check_workdir(config, workdir) != mine:
+        records.write_sealed(workdir / records.CONFIG, mine)
 
 
 def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:

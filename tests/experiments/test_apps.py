@@ -16,14 +16,25 @@ CONFIG = f"--config={digits.__file__}"
 
 
 @pytest.fixture
-def answer(monkeypatch):
+def values(monkeypatch):
+    """Makes these arguments those of the program; its flags, of which none is parsed yet."""
+
+    def make(*arguments):
+        made = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=made)
+        monkeypatch.setattr(flags, "FLAGS", made)
+        monkeypatch.setattr("sys.argv", ["program", *arguments])
+        return made
+
+    return make
+
+
+@pytest.fixture
+def answer(values):
     """The last words of a program with these arguments."""
 
     def parse(*arguments):
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=values)
-        monkeypatch.setattr(flags, "FLAGS", values)
-        monkeypatch.setattr("sys.argv", ["program", *arguments])
+        values(*arguments)
         with pytest.raises(SystemExit) as ended:
             apps._parse(["program", *arguments])
         return ended.value.code
@@ -86,16 +97,13 @@ def test_one_host_needs_no_coordinator():
 
 
 @pytest.fixture
-def given(monkeypatch):
+def given(values):
     """The configuration of a program with these arguments."""
 
     def parse(*arguments):
-        values = flags.FlagValues()
-        config_flags.DEFINE_config_file("config", flag_values=values)
-        monkeypatch.setattr(flags, "FLAGS", values)
-        monkeypatch.setattr("sys.argv", ["program", *arguments])
-        values(["program", *arguments])
-        return values.config
+        made = values(*arguments)
+        made(["program", *arguments])
+        return made.config
 
     return parse
 
