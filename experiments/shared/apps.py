@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ from fedlora_jax.names import lookup
 # Exit statuses after signals, as shells have them.
 _INTERRUPTED = 130
 _TERMINATED = 143
+_STATUS: dict[int, int] = {signal.SIGINT: _INTERRUPTED, signal.SIGTERM: _TERMINATED}
+# What sends a signal to a program and to its group, as `timeout` does, sends it twice in less.
+_APART = 0.5
 # Before a directory that another process uses is tried again, in seconds.
 _PAUSE = 1.0
 
@@ -187,7 +191,8 @@ def _reason(error: BaseException) -> str:
 def whole_rounds(bar: tqdm) -> Iterator[Callable[[], None]]:
     """Counts rounds; after a SIGTERM the round that runs is finished and saved, then all ends.
 
-    A second SIGTERM ends the program at once. Several hosts end after the same round.
+    A second SIGTERM, or interrupt by the keyboard, ends the program at once. Several hosts end
+    after the same round.
 
     Args:
       bar: Of `progress_bar`.
@@ -198,8 +203,6 @@ def whole_rounds(bar: tqdm) -> Iterator[Callable[[], None]]:
     asked: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
-        if asked:
-            _end(_TERMINATED)
         asked.append(number)
 
     def advance() -> None:
@@ -213,9 +216,36 @@ def whole_rounds(bar: tqdm) -> Iterator[Callable[[], None]]:
 
     before = signal.signal(signal.SIGTERM, on_signal)
     try:
-        yield advance
+        with _a_second_signal_ends():
+            yield advance
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _a_second_signal_ends() -> Iterator[None]:
+    """Ends the program at once when a signal comes again after a moment.
+
+    Python calls handlers when a compiled round is done; what waits for a byte hears of it before.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        first: dict[int, float] = {}
+        while content := os.read(reading, 1):
+            number, now = content[0], time.monotonic()
+            if now - first.setdefault(number, now) > _APART and number in _STATUS:
+                os._exit(_STATUS[number])
+        os.close(reading)
+
+    before = signal.set_wakeup_fd(writing)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
 
 
 def shared_work(jobs: Iterable[Job], do: Callable[[Job], Done]) -> dict[Job, Done]:

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from absl import flags
@@ -11,6 +14,7 @@ from ml_collections import config_flags
 from configs import digits, linear
 from experiments.shared import apps
 from fedlora_jax import locks
+from tests.experiments.commands import ROOT
 
 CONFIG = f"--config={digits.__file__}"
 
@@ -138,26 +142,45 @@ def test_a_configuration_is_for_some_programs():
         apps.check_made_for("linear", federation)
 
 
-def test_a_signal_waits_for_the_end_of_a_round():
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_waits_for_the_end_of_a_round(times):
+    """`timeout` sends it twice, to the program and to its group."""
     before = signal.getsignal(signal.SIGTERM)
     done = []
     with pytest.raises(SystemExit) as ended:
         with apps.progress_bar(3) as bar, apps.whole_rounds(bar) as advance:
             for index in range(3):
                 if index == 1:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    for _ in range(times):
+                        os.kill(os.getpid(), signal.SIGTERM)
                 done.append(index)
                 advance()
     assert done == [0, 1] and ended.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_second_signal_does_not_wait():
-    with pytest.raises(SystemExit):
-        with apps.progress_bar(1) as bar, apps.whole_rounds(bar):
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            pytest.fail("it went on")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_second_signal_does_not_wait_for_compiled_code(number, status):
+    """Here a minute or more of it, during which Python calls no handler."""
+    code = """
+import hashlib
+from experiments.shared import apps
+with apps.progress_bar(1) as bar, apps.whole_rounds(bar):
+    print("began", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "began\n"
+            time.sleep(1)
+            end = time.monotonic() + 20
+            while process.poll() is None and time.monotonic() < end:
+                process.send_signal(number)
+                time.sleep(0.2)
+            assert process.poll() == status
+        finally:
+            process.kill()
 
 
 def test_work_that_another_process_does_comes_last(monkeypatch):
