@@ -105,8 +105,9 @@ class Checkpoints:
         ]
 
     def oldest(self) -> int:
-        """The number of finished rounds of the oldest state that is there for good; 0 without."""
-        return min(self._manager.all_steps(), default=0)
+        """The number of finished rounds of the oldest state that is on the disk; 0 without."""
+        # Orbax counts what it is writing, and no more what it removes when that is written.
+        return min(finished(self._directory.parent), default=0)
 
     def save(self, rounds: int, state: PyTree) -> None:
         """Starts to write the state after so many rounds."""

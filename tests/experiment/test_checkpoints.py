@@ -1,6 +1,7 @@
 """What a checkpoint is without: arrays that whoever goes on reads from elsewhere."""
 
 import contextlib
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +60,21 @@ def test_any_change_of_one_number_is_seen(dtype):
     changed = (array.at[i, j].add(jnp.ones((), dtype)) for i in range(13) for j in (0, 5, 16))
     assert int(fingerprint(array)) not in {int(fingerprint(x)) for x in changed}
     assert fingerprint(array) != fingerprint(array[::-1])
+
+
+def test_until_a_checkpoint_is_there_the_two_before_it_count(tmp_path, monkeypatch):
+    """A kill while it is written leaves these two, and the newer one may be damaged."""
+    may_end, add = threading.Event(), Checkpoints._add_checksums
+    monkeypatch.setattr(Checkpoints, "_add_checksums", lambda self: may_end.wait(60) and add(self))
+    may_end.set()
+    kept = Checkpoints(tmp_path)
+    assert kept.oldest() == 0
+    for rounds in (1, 2):
+        kept.save(rounds, state_of(BIG))
+    kept._manager.wait_until_finished()
+    may_end.clear()
+    kept.save(3, state_of(BIG))
+    assert kept.oldest() == 1
+    may_end.set()
+    kept.close()
+    assert kept.oldest() == 2
