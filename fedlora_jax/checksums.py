@@ -30,10 +30,10 @@ def write(directory: Path) -> None:
     (directory / CHECKSUMS).write_text(json.dumps(_of_files(directory), indent=1) + "\n")
     # Together, for one commit of the file system's journal does for many.
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(_force, [*directory.rglob("*"), directory]))
+        list(pool.map(force, [*directory.rglob("*"), directory]))
 
 
-def _force(path: Path) -> None:
+def force(path: Path) -> None:
     """Waits until a file, or what a directory lists, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -64,6 +64,8 @@ class Checkpoints:
         for each in self._directory.iterdir():
             if each.is_dir() and not (each / checksums.CHECKSUMS).exists():
                 checksums.write(each)
+        # The one before has its name for good, when the one before that is removed.
+        checksums.force(self._directory)
 
     def restore(self, rounds: int, like: PyTree) -> PyTree:
         """The state after so many rounds, with arrays of `like` for those that were given.

@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+from fedlora_jax import checksums
 from fedlora_jax.checksums import Damaged
 from fedlora_jax.experiment import hosts
 from fedlora_jax.experiment.records import NOT_NUMPY, replacing
@@ -257,7 +258,9 @@ class ClientStore:
 
 
 def _save(path: Path, records: np.ndarray) -> None:
-    path.parent.mkdir(exist_ok=True)
+    if not path.parent.exists():
+        path.parent.mkdir(exist_ok=True)
+        checksums.force(path.parent.parent)
     with replacing(path) as file:
         np.save(file, records)
         file.seek(0)

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from fedlora_jax import checksums
 from fedlora_jax.checksums import Damaged
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
@@ -221,13 +222,14 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[io.BufferedRandom]:
-    """A file to write to, which takes its place when all is written and on the disk."""
+    """A file to write to, which takes its place, for good, when all is written and on the disk."""
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "w+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    checksums.force(path.parent)
 
 
 def write_sealed(path: Path, record: Mapping[str, Any]) -> None:
