@@ -68,14 +68,15 @@ def _sound_rows(workdir: Path) -> dict[int, dict[str, Any]]:
     for line in [line for seal, line in pairs if seal == _seal(line)]:
         row = json.loads(line)
         rows[row["round"]] = row
-    for line in lines:
+    for place, line in enumerate(lines):
         try:
             row = json.loads(line)
             index = row["round"]
         except (ValueError, KeyError, TypeError):
             continue
-        # One without a seal is of an older version, or damaged, and then its backup is there.
-        if isinstance(index, int) and (_seal(line) in known or index not in rows):
+        # One without a seal is of an older version, or damaged, and then its backup is there; what
+        # is damaged may be its number.
+        if _seal(line) in known or (index == place and index not in rows):
             rows[index] = row
     return rows
 

@@ -122,6 +122,22 @@ def test_a_bit_in_a_number_of_the_metrics_is_seen(world, whole, copy):
     assert without_seconds(records.read_metrics(copy)) == without_seconds(whole)
 
 
+def test_a_bit_in_the_number_of_a_line_is_seen(world, whole, copy):
+    """0 becomes 4, or 8, a round that is not there."""
+    path = copy / "metrics.jsonl"
+    text = path.read_text()
+    for number in (4, 8):
+        path.write_text(text.replace('"round": 0', f'"round": {number}', 1))
+        assert without_seconds(records.read_metrics(copy)) == without_seconds(whole)
+
+
+def test_a_line_whose_backup_was_not_written_any_more_counts(world, whole, copy):
+    """A kill between the two."""
+    cut_short = (copy / "metrics.backup").read_bytes()[:-9]
+    (copy / "metrics.backup").write_bytes(cut_short)
+    assert without_seconds(records.read_metrics(copy)) == without_seconds(whole)
+
+
 @pytest.mark.parametrize("name", ["config.json", "partition.json", chunking.RECORD])
 def test_every_bit_of_a_small_record_is_seen(world, whole, copy, name):
     """Or does not matter."""
