@@ -31,10 +31,11 @@ class Resumed(NamedTuple):
 
 
 def newest(config: ml_collections.ConfigDict, start: State, workdir: Path) -> Resumed:
-    """Finds the newest checkpoint that can be used, or the beginning if there is none at all.
+    """Finds the newest checkpoint that can be used, or the beginning if there was none yet.
 
     Raises:
-      Damaged: If there are checkpoints, and all of them are damaged.
+      Damaged: If there are checkpoints, and all of them are damaged, or there were, and all are
+        gone.
       ValueError: If they are of another model or method.
     """
     damaged: dict[int, str] = {}
@@ -48,6 +49,13 @@ def newest(config: ml_collections.ConfigDict, start: State, workdir: Path) -> Re
         raise Damaged(
             f"no checkpoint of {workdir} can be used: {'; '.join(damaged.values())}. Bring back a "
             "copy; or, to begin anew, choose another work directory or remove this one"
+        )
+    # A third round begins to be recorded when the first checkpoint is there.
+    if (recorded := len(records.read_metrics(workdir))) > 2:
+        raise Damaged(
+            f"{workdir} has the metrics of {recorded} rounds, but no checkpoint. Bring back "
+            f"{checkpoints.DIRECTORY}/ from a copy; or, to begin anew, choose another work "
+            "directory or remove this one"
         )
     return _after(0, config, start, workdir)
 

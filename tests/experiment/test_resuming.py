@@ -138,6 +138,19 @@ def test_a_line_whose_backup_was_not_written_any_more_counts(world, whole, copy)
     assert without_seconds(records.read_metrics(copy)) == without_seconds(whole)
 
 
+def test_checkpoints_that_are_gone_are_missed(world, whole, copy):
+    shutil.rmtree(copy / "checkpoints")
+    before = {path: path.read_bytes() for path in copy.glob("*.jsonl")}
+    with pytest.raises(Damaged, match=f"has the metrics of {ROUNDS} rounds, but no checkpoint"):
+        run(world, copy)
+    assert {path: path.read_bytes() for path in copy.glob("*.jsonl")} == before
+    # While the first one was being written there were no more than two rounds.
+    for name in ("metrics.jsonl", "metrics.backup"):
+        lines = (copy / name).read_bytes().splitlines(keepends=True)
+        (copy / name).write_bytes(b"".join(lines[:2]))
+    assert run(world, copy) == without_seconds(whole)
+
+
 @pytest.mark.parametrize("name", ["config.json", "partition.json", chunking.RECORD])
 def test_every_bit_of_a_small_record_is_seen(world, whole, copy, name):
     """Or does not matter."""
