@@ -51,8 +51,7 @@ class ClientStore:
         again.
 
     Raises:
-      Damaged: If a file of those rounds is not what was written.
-      ValueError: If one is of another model or method.
+      ValueError: If a file of those rounds is of another model or method.
     """
 
     def __init__(self, workdir: Path, first: PyTree, num_clients: int, rounds: int = 0):
@@ -77,23 +76,38 @@ class ClientStore:
         self._living: dict[int, int] = {}
         self._sparse: set[int] = set()
         self._dead: dict[int, int] = {}
+        self._damaged: list[str] = []
         found = self._found() if self._fields else []
         # What hosts that were killed may have left of a round that is not finished.
         self._unfinished = {(index, host) for index, host in found if index >= rounds}
         for index, host in found:
             if index < rounds:
                 file = self._add(index, host)
-                _check(self._paths[file])
+                try:
+                    _check(self._paths[file])
+                except Damaged as error:
+                    # What was in it may be newer elsewhere, see `expect`.
+                    self._damaged.append(str(error))
+                    self._dead[file] = rounds - 1
+                    continue
                 records = self._open(file)
                 self._enter(file, records[_IDENTITY], records[_ROUND], index)
 
     def expect(self, rounds: np.ndarray) -> None:
-        """Raises Damaged unless the newest states are of these rounds, `[N]`; -1 for the first."""
+        """Compares the newest states with what they should be.
+
+        Args:
+          rounds: The round that each client's state is of, `[N]`; -1 for the first state.
+
+        Raises:
+          Damaged: If a state is not there, or its file is not what was written.
+        """
         other = np.flatnonzero(self._round != rounds)
         if self._fields and len(other):
             lost = ", ".join(str(index) for index in np.unique(rounds[other]).tolist())
             raise Damaged(
-                f"{self._directory} lacks the states that {len(other)} clients had after round "
+                "; ".join(self._damaged)
+                or f"{self._directory} lacks the states that {len(other)} clients had after round "
                 f"{lost}"
             )
 
@@ -159,7 +173,8 @@ class ClientStore:
         for file in [file for file, newer in self._dead.items() if newer < rounds]:
             if hosts.is_first():
                 self._paths[file].unlink(missing_ok=True)
-            del self._dead[file], self._counts[file], self._paths[file]
+            self._counts.pop(file, None)
+            del self._dead[file], self._paths[file]
 
     def _left_over(self, cohort: np.ndarray) -> np.ndarray:
         """Whose states are written again: what a cohort leaves in the files that have least."""

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fedlora_jax.checksums import Damaged
 from fedlora_jax.experiment.client_store import DIRECTORY, ClientStore
 from fedlora_jax.lowrank import Factors
+from tests.damage import cut, flip
 
 FIRST = {
     "factors": Factors(jnp.ones((3, 2)), jnp.zeros((2, 4), jnp.bfloat16)),
@@ -153,6 +155,26 @@ def test_rows_that_are_not_wanted_are_not_read(tmp_path, monkeypatch):
     ):
         np.testing.assert_array_equal(x[0], y[1])
         np.testing.assert_array_equal(x[2], first)
+
+
+@pytest.mark.parametrize("harm", [flip, cut])
+def test_a_damaged_file_without_a_newest_state_is_no_loss(tmp_path, harm):
+    generator, states = np.random.default_rng(0), {}
+    store = ClientStore(tmp_path, FIRST, N)
+    for index in range(2):
+        states = states_of(generator, N)
+        store.write(index, np.arange(N), states)
+    old = tmp_path / DIRECTORY / "000000.npy"
+    harm(old)
+    again = ClientStore(tmp_path, FIRST, N, 2)
+    again.expect(np.ones(N))
+    assert_equal(again, {i: jax.tree.map(lambda x, i=i: x[i], states) for i in range(N)})
+    with pytest.raises(Damaged, match=r"000000\.npy is damaged"):
+        ClientStore(tmp_path, FIRST, N, 1).expect(np.zeros(N))
+    again.forget(1)
+    assert old.exists()
+    again.forget(2)
+    assert not old.exists()
 
 
 def test_a_file_of_an_older_version_is_read(tmp_path):
