@@ -177,6 +177,18 @@ def test_a_damaged_file_without_a_newest_state_is_no_loss(tmp_path, harm):
     assert not old.exists()
 
 
+def test_a_damaged_file_is_not_taken_for_one_of_an_older_version(tmp_path):
+    """With 6 records in its header instead of 4 it would end where its checksum does."""
+    first = {"x": np.zeros(2, np.float32)}
+    ClientStore(tmp_path, first, N).write(0, np.arange(4), {"x": np.ones((4, 2), np.float32)})
+    path = tmp_path / DIRECTORY / "000000.npy"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"'shape': (4,)", b"'shape': (6,)"))
+    assert path.read_bytes() != content
+    with pytest.raises(Damaged, match=r"000000\.npy is damaged"):
+        ClientStore(tmp_path, first, N, 1).expect(np.where(np.arange(N) < 4, 0, -1))
+
+
 def test_a_file_of_an_older_version_is_read(tmp_path):
     """Without the round of each state, and without a checksum."""
     generator = np.random.default_rng(0)
