@@ -69,7 +69,7 @@ def add_task(config: ml_collections.ConfigDict, task: str, *metrics: str) -> Non
     Args:
       config: To be added to.
       task: classification, regression or causal_lm.
-      *metrics: Measured after each round, the headline first.
+      *metrics: How it is judged, the headline first.
     """
     config.task = task
     config.metrics = metrics
@@ -77,6 +77,9 @@ def add_task(config: ml_collections.ConfigDict, task: str, *metrics: str) -> Non
     # Most clients whose personal models are judged, and of which each one's score is written; of
     # more a sample by the seed, the same for all methods.
     config.judged_clients = 128
+    # Rounds from one evaluation, and from one checkpoint, to the next; the last round has both.
+    config.evaluate_every = 1
+    config.checkpoint_every = 1
 
 
 def add_combinations(config: ml_collections.ConfigDict) -> None:

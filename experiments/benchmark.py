@@ -7,6 +7,7 @@
     python -m experiments.benchmark memory --rank=8
     python -m experiments.benchmark round
     python -m experiments.benchmark round --only=digits,per_client --chunks=all,1,6 --noreference
+    python -m experiments.benchmark profile --only=digits,llama_6 --chunks=all,1
     python -m experiments.benchmark streaming --clients=5000 --folder=/tmp/jpegs
     python -m experiments.benchmark clients
     python -m experiments.benchmark mesh
@@ -14,32 +15,35 @@
     python -m experiments.benchmark tree
     python -m experiments.benchmark endurance --endured=2000
 
-`aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048, k
-and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32. Every
-function runs in a process of its own: the first call with its compilation, the best and the median
-of later calls, and how far the process grew beyond the stacked factors. The dense reference runs
-one kernel of each kind, and 10 of the 1000 steps of gradient descents; what is multiplied up from
-that is marked with a tilde. `growth` measures one kernel for K from 2 to 256 and r from 4 to 128,
-fits exponents, and draws them. `programs` compiles a round of every method on the shapes of a
-SmolLM2-135M (30 blocks, all seven linear layers of each adapted, windows of 128 tokens, batches of
-four, one client at a time), each in a process of its own, and runs none: lines of StableHLO,
-seconds to trace and to compile, the most memory that took, and what the compiler plans for the
-round. `memory` compiles rounds of `fedit` on the same model, with 1 and 4 clients side by side and
-texts of 128 and 512 tokens, and says what memory the compiler plans: with the logits of the batch
-kept, with those of 128 tokens at a time, and with blocks computed again besides. `round` times
-rounds of `fedit` beside a loop over clients in PyTorch and PEFT, on four models; each size of
-`--chunks` is tried. `per_client` is the cost of a client by the size of the cohort. `streaming`
-writes 224 x 224 JPEG files, 25 for each client, and trains a small ViT on them in a process that
-may hold less memory than they take: how many images the cores decode in a second, and the share of
-a round that the device waits for them. `clients` runs whole rounds of the experiment loop against
-the number of clients and of the cohort's, each point in a process of its own. `mesh` compiles a
-round of every method for four devices, with the local training under `shard_map` and left to the
-compiler, and counts what devices compute and send. `engines` counts the same of parts of a round
-that are written in other ways: left to the compiler, with collectives written out, in DrJAX
-(`pip install drjax`) and as here. `tree` trains clients of the digits demo, and aggregates what
-they send along trees and from sketches. `endurance` runs thousands of rounds of every method, in
-float32 and bfloat16, and fails if a value is not finite, a program is compiled again, or memory
-grows; its rows are `METHOD:float32`, `METHOD:bfloat16`, and of some `METHOD:loop`.
+`aggregation` takes all 112 adapted kernels of a Llama-3.2-1B (16 layers; q and o 2048 x 2048,
+k and v 2048 x 512, gate and up 2048 x 8192, down 8192 x 2048) from 10 clients at rank 32.
+Every function runs in a process of its own: the first call with its compilation, the best and
+the median of later calls, and how far the process grew beyond the stacked factors. The dense
+reference runs one kernel of each kind, and 10 of the 1000 steps of gradient descents; what is
+multiplied up from that is marked with a tilde. `growth` measures one kernel for K from 2 to
+256 and r from 4 to 128, fits exponents, and draws them. `programs` compiles a round of every
+method on the shapes of a SmolLM2-135M (30 blocks, all seven linear layers of each adapted,
+windows of 128 tokens, batches of four, one client at a time), each in a process of its own,
+and runs none: lines of StableHLO, seconds to trace and to compile, the most memory that took,
+and what the compiler plans for the round. `memory` compiles rounds of `fedit` on the same
+model, with 1 and 4 clients side by side and texts of 128 and 512 tokens, and says what memory
+the compiler plans: with the logits of the batch kept, with those of 128 tokens at a time, and
+with blocks computed again besides. `round` times rounds of `fedit` beside a loop over clients
+in PyTorch and PEFT, on four models; each size of `--chunks` is tried. `per_client` is the cost
+of a client by the size of the cohort. `profile` traces a round of each of these models and
+says in which kinds of operations its time goes. `streaming` writes 224 x 224 JPEG files, 25
+for each client, and trains a small ViT on them in a process that may hold less memory than
+they take: how many images the cores decode in a second, and the share of a round that the
+device waits for them. `clients` runs whole rounds of the experiment loop against the number of
+clients and of the cohort's, each point in a process of its own. `mesh` compiles a round of
+every method for four devices, with the local training under `shard_map` and left to the
+compiler, and counts what devices compute and send. `engines` counts the same of parts of a
+round that are written in other ways: left to the compiler, with collectives written out, in
+DrJAX (`pip install drjax`) and as here. `tree` trains clients of the digits demo, and
+aggregates what they send along trees and from sketches. `endurance` runs thousands of rounds
+of every method, in float32 and bfloat16, and fails if a value is not finite, a program is
+compiled again, or memory grows; its rows are `METHOD:float32`, `METHOD:bfloat16`, and of some
+`METHOD:loop`.
 
 It prints tables and writes JSON, a Markdown page and pictures to `--output`.
 """
@@ -74,6 +78,7 @@ from experiments.benchmarks import (
     growth,
     memory,
     mesh,
+    profiles,
     programs,
     rounds,
     streaming,
@@ -98,7 +103,9 @@ _ENDURED = flags.DEFINE_integer("endured", 2000, "Rounds of `endurance`.", lower
 _ONLY = flags.DEFINE_list("only", [], "Rows of the table; all by default.")
 _REFERENCE = flags.DEFINE_bool("reference", True, "Also run the code in PyTorch (extra `parity`).")
 _FULL_SVD = flags.DEFINE_bool("full_svd", False, "Also run full SVDs of dense kernels: minutes.")
-_CHUNKS = flags.DEFINE_list("chunks", ["all", "1", "2"], "Of `round`: clients side by side.")
+_CHUNKS = flags.DEFINE_list(
+    "chunks", ["all", "1", "2"], "Of `round` and `profile`: clients side by side."
+)
 _FOUR_DEVICES = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
 _OF_FOUR_DEVICES = {"device": "cpu", "platform": "cpu"}
 _OUTPUT = flags.DEFINE_string("output", "experiments/benchmarks", "Directory for the results.")
@@ -232,10 +239,7 @@ def round_table() -> None:
             f"{', '.join(missing)} not installed: pip install -e '.[parity]', or leave "
             "PyTorch out with --noreference"
         )
-    try:
-        chunks = rounds.sizes(_CHUNKS.value)
-    except ValueError as error:
-        raise app.UsageError(str(error)) from None
+    chunks = chunk_sizes()
     results: dict[str, Any] = {"environment": environment(), "cases": {}, "per_client": {}}
     for row in each("round", results, rows):
         if row == "per_client":
@@ -243,6 +247,24 @@ def round_table() -> None:
         else:
             results["cases"][row] = rounds.measure(row, chunks, _REPEATS.value, _REFERENCE.value)
     write("round", results, rounds.report(results))
+
+
+def profile_table() -> None:
+    """Traces a round of each case, prints the table and writes it."""
+    results: dict[str, Any] = {"environment": environment(), "rows": {}}
+    names = rows_of(rounds.CASES, rounds.default_cases(jax.default_backend()))
+    rows = [f"{name}:{chunk}" for name in names for chunk in chunk_sizes()]
+    for row in each("profile", results, rows):
+        results["rows"][row] = worker(f"profile:{row}")
+    write("profile", results, profiles.page(results))
+
+
+def chunk_sizes() -> list[str]:
+    """Those that the command line asks for, `all` first."""
+    try:
+        return rounds.sizes(_CHUNKS.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from None
 
 
 def measure_streaming() -> dict[str, Any]:
@@ -339,6 +361,7 @@ def main(argv: list[str]) -> None:
             "kinds": lambda: aggregation.measure_kinds(name, size),
             "dense": lambda: aggregation.measure_dense(name, size),
             "growth": lambda: growth.measure(size.repeats),
+            "profile": lambda: profiles.measure(*name.split(":")),
             "program": lambda: programs.measure(
                 name, blocks=_BLOCKS.value, clients=_CLIENTS.value, rank=_RANK.value
             ),
@@ -360,6 +383,7 @@ def main(argv: list[str]) -> None:
         "growth": growth_table,
         "memory": memory_table,
         "mesh": mesh_table,
+        "profile": profile_table,
         "programs": programs_table,
         "round": round_table,
         "streaming": streaming_table,

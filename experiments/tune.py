@@ -21,7 +21,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from absl import flags
@@ -353,7 +353,16 @@ class _Runs:
         except FloatingPointError:
             records.write_atomically(mark, text)
             return None
-        return rows[rounds - 1][self._setting.task.metrics[0].name]
+        return _judged(rows[rounds - 1], self._setting.task.metrics[0].name, workdir)
+
+
+def _judged(row: Mapping[str, Any], metric: str, workdir: Path) -> float:
+    if metric not in row:
+        raise ValueError(
+            f"round {row['round']} of the run in {workdir} was not evaluated: choose another work "
+            "directory, or one value of --halving and config.evaluate_every for all that is in it"
+        )
+    return row[metric]
 
 
 def choose(found: Mapping[str, Found], metric: Metric, rounds: int) -> dict[str, Point]:

@@ -97,6 +97,8 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "clients_per_round": _COUNT,
         "evaluation_batch_size": _COUNT,
         "judged_clients": _COUNT,
+        "evaluate_every": _COUNT,
+        "checkpoint_every": _COUNT,
         "data.length": _COUNT,
         "data.size": _COUNT,
         "data.rows.*": _ANY_COUNT,

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its text."""
+"""What is in a compiled program, and what devices send each other there, read from its text."""
 
 import re
 from typing import NamedTuple
@@ -16,10 +16,19 @@ KINDS = (
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", re.MULTILINE)
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w*computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count\":?\{\"n\":\"(\d+)\"")
+
+
+class Instruction(NamedTuple):
+    """One line of a program: `name = shape opcode(rest`."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
 
 
 class Sent(NamedTuple):
@@ -42,15 +51,14 @@ def collectives(text: str, *, only_in_loops: bool = False) -> dict[str, Sent]:
     Raises:
       ValueError: If it has no entry: it is not the text of a compiled program.
     """
-    bodies, entry = _computations(text)
+    bodies, entry = computations(text)
     found: dict[str, Sent] = {}
 
     def walk(name: str, times: int, counted: bool) -> None:
         for line in bodies[name]:
-            matched = _INSTRUCTION.match(line)
-            if matched is None:
+            if (here := instruction(line)) is None:
                 continue
-            shape, operation, rest = matched.groups()
+            _, shape, operation, rest = here
             kind = operation.removesuffix("-done")
             if kind in KINDS and counted:
                 before = found.get(kind, Sent(0, 0))
@@ -58,29 +66,54 @@ def collectives(text: str, *, only_in_loops: bool = False) -> dict[str, Sent]:
                     before.times + times, before.num_bytes + times * num_bytes(shape)
                 )
             trips = _TRIPS.search(rest) if operation == "while" else None
-            for called in _called(rest):
-                if called in bodies:
+            for inner in called(rest):
+                if inner in bodies:
                     inside = counted or operation == "while"
-                    walk(called, times * int(trips[1]) if trips else times, inside)
+                    walk(inner, times * int(trips[1]) if trips else times, inside)
 
     walk(entry, 1, not only_in_loops)
     return found
 
 
+def instruction(line: str) -> Instruction | None:
+    """What a line says; None if it is none."""
+    matched = _INSTRUCTION.match(line)
+    return None if matched is None else Instruction(*matched.groups())
+
+
+def operands(rest: str) -> list[str]:
+    """The names of an instruction's operands."""
+    return re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+
+
+def sizes(shape: str) -> list[int]:
+    """The sizes of an array along its axes: `[4, 8]` of `f32[4,8]{1,0}`."""
+    return integers(_ARRAY.findall(shape)[0][1])
+
+
+def integers(text: str) -> list[int]:
+    """All whole numbers in a text."""
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
 def num_bytes(shape: str) -> int:
     """Bytes of an array or a tuple of arrays, as `f32[4,8]{1,0}` or `(f32[2], s32[])`."""
     total = 0
-    for name, sizes in _ARRAY.findall(shape):
+    for name, lengths in _ARRAY.findall(shape):
         bits = _BITS.get(name, int((re.search(r"\d+", name) or [0])[0]))
         count = 1
-        for size in filter(None, sizes.split(",")):
-            count *= int(size)
+        for size in integers(lengths):
+            count *= size
         total += (count * bits + 7) // 8
     return total
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by name, and which is the entry."""
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation by name, and which is the entry.
+
+    Raises:
+      ValueError: If there is no entry: it is not the text of a compiled program.
+    """
     heads = list(_COMPUTATION.finditer(text))
     entries = [head[2] for head in heads if head[1]]
     if len(entries) != 1:
@@ -92,6 +125,6 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entries[0]
 
 
-def _called(rest: str) -> list[str]:
+def called(rest: str) -> list[str]:
     """The computations that an instruction calls."""
     return [name for group in _CALLED.findall(rest) for name in re.findall(r"[\w.\-]+", group)]

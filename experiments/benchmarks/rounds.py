@@ -246,9 +246,21 @@ def server(case: Case, params: lora.Params, adapters: lora.Adapters) -> Server:
     return Server(backbone, Trainable(adapters, head), jnp.float32(SCALE), (), jnp.int32(0))
 
 
-def ours(
-    case: Case, clients: int, chunks: Sequence[str], initial: Server | None = None
-) -> tuple[Side, Callable[[str], Any]]:
+class Ours(NamedTuple):
+    """Our side, and what is behind it.
+
+    Attributes:
+      side: To be timed.
+      compute: From a size of a chunk, or `server`, to what a round, or the server's step, returns.
+      text: From a size of a chunk to the compiled round.
+    """
+
+    side: Side
+    compute: Callable[[str], Any]
+    text: Callable[[str], str]
+
+
+def ours(case: Case, clients: int, chunks: Sequence[str], initial: Server | None = None) -> Ours:
     """Our side: a round of `fedit`, compiled for each size of a chunk.
 
     Args:
@@ -256,10 +268,6 @@ def ours(
       clients: K.
       chunks: Numbers of clients trained side by side, as text, or `all`.
       initial: The server's state; by default with random weights and fresh adapters.
-
-    Returns:
-      The side, and the function behind it: from a size of a chunk, or `server`, to what a round, or
-      the server's step, returns.
     """
     method, key = methods.get("fedit")(), jax.random.key(0)
     arrays = examples(case, clients)
@@ -309,7 +317,7 @@ def ours(
         "compile_s": compile_s,
         "matrix_rate": matrix_rate(case.compute),
     }
-    return timed(facts, compute), compute
+    return Ours(timed(facts, compute), compute, lambda chunk: programs[chunk].as_text() or "")
 
 
 def timed(facts: dict[str, Any], compute: Callable[[str], Any]) -> Side:
@@ -332,7 +340,7 @@ def serve(side: str, case: str, clients: int, chunks: Sequence[str]) -> None:
 
             made = peft_rounds.side(CASES[case], clients)[0]
         else:
-            made = ours(CASES[case], clients, chunks)[0]
+            made = ours(CASES[case], clients, chunks).side
         print(json.dumps(made.facts), file=answers, flush=True)
         for line in sys.stdin:
             print(json.dumps(made.seconds(line.strip())), file=answers, flush=True)

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -246,6 +247,38 @@ def _a_second_signal_ends() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(before)
         os.close(writing)
+
+
+@contextlib.contextmanager
+def traced(
+    rounds: int, directory: Path, advance: Callable[[], None]
+) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Has `jax.profiler` trace rounds, after the first one, which compiles.
+
+    Args:
+      rounds: How many; 0 for none.
+      directory: For what xprof and TensorBoard show.
+      advance: Called after each round.
+
+    Yields:
+      What is to be called before the first round that is not found finished, and what after each.
+    """
+    after: Iterator[int] = iter(())
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> None:
+            nonlocal after
+            after = itertools.count(1)
+
+        def trace_and_advance() -> None:
+            finished = next(after, 0)
+            if finished == 1 and rounds:
+                stack.enter_context(jax.profiler.trace(str(directory)))
+            elif finished == 1 + rounds:
+                stack.close()
+            advance()
+
+        yield begin, trace_and_advance
 
 
 def shared_work(jobs: Iterable[Job], do: Callable[[Job], Done]) -> dict[Job, Done]:

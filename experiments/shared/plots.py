@@ -71,14 +71,27 @@ def over_megabytes(runs: Runs, metric: Metric) -> Plot | None:
     figure, axes = _figure()
     looks = styles(list(runs))
     for method, megabytes in sent.items():
-        values = np.array([[row[metric.name] for row in rounds] for rounds in runs[method]], float)
+        known, values = _known(runs[method], metric.name)
         look = {**looks[method], "ms": 3}
-        axes.plot(megabytes, values.mean(0) * metric.factor, **look, lw=1.5, label=method)
+        mean = values.mean(0) * metric.factor
+        axes.plot(megabytes[known], mean, **look, lw=1.5, label=method)
     axes.set(xlabel="MB up, down and to catch up, whole cohort, so far", xscale="log")
     axes.set(ylabel=metric.title)
     axes.grid(alpha=0.3)
     _legend_outside(axes)
-    return Plot(figure, f"{metric.sentence} over megabytes, a mark a round, mean over domains")
+    return Plot(
+        figure, f"{metric.sentence} over megabytes, a mark for each evaluation, mean over domains"
+    )
+
+
+def _known(seeds: Sequence[Rounds], field: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rounds that have a field under all seeds, `[R]`, and its values there, `[seeds, R]`.
+
+    Not every round need be evaluated.
+    """
+    known = [i for i, rows in enumerate(zip(*seeds)) if all(field in row for row in rows)]
+    values = [[rounds[i][field] for i in known] for rounds in seeds]
+    return np.array(known, int), np.array(values, float)
 
 
 def _sent(row: Mapping[str, Any]) -> float:
@@ -308,8 +321,9 @@ def _over_rounds(
     looks = looks or styles(list(runs))
     banded = len(runs) <= _FEW and len(next(iter(runs.values()))) > 1
     for method, seeds in runs.items():
-        values = np.array([[row[field] for row in rounds] for rounds in seeds], float) * factor
-        x, mean = np.arange(1, values.shape[1] + 1), values.mean(0)
+        known, values = _known(seeds, field)
+        x, values = known + 1, values * factor
+        mean = values.mean(0)
         look = {**looks[method], "marker": ""}
         axes.plot(x, mean, **look, lw=1.5, label=method)
         if banded:

@@ -330,14 +330,17 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
 def curves(runs: Runs, metric: Metric) -> str:
     """A line of JSON a run: the headline metric and the aggregation error after each round.
 
-    It is what differences under a seed need, of methods that have not run yet too.
+    None where a round was not evaluated. It is what differences under a seed need, of methods that
+    have not run yet too.
     """
     lines = [
         {
             "method": name,
             "seed": rows[0]["seed"],
             **{
-                field: [None if row[field] is None else float(f"{row[field]:.6g}") for row in rows]
+                field: [
+                    None if (x := row.get(field)) is None else float(f"{x:.6g}") for row in rows
+                ]
                 for field in (metric.name, "aggregation_error")
             },
         }

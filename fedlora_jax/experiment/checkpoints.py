@@ -45,6 +45,7 @@ class Checkpoints:
         # What a method merges into is not held here, when the run has gone on from it.
         self._given = weakref.WeakValueDictionary({id(x): x for x in jax.tree.leaves(given)})
         self._fingerprints: dict[int, jax.Array] = {}
+        self._waiting: tuple[int, PyTree] | None = None
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True)
         else:
@@ -113,8 +114,18 @@ class Checkpoints:
 
     def save(self, rounds: int, state: PyTree) -> None:
         """Starts to write the state after so many rounds."""
+        self._waiting = None
         kept = jax.tree.map(self._kept, state)
         self._manager.save(rounds, args=ocp.args.StandardSave(kept))
+
+    def wait_with(self, rounds: int, state: PyTree) -> None:
+        """Leaves the state after so many rounds to `save_waiting`, or to the next one."""
+        self._waiting = rounds, state
+
+    def save_waiting(self) -> None:
+        """Starts to write the state that was left, if that is the last one."""
+        if self._waiting is not None:
+            self.save(*self._waiting)
 
     def _kept(self, leaf: Any) -> Any:
         # By its shape a fingerprint is known, and so a scalar is written as it is.

@@ -25,7 +25,7 @@ from fedlora_jax.experiment.setting import Setting
 from fedlora_jax.experiment.state import State, everywhere, first_state, rows
 from fedlora_jax.experiment.streaming import Stream
 from fedlora_jax.federated import cohort, communication, placement
-from fedlora_jax.federated.evaluation import panel_states
+from fedlora_jax.federated.evaluation import Evaluation, panel_states
 from fedlora_jax.federated.round import PyTree, RoundMetrics
 from fedlora_jax.lora import Params
 from fedlora_jax.methods import Server
@@ -110,11 +110,12 @@ def run(
                 train = _make_train(
                     config, program, start, server, resumed, rounds, stream, kept, announce
                 )
-                record = _make_record(config, setting, program, start, kept)
-                for index in range(resumed.rounds, rounds):
-                    server, results = train(index, server)
-                    record(index, server, results)
-                    advance()
+                record = _make_record(config, setting, program, start, rounds, kept)
+                with _saved_as_far_as_it_came(checkpoints):
+                    for index in range(resumed.rounds, rounds):
+                        server, results = train(index, server)
+                        record(index, server, results)
+                        advance()
         with hosts.first_before_others("finished"):
             if hosts.is_first():
                 records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
@@ -125,6 +126,18 @@ def _given(config: ml_collections.ConfigDict, start: State) -> Params:
     """The part of the state that whoever goes on with the run reads from files."""
     # What is made here, and not read from files, may come out otherwise elsewhere.
     return start.server.backbone if "pretrained" in config else {}
+
+
+@contextlib.contextmanager
+def _saved_as_far_as_it_came(checkpoints: Checkpoints) -> Iterator[None]:
+    """A run that is ended between two checkpoints leaves one of the last finished round."""
+    try:
+        yield
+    except BaseException as error:
+        # Of several hosts all have to write: after what ends them all in the same round.
+        if not hosts.are_several() or isinstance(error, SystemExit | FloatingPointError):
+            checkpoints.save_waiting()
+        raise
 
 
 class _Kept(NamedTuple):
@@ -231,10 +244,18 @@ def _make_record(
     setting: Setting,
     program: Program,
     start: State,
+    rounds: int,
     kept: _Kept,
 ) -> Callable[[int, Server, _Results], None]:
     """Builds `(round, server after it, results)`, which measures and saves them."""
     measure = make_measure(config, program, setting.domains, start)
+
+    def is_due(index: int, every: int) -> bool:
+        return (index + 1) % every == 0 or index + 1 == rounds
+
+    def evaluate(server: Server) -> Evaluation:
+        judged = panel_states(program.method, kept.clients.read, start.test)
+        return program.evaluate(server, judged, start.test)
 
     def record(index: int, server: Server, results: _Results) -> None:
         who, states, measured, seconds = results
@@ -244,11 +265,12 @@ def _make_record(
         writers = placement.writers(program.mesh, places)[: start.cohort_size]
         with hosts.all_or_none():
             kept.clients.write(index, who.cohort, states, writers)
-        judged = panel_states(program.method, kept.clients.read, start.test)
-        row = measure(index, who, server, judged, measured)
+        found = evaluate(server) if is_due(index, config.evaluate_every) else None
+        row = measure(index, who, server, found, measured)
         if kept.writer is not None:
             kept.writer.write({**row, **seconds})
-        kept.checkpoints.save(index + 1, server)
+        now = is_due(index, config.checkpoint_every)
+        (kept.checkpoints.save if now else kept.checkpoints.wait_with)(index + 1, server)
         kept.clients.forget(kept.checkpoints.oldest())
 
     return record
@@ -290,8 +312,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     changed = records.differences(_recorded(config), theirs, "config")
     if _same_rounds(config) and config.rounds >= theirs["rounds"]:
         changed = [line for line in changed if not line.startswith(_LENGTHS)]
-    # The same run, wherever its data wait.
-    changed = [line for line in changed if not line.startswith("config.data.streaming ")]
+    changed = [line for line in changed if not line.startswith(_SAME_ROUNDS)]
     if changed:
         raise ValueError(
             f"{workdir} holds a run of another configuration ({'; '.join(changed)}). Choose "
@@ -315,6 +336,8 @@ def _recorded(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(mine, default=list))
 
 
+# The same run, wherever its data wait, and however often it is looked at.
+_SAME_ROUNDS = ("config.data.streaming ", "config.evaluate_every ", "config.checkpoint_every ")
 _LENGTHS = ("config.rounds ", "config.options.rounds ")
 
 

@@ -15,7 +15,7 @@ from fedlora_jax.federated import communication
 from fedlora_jax.federated.communication import MessageBytes
 from fedlora_jax.federated.evaluation import Evaluation, mean_of_known
 from fedlora_jax.federated.metrics import Metric
-from fedlora_jax.federated.round import PyTree, RoundMetrics
+from fedlora_jax.federated.round import RoundMetrics
 from fedlora_jax.methods import Server
 
 
@@ -31,7 +31,9 @@ class Participation(NamedTuple):
     absent: np.ndarray
 
 
-Measure: TypeAlias = Callable[[int, Participation, Server, PyTree, RoundMetrics], dict[str, Any]]
+Measure: TypeAlias = Callable[
+    [int, Participation, Server, Evaluation | None, RoundMetrics], dict[str, Any]
+]
 
 _QUANTILES = {"10%": 0.1, "50%": 0.5, "90%": 0.9}
 
@@ -42,9 +44,10 @@ def make_measure(
     domains: Sequence[str],
     start: State,
 ) -> Measure:
-    """Builds `(round, who took part, server after it, panel's states, measured) -> metrics`.
+    """Builds `(round, who took part, server after it, evaluation, measured) -> metrics`.
 
-    They are all plain numbers, with None for what is not finite, which JSON does not have.
+    They are all plain numbers, with None for what is not finite, which JSON does not have. Without
+    an evaluation those of held-out examples are left out.
 
     Args:
       config: As in `configs/`.
@@ -71,17 +74,20 @@ def make_measure(
         return {f"megabytes_{name}": value for name, value in total._asdict().items()}
 
     def measure(
-        index: int, who: Participation, server: Server, judged: PyTree, measured: RoundMetrics
+        index: int,
+        who: Participation,
+        server: Server,
+        found: Evaluation | None,
+        measured: RoundMetrics,
     ) -> dict[str, Any]:
         here = slice(len(who.cohort))
         ranks = np.asarray(measured.ranks)[here].tolist()
-        found = program.evaluate(server, judged, start.test)
         spent = epsilon(config, num_clients, index + 1)
         return {
             "round": index,
             "method": config.method,
             "seed": config.seed,
-            **in_words(program.metrics, found, domains),
+            **({} if found is None else in_words(program.metrics, found, domains)),
             "loss": _number(measured.loss),
             "aggregation_error": _number(measured.aggregation_error),
             **_described(measured.diagnostics),

@@ -50,8 +50,9 @@ def newest(config: ml_collections.ConfigDict, start: State, workdir: Path) -> Re
             f"no checkpoint of {workdir} can be used: {'; '.join(damaged.values())}. Bring back a "
             "copy; or, to begin anew, choose another work directory or remove this one"
         )
-    # A third round begins to be recorded when the first checkpoint is there.
-    if (recorded := len(records.read_metrics(workdir))) > 2:
+    # The first checkpoint is there when the second one is begun.
+    most = 2 * config.get("checkpoint_every", 1)
+    if (recorded := len(records.read_metrics(workdir))) > most:
         raise Damaged(
             f"{workdir} has the metrics of {recorded} rounds, but no checkpoint. Bring back "
             f"{checkpoints.DIRECTORY}/ from a copy; or, to begin anew, choose another work "

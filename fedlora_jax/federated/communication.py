@@ -112,6 +112,8 @@ def _narrow(tree: PyTree, rank: int, full: int) -> PyTree:
 
 
 def _first(x: Any, width: int, axis: int) -> Any:
+    if width == x.shape[axis]:
+        return x
     if isinstance(x, jax.Array):
         return jax.lax.slice_in_dim(x, 0, width, axis=axis)
     shape = list(x.shape)

@@ -1,5 +1,6 @@
 """From a configuration to a finished run, in process, on the demo's data with a tiny ViT."""
 
+import itertools
 import json
 import re
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedlora_jax import experiment, transforms
-from fedlora_jax.experiment import chunking, hosts, loop, partitions, program, setting
+from fedlora_jax.experiment import checkpoints, chunking, hosts, loop, partitions, program, setting
 from fedlora_jax.federated import faults, ranks
 
 
@@ -76,6 +77,43 @@ def test_more_rounds_go_on_with_a_finished_run(run, make, tmp_path):
     assert json.loads((tmp_path / "grown" / "config.json").read_text())["rounds"] == 3
     with pytest.raises(ValueError, match="config.rounds is 3 there, 2 here"):
         run(short, tmp_path / "grown")
+
+
+def ending(after):
+    """An `advance` that ends a run after so many rounds, as a signal would."""
+    finished = itertools.count(1)
+
+    def advance():
+        if next(finished) == after:
+            raise SystemExit
+
+    return advance
+
+
+def test_rounds_may_pass_between_evaluations_and_between_checkpoints(
+    run, make, tmp_path, monkeypatch
+):
+    rare = make(method="fedsa_lora", rounds=5, evaluate_every=2, checkpoint_every=3)
+    whole = run(make(method="fedsa_lora", rounds=5), tmp_path / "whole")
+    rows = run(rare, tmp_path / "rare")
+    judged = [row["round"] for row in rows if "accuracy" in row]
+    assert judged == [1, 3, 4]
+    held_out = {name for name in whole[0] if name.endswith(("accuracy", "cross_entropy"))}
+    assert len(held_out) == 10
+    for row, usual in zip(without_seconds(rows), without_seconds(whole), strict=True):
+        left_out = set() if row["round"] in judged else held_out
+        assert row == {name: value for name, value in usual.items() if name not in left_out}
+    assert checkpoints.finished(tmp_path / "rare") == [3, 5]
+    # Another number is no other run.
+    assert run(make(method="fedsa_lora", rounds=5), tmp_path / "rare") == rows
+    with pytest.raises(SystemExit):
+        run(rare, tmp_path / "ended", advance=ending(2))
+    assert checkpoints.finished(tmp_path / "ended") == [2]
+    monkeypatch.setattr(checkpoints.Checkpoints, "save_waiting", lambda self: None)
+    with pytest.raises(SystemExit):  # Killed: what waited is lost, and made again.
+        run(rare, tmp_path / "ended", advance=ending(5 - 1))
+    assert checkpoints.finished(tmp_path / "ended") == [2, 3]
+    assert without_seconds(run(rare, tmp_path / "ended")) == without_seconds(rows)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def copy(world, whole, tmp_path):
     return Path(shutil.copytree(world[3], tmp_path / "run"))
 
 
-def run(world, workdir, rounds=ROUNDS):
+def run(world, workdir, rounds=ROUNDS, every=1):
     config = world[0].copy_and_resolve_references()
-    config.rounds = rounds
+    config.rounds, config.checkpoint_every = rounds, every
     return without_seconds(experiment.run(config, world[1], world[2], workdir))
 
 
@@ -145,7 +145,9 @@ def test_checkpoints_that_are_gone_are_missed(world, whole, copy):
     with pytest.raises(Damaged, match=f"has the metrics of {ROUNDS} rounds, but no checkpoint"):
         run(world, copy)
     assert {path: path.read_bytes() for path in copy.glob("*.jsonl")} == before
-    # While the first one was being written there were no more than two rounds.
+    # A kill while the first one is written leaves as many, if there is one every second round.
+    assert run(world, copy, every=2) == without_seconds(whole)
+    shutil.rmtree(copy / "checkpoints")
     for name in ("metrics.jsonl", "metrics.backup"):
         lines = (copy / name).read_bytes().splitlines(keepends=True)
         (copy / name).write_bytes(b"".join(lines[:2]))

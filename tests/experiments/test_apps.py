@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -44,6 +46,31 @@ def answer(values):
         return ended.value.code
 
     return parse
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_trace_has_the_rounds_after_the_first_that_is_run(tmp_path, ended):
+    """Of which three are found finished, and the last may be missing."""
+    work = [jax.jit(function) for function in (jnp.sin, jnp.cos, jnp.tan, jnp.tanh)]
+    finished = []
+    with apps.traced(2, tmp_path, lambda: finished.append(1)) as (begin, advance):
+        for _ in range(3):
+            advance()
+        begin()
+        for function in work[: 3 if ended else 4]:
+            function(jnp.ones(3)).block_until_ready()
+            advance()
+    assert len(finished) == 3 + (3 if ended else 4)
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    seen = {
+        dict(event.stats).get("hlo_module")
+        for plane in planes
+        for line in plane.lines
+        for event in line.events
+    }
+    assert {"jit_cos", "jit_tan"} <= seen
+    assert not {"jit_sin", "jit_tanh"} & seen
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,19 @@ def test_what_is_compared_with_what(runs):
     assert "minus" not in report.summary(one_seed, study(dict.fromkeys(runs, 0.1)))
 
 
+def test_rounds_that_were_not_evaluated_leave_no_gap(runs):
+    for seeds in runs.values():
+        for each in seeds:
+            each.insert(0, {k: v for k, v in each[0].items() if "accuracy" not in k})
+    lines = plots.over_rounds(runs, ACCURACY).figure.axes[0].get_lines()
+    assert [line.get_xdata().tolist() for line in lines] == [[2, 3]] * 2
+    sent = plots.over_megabytes(runs, ACCURACY).figure.axes[0].get_lines()
+    assert [line.get_xdata().tolist() for line in sent] == [[6, 10]] * 2
+    np.testing.assert_allclose(sent[1].get_ydata(), [40, 52])
+    first = json.loads(report.curves(runs, ACCURACY).splitlines()[0])
+    assert first["accuracy"] == [None, 0.3, 0.4]
+
+
 def test_a_round_without_answers_is_in_no_mean(runs):
     runs["fedit"][0][0] |= {"loss": None, "aggregation_error": None}
     assert columns(runs)["agg. error"] == ["-", "0.1000"]

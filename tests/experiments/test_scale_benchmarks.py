@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import benchmark
-from experiments.benchmarks import clients, endurance, engines, hlo, mesh, tree
+from experiments.benchmarks import clients, endurance, engines, hlo, mesh, profiles, tree
 from fedlora_jax import Factors, aggregation
 from fedlora_jax.federated import placement
 
@@ -59,6 +59,55 @@ def test_bytes_of_a_shape(shape, size):
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no one ENTRY"):
         hlo.collectives("nothing")
+
+
+def test_operations_of_a_program_by_kind():
+    def function(x, kernel, a, b, heads):
+        scores = heads @ heads.mT
+        y = jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ kernel), x)
+        return y + (x @ a) @ b, scores, jnp.linalg.qr(a)[1], jnp.flip(kernel, 1).T
+
+    shapes = ((96, 64), (64, 64), (64, 4), (4, 64), (6, 32, 16))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    flops = {}
+    for kind, number in profiles.operations(text, rank=4).values():
+        flops.setdefault(kind, []).append(number)
+    # One in a loop is there once.
+    assert list(filter(None, flops.pop(profiles.LARGE))) == [2 * 96 * 64 * 64]
+    assert list(filter(None, flops.pop(profiles.LOW_RANK))) == [2 * 96 * 64 * 4] * 2
+    assert list(filter(None, flops.pop(profiles.BATCHED))) == [2 * 6 * 32 * 32 * 16]
+    assert set(flops) == {profiles.CALLS, profiles.COPIES, profiles.REST}
+
+
+def test_a_product_that_a_library_computes():
+    dimensions = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]'
+    batch = '"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]'
+    text = f"""
+ENTRY %main (x: bf16[96,64], y: bf16[64,32]) -> (bf16[96,32], s8[4]) {{
+  %x = bf16[96,64]{{1,0}} parameter(0)
+  %y = bf16[64,32]{{1,0}} parameter(1)
+  ROOT %gemm.1 = (bf16[96,32]{{1,0}}, s8[4]{{0}}) custom-call(%x, %y), custom_call_target="__cublas$gemm", backend_config={{"gemm_backend_config":{{"dot_dimension_numbers":{{{dimensions},{batch}}}}}}}
+}}
+"""  # noqa: E501
+    found = profiles.operations(text, rank=4)
+    assert found["gemm.1"] == profiles.Operation(profiles.LARGE, 2 * 96 * 64 * 32)
+
+
+def test_shares_of_a_profile():
+    kinds = {kind: {"seconds": 0.5, "ran": 2, "flops": 0.0} for kind in profiles.KINDS}
+    kinds[profiles.LARGE] = {"seconds": 2.5, "ran": 9, "flops": 2.5e11}
+    facts = {
+        "date": "2026-01-01",
+        "device": "cpu",
+        "cores": 2,
+        "load_average_at_start": 0.1,
+        "versions": {"jax": "0"},
+    }
+    rows = {"digits:all": {"kinds": kinds, "matrix_rate": 2e11}}
+    line = profiles.page({"environment": facts, "rows": rows}).splitlines()[6]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["`digits`", "all", "50%", *["10%"] * 5, "5", "100", "200"]
 
 
 @pytest.fixture(scope="module")

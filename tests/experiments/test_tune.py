@@ -114,6 +114,12 @@ def test_grid():
             tune.parse_positive("server_steps", wrong)
 
 
+def test_a_round_that_was_not_evaluated_is_no_reason_to_drop_a_point(tmp_path):
+    assert tune._judged({"round": 1, "accuracy": 0.5}, "accuracy", tmp_path) == 0.5
+    with pytest.raises(ValueError, match=f"round 1 of the run in {tmp_path} was not evaluated"):
+        tune._judged({"round": 1}, "accuracy", tmp_path)
+
+
 def test_test_split_is_never_seen():
     splits = tune.judged_on_validation(digits.get_config()).data.splits
     assert dict(splits) == {"train": "federated", "validation": "validation", "test": "validation"}

@@ -38,7 +38,8 @@ def test_a_killed_run_ends_as_one_that_was_not(program, began, tmp_path, method)
     if time.monotonic() - began > SECONDS:
         pytest.skip("no time is left")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    command = program.start("train", *arguments(program, method, whole))
+    every = f"--config.checkpoint_every={1 + NAMES.index(method) % 2}"
+    command = program.start("train", *arguments(program, method, whole, every))
     assert wait_for(command, lambda: lines(whole))
     started = time.monotonic()
     code, _, err = command.wait()
@@ -47,7 +48,7 @@ def test_a_killed_run_ends_as_one_that_was_not(program, began, tmp_path, method)
     for kill in kills_of(method):
         moment = random.Random(kill)
         known, before = lines(killed), unfinished(killed)
-        command = program.start("train", *arguments(program, method, killed))
+        command = program.start("train", *arguments(program, method, killed, every))
         if kill % 2:
             there = wait_for(command, lambda before=before: unfinished(killed) - before)
         else:
@@ -55,7 +56,7 @@ def test_a_killed_run_ends_as_one_that_was_not(program, began, tmp_path, method)
         time.sleep(moment.uniform(0, 0.02 if kill % 2 else taken))
         command.process.kill()
         assert command.wait()[0] in (-signal.SIGKILL, 0) or not there
-    code, _, err = program.run("train", *arguments(program, method, killed))
+    code, _, err = program.run("train", *arguments(program, method, killed, every))
     assert code == 0, err
     assert outcome(killed) == outcome(whole)
     assert not (killed / "damaged").exists()

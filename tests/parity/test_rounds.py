@@ -63,7 +63,7 @@ def test_both_sides_compute_the_same_round(name, tmp_path, monkeypatch):
 
     initial = rounds.server(case, params, first.adapters)
     initial = initial._replace(trainable=first)
-    ours, compute = rounds.ours(case, CLIENTS, ["1"], initial)
+    ours, compute, _ = rounds.ours(case, CLIENTS, ["1"], initial)
     federation, metrics = compute("1")
 
     assert ours.facts["parameters"] == theirs.facts["parameters"]
