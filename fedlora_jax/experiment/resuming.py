@@ -50,13 +50,12 @@ def newest(config: ml_collections.ConfigDict, start: State, workdir: Path) -> Re
             f"no checkpoint of {workdir} can be used: {'; '.join(damaged.values())}. Bring back a "
             "copy; or, to begin anew, choose another work directory or remove this one"
         )
-    # The first checkpoint is there when the second one is begun.
-    most = 2 * config.get("checkpoint_every", 1)
-    if (recorded := len(records.read_metrics(workdir))) > most:
+    # A run makes their directory before its first round.
+    directory = workdir / checkpoints.DIRECTORY
+    if not directory.is_dir() and (recorded := len(records.read_metrics(workdir))):
         raise Damaged(
-            f"{workdir} has the metrics of {recorded} rounds, but no checkpoint. Bring back "
-            f"{checkpoints.DIRECTORY}/ from a copy; or, to begin anew, choose another work "
-            "directory or remove this one"
+            f"{workdir} has the metrics of {recorded} rounds, but {directory} is gone. Bring it "
+            "back from a copy; or, to begin anew, choose another work directory or remove this one"
         )
     return _after(0, config, start, workdir)
 
