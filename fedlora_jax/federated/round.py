@@ -1,4 +1,17 @@
-"""One round of a federation as one jitted program."""
+"""One round of a federation as one jitted program.
+
+With a model and data of your own, without the experiments:
+
+    backbone, head = lora.split_head(params, "^head$")
+    adapters = lora.init(key, params, targets="hidden", rank=8)
+    server = Server(backbone, Trainable(adapters, head), jnp.float32(2.0), (), jnp.int32(0))
+    method, training = methods.fedit(), LocalTraining(optax.sgd(1.0), batch_size=8, steps=5)
+    learned = task.regression(model, lambda batch: (batch["x"],))
+    one_round = make_round(Recipe(learned, method, training))
+    federation = create(key, method, server, num_clients=len(parts))
+    data = client_data({"x": x, "label": y}, parts)
+    federation, metrics = one_round(federation, data, jnp.arange(len(parts)), seed, learning_rate)
+"""
 
 import functools
 from collections.abc import Callable, Sequence
