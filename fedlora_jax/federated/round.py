@@ -519,7 +519,8 @@ def make_round(recipe: Recipe) -> RoundFunction:
     now.
 
     Raises:
-      ValueError: If a number in the recipe's `training` is out of its bounds.
+      ValueError: If a number in the recipe's `training` is out of its bounds, or there are neither
+        steps nor epochs.
     """
     _check(recipe.training)
 
@@ -580,7 +581,8 @@ def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRoun
     states as `placement.rows`, so that one round is compiled for all.
 
     Raises:
-      ValueError: If a number in the recipe's `training` is out of its bounds.
+      ValueError: If a number in the recipe's `training` is out of its bounds, or there are neither
+        steps nor epochs.
     """
     _check(recipe.training)
 
@@ -623,6 +625,8 @@ def _check(training: LocalTraining) -> None:
         steps=training.steps,
         epochs=training.epochs,
     )
+    if not max(training.steps, training.epochs):
+        raise ValueError("training: steps or epochs must be at least 1, or nothing is learned")
 
 
 def _is_none(x: Any) -> bool:
