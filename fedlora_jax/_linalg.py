@@ -10,8 +10,9 @@ of 28 matrices of 2048 x 320 takes an H200 0.7 s, in which it could multiply the
 There a QR decomposition is made of matrix products, see `qr_by_products`.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -20,6 +21,16 @@ from jax.custom_batching import custom_vmap
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _POOLED = jax.__version_info__[:2] == (0, 10)
+
+
+@contextlib.contextmanager
+def numpy_promotion() -> Iterator[None]:
+    """Within it shapes and types meet by NumPy's rules, whatever a user's project forbids itself.
+
+    Rules of derivatives need it for themselves: they are traced where a gradient is taken.
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def _safe(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -117,6 +128,7 @@ def qr_r(x: jax.Array) -> jax.Array:
 _SHIFTS = (4.0, 4.0, 4.0, 4.0, 0.0, 0.0)
 
 
+@numpy_promotion()
 def qr_by_products(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     r"""`(q, r)` of one matrix by Cholesky decompositions, as good as Householder's.
 

@@ -284,6 +284,7 @@ def _possible(factors: Factors, rank: int | None) -> int:
     return limit if rank is None else min(rank, limit)
 
 
+@_linalg.numpy_promotion()
 def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
     """The best approximation of a product at a rank, `svd` in factored form again.
 
@@ -356,6 +357,7 @@ def truncated_sum(terms: Sequence[Factors], rank: int, *, split: Split = "right"
     return truncate(concatenate(terms), rank, split=split)
 
 
+@_linalg.numpy_promotion()
 def cut(factors: Factors, rank: jax.Array | int) -> Factors:
     """The first `rank` columns of `a` and rows of `b`, the others zero: the shape stays.
 
@@ -432,6 +434,7 @@ class _Motion(NamedTuple):
     db: jax.Array
 
 
+@_linalg.numpy_promotion()
 def _motion(factors: Factors, tangent: Factors, rank: int) -> _Motion:
     columns = min(factors.rank, factors.a.shape[0], factors.b.shape[1])
     whole = _svd(factors, columns if columns <= _EXACT else 2 * rank + _OVERSAMPLING)
@@ -491,6 +494,7 @@ def orthonormal(x: jax.Array) -> jax.Array:
     return _linalg.qr(wide(x))[0]
 
 
+@_linalg.numpy_promotion()
 def _noise(shape: tuple[int, int], dtype: Any) -> jax.Array:
     """Always the same noise; made so as to compile in no time."""
     rows, columns = shape

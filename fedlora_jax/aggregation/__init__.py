@@ -8,7 +8,8 @@ Every function has one signature:
 the leading axis (`stack` makes one from a list of clients, also of unequal ranks). `weights` is
 `[K]`, non-negative numbers of any type and size, normalised inside (`shares`); weight 0 is the same
 as absence. The result is `Aggregated(adapters, residual)`; the new global model is
-`backbone + scale (residual + adapters)`.
+`backbone + scale (residual + adapters)`. Layers that are stacked, as for a scan over them, are
+mapped over: `jax.vmap(aggregation.flexlora, in_axes=(0, None))` takes `a [L, K, d_in, r]`.
 Nothing of size d_in x d_out is ever formed, and arithmetic is in float32 at the least, whatever the
 storage type. All functions can be called under `jit`, `vmap` and `grad`.
 
@@ -109,5 +110,18 @@ __all__ = [
     "shares",
     "stack",
     "tail_penalty",
-    *sorted(REGISTRY),
+    "fedex_lora",
+    "fedit",
+    "fedrot_lora",
+    "fedsa_lora",
+    "fedsvd",
+    "ffa_lora",
+    "flexlora",
+    "flora",
+    "flora_na",
+    "frlora",
+    "hetlora",
+    "lora_fair",
+    "rolora",
+    "spectral",
 ]

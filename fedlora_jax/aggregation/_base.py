@@ -14,6 +14,8 @@ from fedlora_jax import _batching, _linalg, bounds, lowrank
 from fedlora_jax.lowrank import Factors
 
 PyTree: TypeAlias = Any
+# Of K clients: `[K]`, or a sequence of K numbers.
+Weights: TypeAlias = ArrayLike | Sequence[ArrayLike]
 Core: TypeAlias = Callable[..., "Aggregated"]
 Options: TypeAlias = tuple[tuple[str, Hashable], ...]
 # What all kernels share: weights, whose uploads are finite, and arrays of the core.
@@ -96,6 +98,11 @@ def _check_alike(index: int, client: PyTree, first: PyTree) -> None:
         raise ValueError(f"client {index} sent kernels {mine}, client 0 {theirs}")
     for name, node, other in zip(mine, leaves(client), leaves(first), strict=True):
         a, b = jnp.shape(node.a), jnp.shape(node.b)
+        if len(a) > 2 and len(b) > 2:
+            raise ValueError(
+                f"client {index}, adapter {name!r}: expected a [d_in, r] and b [r, d_out], got "
+                f"a {list(a)} and b {list(b)}. Map over stacked layers, with jax.vmap"
+            )
         sizes = [jnp.shape(other.a)[0], jnp.shape(other.b)[-1]]
         if len(a) != 2 or len(b) != 2 or a[1] != b[0] or [a[0], b[1]] != sizes:
             raise ValueError(
@@ -124,7 +131,7 @@ def unflatten(tree: PyTree, nodes: Sequence[Any]) -> PyTree:
 def run(
     core: Core,
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     *,
     trees: Sequence[PyTree] = (),
     arrays: dict[str, Any] | None = None,
@@ -145,10 +152,11 @@ def run(
     )
 
 
+@_linalg.numpy_promotion()
 def each_kernel(
     core: Callable[..., Any],
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     *,
     trees: Sequence[PyTree] = (),
     arrays: dict[str, Any] | None = None,
@@ -339,7 +347,7 @@ def finite_everywhere(stacked: PyTree) -> jax.Array:
     return jax.lax.stop_gradient(_linalg.finite_rows(jax.tree.leaves(stacked)))
 
 
-def present_clients(stacked: PyTree, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def present_clients(stacked: PyTree, weights: Weights) -> tuple[jax.Array, jax.Array]:
     """Which clients count, and which of positive weight must not: two `[K]` boolean arrays.
 
     Returns:
@@ -365,6 +373,7 @@ def warn_of_unequal(
         )
 
 
+@_linalg.numpy_promotion()
 def unequal(
     side: str, stacked: PyTree, weights: Any, initial: PyTree | None = None
 ) -> tuple[int, str] | None:
@@ -418,9 +427,24 @@ def first_present(clients: Factors, weights: jax.Array) -> Factors:
     return jax.tree.map(lambda x: jnp.where(jnp.any(weights > 0), x[first], 0), clients)
 
 
+def check_static(function: str, **options: Any) -> None:
+    """Checks options that shape the program: Python numbers, within their bounds.
+
+    Raises:
+      ValueError: If one is not.
+    """
+    for name, value in options.items():
+        if isinstance(value, jax.Array):
+            raise ValueError(
+                f"{function}: {name} must be a Python number, for the program depends on it (under "
+                f"jit, a static argument), got {value}"
+            )
+    bounds.check(function, **options)
+
+
 def check_rank(function: str, rank: int | None, stacked: PyTree) -> None:
     """Raises ValueError unless `rank` is None, or what each kernel can have."""
-    bounds.check(function, rank=rank)
+    check_static(function, rank=rank)
     if rank is None:
         return
     for name, node in zip(names(stacked), leaves(stacked), strict=True):
@@ -432,7 +456,7 @@ def check_rank(function: str, rank: int | None, stacked: PyTree) -> None:
             )
 
 
-def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:
+def cut(adapters: PyTree, ranks: ArrayLike | Sequence[int]) -> PyTree:
     """What clients of unequal ranks continue from: the first `ranks[k]` columns of the adapters.
 
     Args:
@@ -448,7 +472,7 @@ def cut(adapters: PyTree, ranks: jax.Array | Sequence[int]) -> PyTree:
     return map_factors(lambda factors: lowrank.cut(factors, ranks), adapters)
 
 
-def wide(weights: ArrayLike | Sequence[ArrayLike]) -> np.ndarray | jax.Array:
+def wide(weights: Weights) -> np.ndarray | jax.Array:
     """Weights of any type, in which none of them wraps around, overflows or vanishes.
 
     Returns:
@@ -488,7 +512,7 @@ def normalized(weights: np.ndarray | jax.Array, present: np.ndarray | jax.Array)
     return jnp.asarray(shares)
 
 
-def shares(weights: ArrayLike | Sequence[ArrayLike]) -> jax.Array:
+def shares(weights: Weights) -> jax.Array:
     """Weights over their sum, as every function here takes them.
 
     Args:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.aggregation._error import shared
 from fedlora_jax.lowrank import Factors
 
@@ -44,7 +44,7 @@ class Diagnostics(NamedTuple):
 
 def diagnostics(
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     aggregated: Aggregated | None = None,
     *,
     rank: int | None = None,

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 
 def error(
-    stacked: PyTree, weights: jax.Array, aggregated: Aggregated, *, per_kernel: bool = False
+    stacked: PyTree, weights: Weights, aggregated: Aggregated, *, per_kernel: bool = False
 ) -> Any:
     r"""The relative Frobenius distance of an aggregate from the ideal update.
 

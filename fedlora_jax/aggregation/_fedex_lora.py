@@ -4,11 +4,11 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 
-def fedex_lora(stacked: PyTree, weights: jax.Array, *, rank: int | None = None) -> Aggregated:
+def fedex_lora(stacked: PyTree, weights: Weights, *, rank: int | None = None) -> Aggregated:
     r"""Averages the factors and adds what the product of the means misses to the backbone.
 
     .. math::

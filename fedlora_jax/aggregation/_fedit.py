@@ -4,11 +4,11 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 
-def fedit(stacked: PyTree, weights: jax.Array) -> Aggregated:
+def fedit(stacked: PyTree, weights: Weights) -> Aggregated:
     r"""Averages the two factors separately (FedAvg on LoRA parameters).
 
     .. math::

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.aggregation._fedit import _fedit
 from fedlora_jax.aggregation._rolora import is_b
 from fedlora_jax.lowrank import Factors, matmul
@@ -15,7 +15,7 @@ from fedlora_jax.lowrank import Factors, matmul
 
 def fedrot_lora(
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     *,
     reference: PyTree,
     aligned: str | jax.Array | bool = "a",
@@ -146,6 +146,7 @@ def _rotation_and_frame(core: jax.Array, reflections: bool) -> tuple[jax.Array, 
 
 
 @_nearest_rotation.defjvp
+@_linalg.numpy_promotion()
 def _nearest_rotation_jvp(
     reflections: bool, primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:

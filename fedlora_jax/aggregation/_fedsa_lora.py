@@ -4,11 +4,11 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 
-def fedsa_lora(stacked: PyTree, weights: jax.Array) -> Aggregated:
+def fedsa_lora(stacked: PyTree, weights: Weights) -> Aggregated:
     r"""Averages `a`; each client keeps its own `b`.
 
     .. math::

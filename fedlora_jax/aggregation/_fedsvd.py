@@ -4,12 +4,12 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.aggregation._ffa_lora import common
 from fedlora_jax.lowrank import Factors
 
 
-def fedsvd(stacked: PyTree, weights: jax.Array, *, initial: PyTree | None = None) -> Aggregated:
+def fedsvd(stacked: PyTree, weights: Weights, *, initial: PyTree | None = None) -> Aggregated:
     r"""Averages `b`, then refactors the product so that `a` follows what was learned.
 
     .. math::

@@ -4,11 +4,11 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 
-def ffa_lora(stacked: PyTree, weights: jax.Array, *, initial: PyTree | None = None) -> Aggregated:
+def ffa_lora(stacked: PyTree, weights: Weights, *, initial: PyTree | None = None) -> Aggregated:
     r"""Averages `b` where all clients hold the same frozen `a`.
 
     .. math::

@@ -4,13 +4,13 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, Split
 from fedlora_jax.names import lookup
 
 
 def flexlora(
-    stacked: PyTree, weights: jax.Array, *, rank: int | None = None, split: Split = "right"
+    stacked: PyTree, weights: Weights, *, rank: int | None = None, split: Split = "right"
 ) -> Aggregated:
     r"""The truncated SVD of the mean of the products.
 

@@ -4,11 +4,11 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 
-def flora(stacked: PyTree, weights: jax.Array) -> Aggregated:
+def flora(stacked: PyTree, weights: Weights) -> Aggregated:
     r"""Stacks the clients' factors: the exact mean of the products, at rank K r.
 
     .. math::

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, bounds, lowrank
+from fedlora_jax import _linalg, lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, einsum, matmul
 from fedlora_jax.names import lookup
 
@@ -23,7 +23,7 @@ _ADAM_STEP_SIZE = 0.02
 
 def flora_na(
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     *,
     solver: Solver = "als",
     sweeps: int = 10,
@@ -80,11 +80,12 @@ def flora_na(
       The paper does not state a solver; alternating least squares is ours.
     """
     lookup(dict.fromkeys(get_args(Solver)), solver, "solver")
-    bounds.check("flora_na", sweeps=sweeps)
+    _base.check_static("flora_na", sweeps=sweeps)
     if not shared:
         return _base.run(_alone, stacked, weights, solver=solver, sweeps=sweeps)
     grams, sizes, shares = zip(*_base.each_kernel(_measured, stacked, weights), strict=True)
-    p, q = _solve_shared(grams, sizes, shares[0], solver=solver, sweeps=sweeps)
+    with _linalg.numpy_promotion():
+        p, q = _solve_shared(grams, sizes, shares[0], solver=solver, sweeps=sweeps)
     return _base.run(_combined, stacked, weights, arrays={"p": p, "q": q})
 
 

@@ -4,11 +4,11 @@ import jax
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 
-def frlora(stacked: PyTree, weights: jax.Array, *, initial: PyTree) -> Aggregated:
+def frlora(stacked: PyTree, weights: Weights, *, initial: PyTree) -> Aggregated:
     r"""Averages the factors, merges their change into the backbone, and starts from the same again.
 
     .. math::

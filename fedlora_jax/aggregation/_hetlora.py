@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import lowrank
+from fedlora_jax import _linalg, lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.aggregation._fedit import _fedit
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.names import lookup
@@ -17,7 +17,7 @@ from fedlora_jax.names import lookup
 Per = Literal["client", "kernel"]
 
 
-def hetlora(stacked: PyTree, weights: jax.Array, *, per: Per = "client") -> Aggregated:
+def hetlora(stacked: PyTree, weights: Weights, *, per: Per = "client") -> Aggregated:
     r"""Averages the factors with weights in proportion to the norms of the clients' products.
 
     .. math::
@@ -67,6 +67,7 @@ def hetlora(stacked: PyTree, weights: jax.Array, *, per: Per = "client") -> Aggr
     )
 
 
+@_linalg.numpy_promotion()
 def tail_penalty(adapters: PyTree, rank: jax.Array | int, *, decay: float = 0.99) -> jax.Array:
     r"""HetLoRA's penalty on a client's last directions, for it to prune those that stay small.
 
@@ -114,6 +115,7 @@ def _sizes(clients: Factors, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     return sizes, weights
 
 
+@_linalg.numpy_promotion()
 def _shares(sizes: jax.Array, weights: jax.Array) -> jax.Array:
     """Shares `[K]` in proportion to norms `[kernels, K]`."""
     sizes = jnp.where(weights > 0, sizes, 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, einsum, matmul
 from fedlora_jax.names import lookup
 
@@ -28,13 +28,13 @@ _STABLE = 0.25
 
 def lora_fair(
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     *,
     similarity: Similarity = "cosine",
     solver: Solver = "sgd",
-    regularization: float = 0.01,
+    regularization: jax.Array | float = 0.01,
     steps: int = 1000,
-    learning_rate: float = 0.01,
+    learning_rate: jax.Array | float = 0.01,
     correction_init: CorrectionInit = "zero",
     correct: Side = "b",
     units: Units = "relative",
@@ -121,9 +121,8 @@ def lora_fair(
     }
     for option, (value, kind) in choices.items():
         lookup(dict.fromkeys(get_args(kind)), value, option)
-    bounds.check(
-        "lora_fair", regularization=regularization, steps=steps, learning_rate=learning_rate
-    )
+    _base.check_static("lora_fair", steps=steps)
+    bounds.check("lora_fair", regularization=regularization, learning_rate=learning_rate)
     if solver == "closed_form" and similarity != "frobenius":
         raise ValueError(
             f"solver='closed_form' solves similarity='frobenius', not {similarity!r}: "

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from fedlora_jax import _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import PyTree
+from fedlora_jax.aggregation._base import PyTree, Weights
 from fedlora_jax.lowrank import Factors
 
 # Steps of Weiszfeld's iteration; of 40% hostile clients a million times as far away as the others,
@@ -26,9 +26,10 @@ _SMOOTHING = 1e-4
 _ROUNDING = 1e-4
 
 
+@_linalg.numpy_promotion()
 def gram(
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     *,
     reference: PyTree | None = None,
     scale: ArrayLike = 1.0,
@@ -93,7 +94,8 @@ def gram(
     return jnp.where(jnp.eye(len(total), dtype=bool) & sick, jnp.inf, total)
 
 
-def clip_scales(gram: jax.Array, weights: jax.Array, *, norm: ArrayLike | None = None) -> jax.Array:
+@_linalg.numpy_promotion()
+def clip_scales(gram: jax.Array, weights: Weights, *, norm: ArrayLike | None = None) -> jax.Array:
     r"""What each client's change is to be multiplied by, so that no norm exceeds a bound.
 
     .. math:: c_k = \min\left(1, \frac{C}{\lVert \Delta_k \rVert}\right)
@@ -125,8 +127,9 @@ def clip_scales(gram: jax.Array, weights: jax.Array, *, norm: ArrayLike | None =
     return jnp.where(present, scales, 0)
 
 
+@_linalg.numpy_promotion()
 def krum_weights(
-    gram: jax.Array, weights: jax.Array, *, byzantine: float, multi: bool = False
+    gram: jax.Array, weights: Weights, *, byzantine: float, multi: bool = False
 ) -> jax.Array:
     r"""Weights of the client, or the clients, with the nearest neighbours.
 
@@ -181,7 +184,8 @@ def check_krum(count: int, byzantine: float) -> None:
         )
 
 
-def geometric_median_weights(gram: jax.Array, weights: jax.Array) -> jax.Array:
+@_linalg.numpy_promotion()
+def geometric_median_weights(gram: jax.Array, weights: Weights) -> jax.Array:
     r"""Weights whose mean of the changes is their geometric median.
 
     .. math::
@@ -228,7 +232,8 @@ def geometric_median_weights(gram: jax.Array, weights: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, _STEPS, step, nearer(typical))
 
 
-def coordinate_median(stacked: PyTree, weights: jax.Array) -> PyTree:
+@_linalg.numpy_promotion()
+def coordinate_median(stacked: PyTree, weights: Weights) -> PyTree:
     """The median of each entry over the clients that are present, each of which counts equally.
 
     Of factors it is the median of each factor's entries, not of products: it makes sense where all
@@ -256,7 +261,8 @@ def coordinate_median(stacked: PyTree, weights: jax.Array) -> PyTree:
     return _entrywise(stacked, weights, _median)
 
 
-def coordinate_trimmed_mean(stacked: PyTree, weights: jax.Array, *, byzantine: float) -> PyTree:
+@_linalg.numpy_promotion()
+def coordinate_trimmed_mean(stacked: PyTree, weights: Weights, *, byzantine: float) -> PyTree:
     """The mean of each entry over clients without its f largest and its f smallest values.
 
     f is the share `byzantine` of the clients that are present, rounded up, and so many hostile ones
@@ -351,7 +357,7 @@ def _changes(clients: Factors, start: Factors) -> Factors:
     )
 
 
-def _usable(gram: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _usable(gram: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
     """The matrix without infinite entries, and the shares of those who have none."""
     known = _base.wide(weights)
     finite = jnp.isfinite(jnp.diagonal(gram))
@@ -371,7 +377,7 @@ def _hostile(count: Any, byzantine: float) -> Any:
     return xp.ceil(byzantine * count - _ROUNDING).astype(int)
 
 
-def _entrywise(stacked: PyTree, weights: jax.Array, function: Any) -> PyTree:
+def _entrywise(stacked: PyTree, weights: Weights, function: Any) -> PyTree:
     known = _base.wide(weights)
     present = jnp.asarray((known > 0) & (known < jnp.inf))
     for x in jax.tree.leaves(stacked):

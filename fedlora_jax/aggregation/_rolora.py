@@ -5,13 +5,13 @@ import jax.numpy as jnp
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.names import lookup
 
 
 def rolora(
-    stacked: PyTree, weights: jax.Array, *, trained: str | jax.Array | bool = "b"
+    stacked: PyTree, weights: Weights, *, trained: str | jax.Array | bool = "b"
 ) -> Aggregated:
     r"""Averages the factor that was trained in this round; the other is the same with everybody.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fedlora_jax import bounds, lowrank
 from fedlora_jax.aggregation import _base
-from fedlora_jax.aggregation._base import Aggregated, PyTree
+from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.names import lookup
 
@@ -18,7 +18,7 @@ _BISECTIONS = 50
 
 def spectral(
     stacked: PyTree,
-    weights: jax.Array,
+    weights: Weights,
     *,
     selection: Selection = "energy",
     threshold: jax.Array | float = 0.99,

@@ -24,8 +24,9 @@ class LocalTraining(NamedTuple):
     """How clients train.
 
     Attributes:
-      optimizer: Any optax optimiser, made with a learning rate of 1: its updates are multiplied by
-        the round's. Each client starts it afresh in each round. Where blocks are in a loop
+      optimizer: Any optax optimiser that needs gradients and parameters alone (no loss, no
+        `LookaheadParams`), made with a learning rate of 1: its updates are multiplied by the
+        round's. Each client starts it afresh in each round. Where blocks are in a loop
         (`Task.loop`) it sees those of all blocks as one array, which SGD, Adam and clipping by the
         norm of all do not mind, and what treats each array by itself does.
       batch_size: Examples a step. A client's last batch in an epoch may hold fewer.

@@ -1,4 +1,17 @@
-"""One round of a federation as one jitted program."""
+"""One round of a federation as one jitted program.
+
+With a model and data of your own, without the experiments:
+
+    backbone, head = lora.split_head(params, "^head$")
+    adapters = lora.init(key, params, targets="hidden", rank=8)
+    server = Server(backbone, Trainable(adapters, head), jnp.float32(2.0), (), jnp.int32(0))
+    method, training = methods.fedit(), LocalTraining(optax.sgd(1.0), batch_size=8, steps=5)
+    learned = task.regression(model, lambda batch: (batch["x"],))
+    one_round = make_round(Recipe(learned, method, training))
+    federation = create(key, method, server, num_clients=len(parts))
+    data = client_data({"x": x, "label": y}, parts)
+    federation, metrics = one_round(federation, data, jnp.arange(len(parts)), seed, learning_rate)
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -506,7 +519,8 @@ def make_round(recipe: Recipe) -> RoundFunction:
     now.
 
     Raises:
-      ValueError: If a number in the recipe's `training` is out of its bounds.
+      ValueError: If a number in the recipe's `training` is out of its bounds, or there are neither
+        steps nor epochs.
     """
     _check(recipe.training)
 
@@ -567,7 +581,8 @@ def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRoun
     states as `placement.rows`, so that one round is compiled for all.
 
     Raises:
-      ValueError: If a number in the recipe's `training` is out of its bounds.
+      ValueError: If a number in the recipe's `training` is out of its bounds, or there are neither
+        steps nor epochs.
     """
     _check(recipe.training)
 
@@ -610,6 +625,8 @@ def _check(training: LocalTraining) -> None:
         steps=training.steps,
         epochs=training.epochs,
     )
+    if not max(training.steps, training.epochs):
+        raise ValueError("training: steps or epochs must be at least 1, or nothing is learned")
 
 
 def _is_none(x: Any) -> bool:

@@ -32,7 +32,8 @@ class Task(NamedTuple):
     """A supervised task on batches that are dicts of arrays with a leading example axis.
 
     Attributes:
-      model: Any Linen module.
+      model: Any Linen module that needs parameters alone: no random keys (no dropout), and no other
+        collections (no batch statistics).
       inputs: From a batch to the positional arguments of the model.
       loss: `(outputs, batch) -> Weighted`, the loss of each example and how much it counts.
       metrics: How the model is judged; the first is the headline.

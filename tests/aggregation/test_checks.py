@@ -1,11 +1,17 @@
 """What is refused, and in which words."""
 
+import ast
+import inspect
+import typing
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import ArrayLike
 
-from fedlora_jax import Factors, aggregation
+from fedlora_jax import Factors, aggregation, methods
 from tests.aggregation import cases
 
 every = pytest.mark.parametrize("name", sorted(aggregation.REGISTRY))
@@ -188,3 +194,93 @@ def test_clients_that_differ_in_a_common_factor_are_warned_of(name, options, sid
     function(stacked, weights, **options)
     jax.jit(lambda x: function(x, weights, **options))(cases.clients())
     assert not recwarn.list
+
+
+PAIRS = [(name, index) for name, variants in cases.CASES.items() for index in range(len(variants))]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_project_may_forbid_itself_promotion(pair):
+    """Common settings of users' projects, which hold for all that they call."""
+    stacked = jax.tree.map(
+        jnp.asarray, cases.prepared(cases.CASES[pair[0]][pair[1]], cases.clients())
+    )
+    function = cases.bound(pair)
+
+    def size(stacked, weights):
+        leaves = jax.tree.leaves(function(stacked, weights))
+        return sum(jnp.sum(jnp.sin(x)) for x in leaves)
+
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        found = function(stacked, cases.WEIGHTS)
+        gradients = jax.grad(size, argnums=(0, 1))
+        jax.eval_shape(gradients, stacked, jnp.asarray(cases.WEIGHTS))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+def test_a_project_may_forbid_itself_promotion_beside_the_functions():
+    stacked = jax.tree.map(jnp.asarray, cases.clients(count=5))
+    one, weights = jax.tree.map(lambda x: x[0], stacked), jnp.arange(1.0, 6.0)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        mean = aggregation.fedit(stacked, weights)
+        aggregation.error(stacked, weights, mean)
+        aggregation.diagnostics(stacked, weights, mean)
+        gram = aggregation.gram(stacked, weights, reference=one)
+        aggregation.krum_weights(gram, weights, byzantine=0.2)
+        aggregation.geometric_median_weights(gram, weights)
+        aggregation.clip_scales(gram, weights)
+        aggregation.coordinate_median(stacked, weights)
+        aggregation.coordinate_trimmed_mean(stacked, weights, byzantine=0.2)
+        aggregation.cut(aggregation.ordered(one), [1, 2])
+        jax.grad(aggregation.tail_penalty)(one, 2)
+
+
+@pytest.mark.parametrize("module", [aggregation, methods])
+def test_a_type_checker_sees_what_is_exported(module):
+    """It knows no names that are put together when a module is imported."""
+    [names] = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(inspect.getsource(module)).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets) == "__all__"
+    ]
+    assert {*module.REGISTRY} <= {*names}
+
+
+def test_hints_allow_the_weights_that_functions_take():
+    functions = [getattr(aggregation, name) for name in aggregation.__all__]
+    hints = [typing.get_type_hints(f) for f in functions if inspect.isfunction(f)]
+    weights = [hint["weights"] for hint in hints if "weights" in hint]
+    assert len(weights) > len(aggregation.REGISTRY)
+    assert {*weights} == {ArrayLike | Sequence[ArrayLike]}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("flexlora", "rank"), ("fedex_lora", "rank"), ("flora_na", "sweeps"), ("lora_fair", "steps")],
+)
+def test_a_number_that_shapes_a_program_must_be_known(name, options):
+    def traced(value):
+        return aggregation.get(name)(cases.clients(), cases.WEIGHTS, **{options: value})
+
+    with pytest.raises(ValueError, match=f"{name}: {options} must be a Python number.*static"):
+        jax.jit(traced)(2)
+    with pytest.raises(ValueError, match=f"{name}: {options} must be a Python number.*static"):
+        traced(jnp.asarray(2))
+
+
+def test_layers_that_are_stacked_are_mapped_over():
+    """As the docstring of `aggregation` says."""
+    clients = [
+        jax.tree.map(lambda *x: jnp.stack(x), *(cases.extra(seed, rank) for seed in layers))
+        for layers, rank in (((1, 2), 2), ((3, 4), 1))
+    ]
+    with pytest.raises(ValueError, match="jax.vmap"):
+        aggregation.stack(clients)
+    stacked = jax.vmap(lambda *trees: aggregation.stack(trees))(*clients)
+    found = jax.vmap(aggregation.flexlora, in_axes=(0, None))(stacked, jnp.ones(2))
+    for layer in (0, 1):
+        alone = aggregation.stack([jax.tree.map(lambda x, i=layer: x[i], tree) for tree in clients])
+        expected = cases.product(aggregation.flexlora(alone, np.ones(2)), np.ones(2))
+        mine = cases.product(jax.tree.map(lambda x, i=layer: x[i], found), np.ones(2))
+        for x, y in zip(mine, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

@@ -148,6 +148,13 @@ def test_batches_of_nothing_are_refused(world, make):
         make(Recipe(world.task, method_of("fedit"), training))
 
 
+@pytest.mark.parametrize("make", [make_round, make_cohort_round])
+def test_training_that_takes_no_steps_is_refused(world, make):
+    training = world.training._replace(steps=0, epochs=0)
+    with pytest.raises(ValueError, match="training: steps or epochs must be at least 1"):
+        make(Recipe(world.task, method_of("fedit"), training))
+
+
 def test_memory_that_does_not_fit_is_seen():
     assert memory.Memory(1, 2, None).fits and memory.Memory(1, 2, 3).fits
     assert not memory.Memory(2, 2, 3).fits
