@@ -114,3 +114,14 @@ def over_batch(function: Callable[..., Any], common: Any, rows: Sequence[Any]) -
 
 def _batched(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
     return lambda common, rows: jax.vmap(lambda row: function(common, *row))(rows)
+
+
+def varying_as(first: jax.Array, *others: jax.Array) -> jax.Array:
+    """What a loop begins with, when each turn makes it differ between devices as other arrays do.
+
+    Within `jax.shard_map` a value's type says along which axes of a mesh it differs; a constant
+    does along none, and a loop does not change types.
+    """
+    for x in others:
+        first = first + jnp.zeros_like(x, first.dtype, shape=())
+    return first

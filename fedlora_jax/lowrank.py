@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg
+from fedlora_jax import _batching, _linalg
 from fedlora_jax.names import lookup
 
 Scalar: TypeAlias = jax.Array
@@ -343,7 +343,8 @@ def singular_values(factors: Factors) -> jax.Array:
         return total + matmul(part.T, part), None
 
     size = min(d_in, d_out)
-    squares, _ = jax.lax.scan(add, jnp.zeros((size, size), rows.dtype), rows)
+    zeros = _batching.varying_as(jnp.zeros((size, size), rows.dtype), *tall)
+    squares, _ = jax.lax.scan(add, zeros, rows)
     values = jnp.linalg.eigvalsh(squares)[::-1]
     return (units.a * units.b)[0] * safe_sqrt(values[: min(size, rank)])
 
@@ -380,6 +381,7 @@ def _narrowed(factors: Factors, rank: int) -> Factors:
         return transpose(_narrowed(transpose(factors), rank))
     width = min(columns, short, 2 * rank + _OVERSAMPLING)
     basis = orthonormal(_noise((short, width), factors.a.dtype))
+    basis = _batching.varying_as(basis, *factors)
 
     def image(basis: jax.Array) -> jax.Array:
         return matmul(factors.a, matmul(factors.b, basis))

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, lowrank
+from fedlora_jax import _batching, _linalg, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, einsum, matmul
@@ -191,7 +191,7 @@ def _alternate(
         mirror = _Fit(dp=fit.dq, dq=fit.dp)
         return fit._replace(dq=fit.dq + _step(swapped, weights, mirror)), None
 
-    zero = jnp.zeros_like(weights)
+    zero = _batching.varying_as(jnp.zeros_like(weights), *jax.tree.leaves(kinds))
     fit = jax.lax.scan(sweep, _Fit(zero, zero), length=sweeps)[0]
     gain, rounding = _gain(kinds, weights, fit)
     better = gain > rounding
@@ -282,8 +282,8 @@ def _adam(kinds: Sequence[_Grams], weights: jax.Array, sweeps: int) -> tuple[jax
         changes -= _ADAM_STEP_SIZE * first / (1 - 0.9**index) / length
         return (changes, first, second, best, jnp.minimum(value, least)), None
 
-    zeros = jnp.zeros((2, len(weights)), weights.dtype)
-    carry = (zeros, zeros, zeros, zeros, jnp.asarray(jnp.inf, weights.dtype))
+    zeros = _batching.varying_as(jnp.zeros((2, len(weights)), weights.dtype), unit)
+    carry = (zeros, zeros, zeros, zeros, jnp.full_like(unit, jnp.inf))
     count = 1 + jnp.arange(_ADAM_STEPS_PER_SWEEP * sweeps, dtype=weights.dtype)
     best = jax.lax.scan(step, carry, count)[0][3]
     return _scale_fixed(weights, _Fit(weights * best[0], weights * best[1]))

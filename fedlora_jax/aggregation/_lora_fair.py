@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from fedlora_jax import _linalg, bounds, lowrank
+from fedlora_jax import _batching, _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, einsum, matmul
@@ -248,6 +248,7 @@ def _descent(
         return jnp.eye(rank, len(rows), k=index * rank, dtype=rows.dtype)
 
     first = jnp.zeros_like(block(0)) if start is None else block(2)
+    first = _batching.varying_as(first, rows)
     return _Descent(rows, matmul(rows, rows.T), gram, block(0), block(1), first)
 
 
@@ -351,7 +352,7 @@ def _input_cosine(
     extra = 0 if start is None else rank
     identity = jnp.eye(rank, dtype=a.dtype)
     mean = jnp.pad(jnp.tile(identity, count), [(0, 0), (0, extra)])
-    first = jnp.zeros_like(mean)
+    first = _batching.varying_as(jnp.zeros_like(mean), a)
     if start is not None:
         first = first.at[:, -rank:].set(identity)
     rows = ideal.b if start is None else jnp.concatenate([ideal.b, start])
@@ -393,7 +394,7 @@ def _output_cosine(
         u, v = _cosine_slopes(jnp.sum(target * b, axis=0), jnp.sum(image * b, axis=0), sizes)
         return (v * image - u * target) / b.shape[1], learning_rate
 
-    first = jnp.zeros_like(average.b) if start is None else start
+    first = jnp.zeros_like(average.b) if start is None else _batching.varying_as(start, average.b)
     return _descend(gradient, first, regularization, steps)
 
 

@@ -149,5 +149,5 @@ def _screenot(s: jax.Array, columns: int, bound: int) -> jax.Array:
         below = psi(middle) < -4
         return jnp.where(below, middle, low), jnp.where(below, high, middle)
 
-    ends = jnp.asarray(1 + 1e-5, s.dtype), jnp.asarray(10.0, s.dtype)
+    ends = jnp.full_like(unit, 1 + 1e-5), jnp.full_like(unit, 10.0)
     return jax.lax.fori_loop(0, _BISECTIONS, halve, ends)[1] * jnp.where(s[0] > 0, unit, 0)

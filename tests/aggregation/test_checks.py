@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.typing import ArrayLike
 
-from fedlora_jax import Factors, aggregation, methods
+from fedlora_jax import Factors, aggregation, lowrank, methods
 from tests.aggregation import cases
 
 every = pytest.mark.parametrize("name", sorted(aggregation.REGISTRY))
@@ -216,6 +216,39 @@ def test_a_project_may_forbid_itself_promotion(pair):
         gradients = jax.grad(size, argnums=(0, 1))
         jax.eval_shape(gradients, stacked, jnp.asarray(cases.WEIGHTS))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_a_project_may_aggregate_within_shard_map(pair):
+    """Of which each device has federations of its own, with weights of their own or the same."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "federations")
+    own, same = jax.P("federations"), jax.P()
+    stacked = cases.prepared(cases.CASES[pair[0]][pair[1]], cases.clients())
+    arguments = jax.tree.map(jnp.asarray, (stacked, cases.WEIGHTS))
+    alone = jax.eval_shape(cases.bound(pair), *arguments)
+    for weights in (own, same):
+        function = jax.shard_map(
+            cases.bound(pair), mesh=mesh, in_specs=(own, weights), out_specs=own
+        )
+        assert jax.tree.map(_outline, jax.eval_shape(function, *arguments)) == jax.tree.map(
+            _outline, alone
+        )
+
+
+def _outline(x):
+    return x.shape, x.dtype
+
+
+def test_a_sketch_may_be_made_within_shard_map():
+    """Of stacks that are wider than what is decomposed exactly."""
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "kernels")
+    wide = Factors(jnp.ones((2000, 1200)), jnp.ones((1200, 1500)))
+    for function in (lowrank.singular_values, lambda x: lowrank.truncate(x, 2)):
+        found = jax.shard_map(
+            function, mesh=mesh, in_specs=jax.P("kernels"), out_specs=jax.P("kernels")
+        )
+        alone, here = jax.eval_shape(function, wide), jax.eval_shape(found, wide)
+        assert jax.tree.map(_outline, here) == jax.tree.map(_outline, alone)
 
 
 def test_a_project_may_forbid_itself_promotion_beside_the_functions():
