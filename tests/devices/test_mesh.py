@@ -11,10 +11,19 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from experiments.benchmarks import hlo
-from fedlora_jax import experiment, lora, methods, models, transforms
+from fedlora_jax import (
+    Factors,
+    _batching,
+    aggregation,
+    experiment,
+    lora,
+    methods,
+    models,
+    transforms,
+)
 from fedlora_jax.data.clients import NO_PLACE, CohortExamples, client_data
 from fedlora_jax.experiment import finished
-from fedlora_jax.federated import faults, placement, visits
+from fedlora_jax.federated import faults, outline, placement, visits
 from fedlora_jax.federated.local import LocalTraining
 from fedlora_jax.federated.placement import MODEL
 from fedlora_jax.federated.round import CohortRound, Recipe, make_cohort_round
@@ -210,6 +219,54 @@ def test_clients_exchange_nothing_while_they_train(world):
     text = function.lower(*arguments, world.seed, jnp.float32(0.1)).compile().as_text()
     metadata = re.findall(r" all-(?:gather|reduce|to-all)(?:-start)?\(.*op_name=\"([^\"]*)\"", text)
     assert metadata and not [name for name in metadata if "shard_map/" in name]
+
+
+@pytest.mark.parametrize("name", sorted(methods.REGISTRY))
+def test_the_server_waits_in_no_loop_over_layers(name):
+    """Of a model whose layers are alike."""
+    mesh, method, rank = placement.make_mesh(4), method_of(name), jnp.int32(2)
+    kernels = {f"layer_{i}": {"kernel": jnp.ones((8, 8))} for i in range(4)}
+    adapters = lora.init(jax.random.key(0), kernels, targets="layer", rank=2)
+    start = Server(kernels, Trainable(adapters, {}), jnp.float32(2), (), jnp.int32(0))
+    server, client = method.init(jax.random.key(1), start)
+    upload = outline.outline(method, server, client, rank, cohort_size=8).upload
+    uploads, weights = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((8, *x.shape), x.dtype, sharding=placement.rows(mesh)),
+        (upload, jax.ShapeDtypeStruct((), jnp.float32)),
+    )
+
+    def step(server, uploads, weights):
+        with _batching.dealt_to(mesh, placement.CLIENTS):
+            return method.aggregate(server, uploads, weights)[0]
+
+    whole = placement.everywhere(mesh)
+    program = jax.jit(step, out_shardings=whole)
+    text = program.lower(placement.put(server, whole), uploads, weights).compile().as_text()
+    assert bool(hlo.collectives(text)) == (name != "local")
+    assert not hlo.collectives(text, only_in_loops=True)
+
+
+def test_the_mean_of_products_is_added_up_over_devices():
+    """Each multiplies what its clients sent: the kernels cross, and not all factors of them."""
+    mesh, count, width, rank = placement.make_mesh(4), 16, 32, 4
+    of_clients, whole = placement.rows(mesh), placement.everywhere(mesh)
+    shapes = (count, width, rank), (count, rank, width), (count,), (width, width)
+    places = of_clients, of_clients, of_clients, whole
+    a, b, weights, kernel = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        for shape, place in zip(shapes, places, strict=True)
+    )
+
+    def merged(stacked, weights, kernel):
+        with _batching.dealt_to(mesh, placement.CLIENTS):
+            means, residual = aggregation.fedex_lora(stacked, weights)
+        return means, kernel + residual["one"].a @ residual["one"].b
+
+    program = jax.jit(merged, out_shardings=whole)
+    text = program.lower({"one": Factors(a, b)}, weights, kernel).compile().as_text()
+    sent = sum(each.num_bytes for each in hlo.collectives(text).values())
+    needed = 4 * (width * width + 2 * width * rank)
+    assert needed <= sent < 1.5 * needed
 
 
 def test_a_transformer_split_over_devices_gives_the_same_rounds():
