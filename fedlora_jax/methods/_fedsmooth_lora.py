@@ -206,6 +206,7 @@ def fedsmooth_lora(
     def aggregate(server: Server, uploads: Upload, weights: jax.Array) -> tuple[Server, Aggregated]:
         by_layer = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), uploads.adapters)
         merged = aggregation.flexlora(_layers(server, by_layer), weights, split=split).adapters
+        assert merged is not None
         aggregated = Aggregated(adapters=None, residual=merged)
         server = absorb(server, aggregated, mean(uploads.head, weights))
         return server._replace(memory=_stacked(merged)), aggregated
