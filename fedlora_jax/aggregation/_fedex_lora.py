@@ -53,8 +53,10 @@ def _fedex_lora(clients: Factors, weights: jax.Array, *, rank: int | None) -> Ag
     average = lowrank.mean(clients, weights)
     if len(weights) == 1:
         return Aggregated(adapters=average, residual=None)
-    changes = Factors(clients.a[:-1] - average.a, clients.b[:-1] - clients.b[-1])
-    residual = lowrank.weighted_sum(changes, weights[:-1])
+    changes = Factors(clients.a - average.a, clients.b - clients.b[-1])
+    # Of a sum over K a device can add up its own clients' share; K - 1 divide over no devices.
+    stack = lowrank.weighted_sum(changes, weights)
+    residual = Factors(stack.a[:, : -clients.rank], stack.b[: -clients.rank])
     if rank is not None:
         residual = lowrank.truncate(residual, rank)
     return Aggregated(adapters=average, residual=residual)

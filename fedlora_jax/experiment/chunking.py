@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fedlora_jax.data.clients import ClientData
-from fedlora_jax.experiment import memory, records
+from fedlora_jax.experiment import hosts, memory, records
 from fedlora_jax.experiment.memory import Memory, readable
 from fedlora_jax.federated.round import CohortRound
 from fedlora_jax.methods import Server
@@ -153,11 +153,16 @@ def _plan(function: CohortRound, arguments: Sequence[Any]) -> Memory | None:
     needed = memory.estimate(function, *arguments)
     if needed is None or needed.limit is None:
         return needed
-    return needed._replace(limit=int(_of_first_process(needed.limit)))
+    return needed._replace(limit=int(_least_of_all(needed.limit)))
 
 
 def _time(function: CohortRound, arguments: Sequence[Any]) -> float | None:
-    """Seconds of a round, of which the first is longer; None if the device has not the memory."""
+    """Seconds of a round, of which the first is longer; None if the device has not the memory.
+
+    Raises:
+      ValueError: If it has not, and this is one of several hosts: the others wait for it in the
+        same round.
+    """
     taken: list[float] = []
     try:
         while len(taken) < 3 and sum(taken) < _QUICK:
@@ -167,6 +172,12 @@ def _time(function: CohortRound, arguments: Sequence[Any]) -> float | None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"host {jax.process_index()} has not the memory for a round that should fit it "
+                "easily, and the other hosts wait for it in vain: give all a smaller number as "
+                f"config.clients_per_chunk. {error}"
+            ) from error
         return None
     return min(taken)
 
@@ -176,6 +187,13 @@ def _of_first_process(value: float) -> float:
     if jax.process_count() == 1:
         return value
     return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def _least_of_all(value: float) -> float:
+    """The least of what all processes have, so that what fits one fits all."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.process_allgather(np.float32(value)).min())
 
 
 def of_run(
@@ -213,7 +231,8 @@ def of_run(
         choice = _given(make, arguments, begun)
         _refuse_unless_it_fits(config, make, arguments, choice, workdir)
     if wanted == "auto" and begun is None:
-        _write(record, choice)
+        with hosts.all_or_none():
+            _write(record, choice)
     if announce is not None:
         announce(f"{config.method}: {choice}")
     return make(choice.size)

@@ -204,18 +204,12 @@ def fedsmooth_lora(
         return Upload(upload, arrived.head), ClientState(upload, server.round)
 
     def aggregate(server: Server, uploads: Upload, weights: jax.Array) -> tuple[Server, Aggregated]:
-        shares = aggregation.shares(weights)
-
-        def together(stacked: Factors) -> Factors:
-            present = shares[:, None, None] > 0
-            clean = Factors(*(jnp.where(present, x, 0) for x in stacked))
-            return lowrank.truncate(lowrank.weighted_sum(clean, shares), stacked.rank, split=split)
-
         by_layer = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), uploads.adapters)
-        merged = tuple(each_of(together, factors) for factors in by_layer)
-        aggregated = Aggregated(adapters=None, residual=_layers(server, merged))
+        merged = aggregation.flexlora(_layers(server, by_layer), weights, split=split).adapters
+        assert merged is not None
+        aggregated = Aggregated(adapters=None, residual=merged)
         server = absorb(server, aggregated, mean(uploads.head, weights))
-        return server._replace(memory=merged), aggregated
+        return server._replace(memory=_stacked(merged)), aggregated
 
     def own(server: Server, client: ClientState) -> Trainable:
         """Where the client ended: the backbone has become W + s G, so s (L_c - G) more."""

@@ -23,6 +23,7 @@ def get_config(arg=None):
     config.clients_per_round = 6
     config.lora.rank = 2
     config.local.schedule = "constant"
+    config.faults.kind = "dropout"
     return config
 """
 
@@ -68,9 +69,10 @@ def finish(process, status=0):
     return out + err
 
 
-def pair(directory, workdirs, *arguments):
-    """Two hosts that run together."""
-    shared = ("--config.mesh.clients=4", f"--coordinator=127.0.0.1:{free_port()}", "--num_hosts=2")
+def pair(directory, workdirs, *arguments, mesh=(4, 1)):
+    """Two hosts that run together, on a mesh of so many devices along clients and model."""
+    shared = [f"--config.mesh.{axis}={n}" for axis, n in zip(("clients", "model"), mesh)]
+    shared += (f"--coordinator=127.0.0.1:{free_port()}", "--num_hosts=2")
     return [
         train(directory, workdir, 2, 2, *shared, f"--host={i}", *arguments)
         for i, workdir in enumerate(workdirs)
@@ -87,7 +89,8 @@ def directory(tmp_path):
 def test_two_hosts_find_what_one_device_finds_and_it_goes_on_alone(directory):
     """One round, ended by a signal to one of them; one of images that are read; one alone.
 
-    The first host also pretrains the backbone.
+    One client of six drops out. The first host also pretrains the backbone, which is split for the
+    second round.
     """
     hosts = pair(directory, ["together"] * 2)
     while not (directory / "together" / "config.json").exists():
@@ -100,7 +103,7 @@ def test_two_hosts_find_what_one_device_finds_and_it_goes_on_alone(directory):
     # Each has written the states of its own clients.
     files = sorted(path.name for path in (directory / "together" / "clients").iterdir())
     assert files == ["000000.1.npy", "000000.npy"]
-    hosts = pair(directory, ["together"] * 2, "--config.data.streaming=True")
+    hosts = pair(directory, ["together"] * 2, "--config.data.streaming=True", mesh=(2, 2))
     said = [finish(host) for host in hosts]
     assert "report.md" in said[0] and "report.md" not in said[1]
     # What four devices wrote is read on one.
@@ -114,6 +117,7 @@ def test_two_hosts_find_what_one_device_finds_and_it_goes_on_alone(directory):
     assert "seconds_waiting" in together[1] and "seconds_waiting" not in together[2]
     for one, other in zip(alone, together, strict=True):
         assert one["cohort"] == other["cohort"]
+        assert one["absent_clients"] == other["absent_clients"] == 1
         for name in ("loss", "client_loss", "client_accuracy", "megabytes_up"):
             np.testing.assert_allclose(numbers(one, name), numbers(other, name), rtol=1e-5)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from fedlora_jax.data.clients import ClientData
@@ -81,6 +82,36 @@ def test_what_does_not_fit_is_not_run_and_not_compiled_where_that_is_known(monke
     assert rounds.search(trial=()).size == 1
 
 
+def two_hosts(monkeypatch, other):
+    """As the first of two, with a false exchange: what the other one says, whatever is asked."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    gather, broadcast = lambda x: np.array([x, other], x.dtype), lambda x: x
+    monkeypatch.setattr(chunking.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(chunking.multihost_utils, "broadcast_one_to_all", broadcast)
+
+
+def test_of_several_hosts_the_one_with_least_memory_counts(monkeypatch):
+    rounds = Rounds(monkeypatch, dict.fromkeys((18, 9, 3, 1), 1.0), limit=99 * GIGABYTE)
+    assert rounds.search().size == 18
+    two_hosts(monkeypatch, other=8 * GIGABYTE)
+    assert rounds.search().size == 3
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_what_one_host_alone_cannot_run_is_an_error(monkeypatch, hosts):
+    """The other one waits for it in the same round, where nothing can be said to it."""
+
+    def lacks_memory(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    if hosts == 1:
+        assert chunking._time(lacks_memory, ()) is None
+        return
+    two_hosts(monkeypatch, other=0)
+    with pytest.raises(ValueError, match="has not the memory .* config.clients_per_chunk"):
+        chunking._time(lacks_memory, ())
+
+
 def config(changes):
     made = tiny_digits(Path("nowhere"))
     made.update_from_flattened_dict(
@@ -132,6 +163,13 @@ def test_it_is_remembered_by_the_run_and_for_others_like_it(monkeypatch, tmp_pat
     # What was found for one method is too much for another.
     fast.limit = 3 * GIGABYTE
     assert of_run(fast, tmp_path / "e") == 1
+
+
+def test_a_record_that_the_first_host_cannot_write_ends_the_others_too(monkeypatch, tmp_path):
+    rounds = Rounds(monkeypatch, dict.fromkeys((18, 9, 3, 1), 1.0))
+    two_hosts(monkeypatch, other=True)
+    with pytest.raises(ValueError, match="another host cannot go on"):
+        of_run(rounds, tmp_path)
 
 
 def test_short_runs_and_given_numbers_are_not_tried(monkeypatch, tmp_path):
