@@ -160,7 +160,7 @@ def _traced(run: Any) -> Iterator[tuple[str, float]]:
 def page(results: Mapping[str, Any]) -> str:
     """The table, as Markdown."""
     facts = results["environment"]
-    head = ["case", "chunk", *KINDS, "thread s", "GFLOP/s of large ones", "of large ones alone"]
+    head = ["case", "chunk", *KINDS, "thread s", "GFLOP/s of large ones", "alone"]
     rows = []
     for row, measured in results["rows"].items():
         name, chunk = row.split(":")
@@ -198,5 +198,6 @@ _NOTES = (
     "several clients side by side those of adapters that are longer than the rank); calls of "
     "libraries, such as LAPACK; what only moves numbers (`copies`); and all else. Where one thread "
     "waits for others its time counts too. `GFLOP/s of large ones`: their operations over their "
-    "time, beside that of large products alone."
+    "time; `alone`: of a large product that has all cores. Of two products side by side each has "
+    "half of them."
 )
