@@ -35,12 +35,13 @@ def make(base):
 
 @pytest.fixture(scope="module")
 def run(base):
-    """Runs a configuration; those that differ in rounds or seed alone share their programs."""
+    """Runs a configuration; those whose rounds are alike share their programs."""
     programs = {}
 
     def run(config, workdir, **options):
         key = config.copy_and_resolve_references()
         del key.rounds, key.seed, key.options.fedsmooth_lora.rounds
+        del key.evaluate_every, key.checkpoint_every
         key = key.to_json(sort_keys=True)
         if key not in programs:
             programs[key] = experiment.compile_program(config, base[1])
