@@ -253,7 +253,8 @@ def profile_table() -> None:
     """Traces a round of each case, prints the table and writes it."""
     results: dict[str, Any] = {"environment": environment(), "rows": {}}
     names = rows_of(rounds.CASES, rounds.default_cases(jax.default_backend()))
-    rows = [f"{name}:{chunk}" for name in names for chunk in chunk_sizes()]
+    chunks = chunk_sizes()
+    rows = [f"{name}:{c}" for name in names for c in rounds.parts_of(rounds.CASES[name], chunks)]
     for row in each("profile", results, rows):
         results["rows"][row] = worker(f"profile:{row}")
     write("profile", results, profiles.page(results))

@@ -1,5 +1,6 @@
 """What is in a compiled program, and what devices send each other there, read from its text."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ KINDS = (
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", re.MULTILINE)
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_INSTRUCTION = re.compile(
+    r"^[ \t]+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$", re.MULTILINE
+)
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:body|condition|calls|to_apply|\w*computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r"known_trip_count\":?\{\"n\":\"(\d+)\"")
@@ -55,10 +58,7 @@ def collectives(text: str, *, only_in_loops: bool = False) -> dict[str, Sent]:
     found: dict[str, Sent] = {}
 
     def walk(name: str, times: int, counted: bool) -> None:
-        for line in bodies[name]:
-            if (here := instruction(line)) is None:
-                continue
-            _, shape, operation, rest = here
+        for _, shape, operation, rest in bodies[name]:
             kind = operation.removesuffix("-done")
             if kind in KINDS and counted:
                 before = found.get(kind, Sent(0, 0))
@@ -73,12 +73,6 @@ def collectives(text: str, *, only_in_loops: bool = False) -> dict[str, Sent]:
 
     walk(entry, 1, not only_in_loops)
     return found
-
-
-def instruction(line: str) -> Instruction | None:
-    """What a line says; None if it is none."""
-    matched = _INSTRUCTION.match(line)
-    return None if matched is None else Instruction(*matched.groups())
 
 
 def operands(rest: str) -> list[str]:
@@ -101,15 +95,12 @@ def num_bytes(shape: str) -> int:
     total = 0
     for name, lengths in _ARRAY.findall(shape):
         bits = _BITS.get(name, int((re.search(r"\d+", name) or [0])[0]))
-        count = 1
-        for size in integers(lengths):
-            count *= size
-        total += (count * bits + 7) // 8
+        total += (math.prod(integers(lengths)) * bits + 7) // 8
     return total
 
 
-def computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by name, and which is the entry.
+def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    """The instructions of each computation by name, and which is the entry.
 
     Raises:
       ValueError: If there is no entry: it is not the text of a compiled program.
@@ -120,7 +111,8 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
         raise ValueError("this is not the text of a compiled program: it has no one ENTRY")
     ends = [head.start() for head in heads[1:]] + [len(text)]
     bodies = {
-        head[2]: text[head.end() : end].splitlines() for head, end in zip(heads, ends, strict=True)
+        head[2]: [Instruction(*found) for found in _INSTRUCTION.findall(text, head.end(), end)]
+        for head, end in zip(heads, ends, strict=True)
     }
     return bodies, entries[0]
 

@@ -3,6 +3,7 @@
 The compiled program says what each operation is, the trace how long it took.
 """
 
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -51,10 +52,7 @@ def operations(text: str, rank: int) -> dict[str, Operation]:
       text: Of a compiled program, from `compiled.as_text()`.
       rank: Products of which a side is no longer than this are of `LOW_RANK`.
     """
-    computations = {
-        name: [found for line in lines if (found := hlo.instruction(line))]
-        for name, lines in hlo.computations(text)[0].items()
-    }
+    computations, _ = hlo.computations(text)
     shapes = {each.name: each.shape for lines in computations.values() for each in lines}
     inside = {
         called
@@ -100,20 +98,13 @@ def _is_product(instruction: hlo.Instruction) -> bool:
 def _product(instruction: hlo.Instruction, shapes: Mapping[str, str], rank: int) -> Operation:
     along = {side: hlo.integers(text) for side, text in _DIMENSIONS.findall(instruction.rest)}
     left, right = (hlo.sizes(shapes[name]) for name in hlo.operands(instruction.rest)[:2])
-    batch = _volume(left, along.get("lhs_batch", []))
-    summed = _volume(left, along.get("lhs_contracting", []))
-    rows, columns = (_volume(side, range(len(side))) // (batch * summed) for side in (left, right))
+    batch = math.prod(left[axis] for axis in along.get("lhs_batch", ()))
+    summed = math.prod(left[axis] for axis in along.get("lhs_contracting", ()))
+    rows, columns = (math.prod(side) // (batch * summed) for side in (left, right))
     flops = 2.0 * batch * summed * rows * columns
     if min(summed, rows, columns) <= rank:
         return Operation(LOW_RANK, flops)
     return Operation(BATCHED if batch > 1 else LARGE, flops)
-
-
-def _volume(sizes: list[int], axes: Any) -> int:
-    volume = 1
-    for axis in axes:
-        volume *= sizes[axis]
-    return volume
 
 
 def measure(name: str, chunk: str) -> dict[str, Any]:

@@ -394,6 +394,11 @@ def sizes(chunks: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([ALL, *chunks]))
 
 
+def parts_of(case: Case, chunks: Sequence[str]) -> list[str]:
+    """From `sizes`, without numbers that would hold the whole cohort."""
+    return [chunk for chunk in chunks if chunk == ALL or int(chunk) < case.clients]
+
+
 def measure(name: str, chunks: Sequence[str], repeats: int, reference: bool) -> dict[str, Any]:
     """Times one of `CASES`.
 
@@ -407,7 +412,7 @@ def measure(name: str, chunks: Sequence[str], repeats: int, reference: bool) -> 
       What `compare` does, with the case and its `summary`.
     """
     case = CASES[name]
-    chunks = [chunk for chunk in chunks if chunk == ALL or int(chunk) < case.clients]
+    chunks = parts_of(case, chunks)
     with contextlib.ExitStack() as stack:
 
         def process(side: str) -> Side:

@@ -15,8 +15,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import ml_collections
-import numpy as np
-from jax.experimental import multihost_utils
 
 from fedlora_jax.data.clients import ClientData
 from fedlora_jax.experiment import hosts, memory, records
@@ -153,7 +151,7 @@ def _plan(function: CohortRound, arguments: Sequence[Any]) -> Memory | None:
     needed = memory.estimate(function, *arguments)
     if needed is None or needed.limit is None:
         return needed
-    return needed._replace(limit=int(_least_of_all(needed.limit)))
+    return needed._replace(limit=int(hosts.least_of_all(needed.limit)))
 
 
 def _time(function: CohortRound, arguments: Sequence[Any]) -> float | None:
@@ -168,7 +166,7 @@ def _time(function: CohortRound, arguments: Sequence[Any]) -> float | None:
         while len(taken) < 3 and sum(taken) < _QUICK:
             began = time.perf_counter()
             jax.block_until_ready(function(*arguments))
-            taken.append(_of_first_process(time.perf_counter() - began))
+            taken.append(hosts.of_first(time.perf_counter() - began))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -180,20 +178,6 @@ def _time(function: CohortRound, arguments: Sequence[Any]) -> float | None:
             ) from error
         return None
     return min(taken)
-
-
-def _of_first_process(value: float) -> float:
-    """What the first of several processes has found, so that all go the same way."""
-    if jax.process_count() == 1:
-        return value
-    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
-
-
-def _least_of_all(value: float) -> float:
-    """The least of what all processes have, so that what fits one fits all."""
-    if jax.process_count() == 1:
-        return value
-    return float(multihost_utils.process_allgather(np.float32(value)).min())
 
 
 def of_run(
@@ -363,7 +347,7 @@ def _read_cache(path: Path) -> int | None:
 
 
 def _number(found: int | None) -> int | None:
-    return int(_of_first_process(found or 0)) or None
+    return int(hosts.of_first(found or 0)) or None
 
 
 def _refusal(

@@ -103,3 +103,17 @@ def any_of_all(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.array(value)).any())
+
+
+def of_first(value: float) -> float:
+    """The number that the first host has, so that all go the same way; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.broadcast_one_to_all(np.float32(value)))
+
+
+def least_of_all(value: float) -> float:
+    """The least of the numbers that hosts have, so that what fits one fits all; all must ask."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.process_allgather(np.float32(value)).min())

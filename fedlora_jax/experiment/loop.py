@@ -269,8 +269,10 @@ def _make_record(
         row = measure(index, who, server, found, measured)
         if kept.writer is not None:
             kept.writer.write({**row, **seconds})
-        now = is_due(index, config.checkpoint_every)
-        (kept.checkpoints.save if now else kept.checkpoints.wait_with)(index + 1, server)
+        if is_due(index, config.checkpoint_every):
+            kept.checkpoints.save(index + 1, server)
+        else:
+            kept.checkpoints.wait_with(index + 1, server)
         kept.clients.forget(kept.checkpoints.oldest())
 
     return record

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedlora_jax.data.clients import ClientData
-from fedlora_jax.experiment import chunking, memory
+from fedlora_jax.experiment import chunking, hosts, memory
 from fedlora_jax.methods import Server
 from tests.tiny import tiny_digits
 
@@ -86,8 +86,8 @@ def two_hosts(monkeypatch, other):
     """As the first of two, with a false exchange: what the other one says, whatever is asked."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     gather, broadcast = lambda x: np.array([x, other], x.dtype), lambda x: x
-    monkeypatch.setattr(chunking.multihost_utils, "process_allgather", gather)
-    monkeypatch.setattr(chunking.multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", gather)
+    monkeypatch.setattr(hosts.multihost_utils, "broadcast_one_to_all", broadcast)
 
 
 def test_of_several_hosts_the_one_with_least_memory_counts(monkeypatch):
@@ -97,14 +97,14 @@ def test_of_several_hosts_the_one_with_least_memory_counts(monkeypatch):
     assert rounds.search().size == 3
 
 
-@pytest.mark.parametrize("hosts", [1, 2])
-def test_what_one_host_alone_cannot_run_is_an_error(monkeypatch, hosts):
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_one_host_alone_cannot_run_is_an_error(monkeypatch, count):
     """The other one waits for it in the same round, where nothing can be said to it."""
 
     def lacks_memory(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    if hosts == 1:
+    if count == 1:
         assert chunking._time(lacks_memory, ()) is None
         return
     two_hosts(monkeypatch, other=0)
