@@ -213,7 +213,8 @@ def tune(
             bar.update(num_seeds * _rounds(rungs) - (bar.n - before))  # Of points given up.
             spent[name] = runs.spent()
     chosen = choose(found, metric, config.rounds)
-    path = write(workdir, found, chosen, spent, metric, config.rounds)
+    with locks.held(workdir, workdir / ".lock", wait=True):
+        path = write(workdir, found, chosen, spent, metric, config.rounds)
     print(f"\n{render(found, chosen, metric)}\n\n{told(spent)}\n\nReport with plot: {path}")
     failed = [name for name in names if name not in chosen]
     if failed:

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from experiments.shared import clients, paired, plots
 from experiments.shared.apps import command
 from experiments.shared.plots import Rounds, Runs
-from fedlora_jax import experiment
+from fedlora_jax import experiment, locks
 from fedlora_jax.experiment import partitions, records
 from fedlora_jax.experiment.partitions import Overview
 from fedlora_jax.federated.metrics import Metric
@@ -278,7 +278,15 @@ def finish(
 
 
 def write(workdir: Path, runs: Runs, study: Study) -> Path:
-    """Writes `report.md` and its plots into `workdir`; returns the path of the report."""
+    """Writes `report.md` and its plots into `workdir`; returns the path of the report.
+
+    It waits while another process writes there.
+    """
+    with locks.held(workdir, workdir / ".lock", wait=True):
+        return _write(workdir, runs, study)
+
+
+def _write(workdir: Path, runs: Runs, study: Study) -> Path:
     reference, metric = reference_of(runs), study.metric
     drawn = {
         metric.name: plots.over_rounds(runs, metric),

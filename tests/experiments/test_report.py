@@ -1,11 +1,13 @@
 """Tables and plots from metrics."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
 
 from experiments.shared import apps, plots, report
+from fedlora_jax import locks
 from fedlora_jax.experiment.partitions import Overview
 from fedlora_jax.federated import metrics
 
@@ -156,6 +158,16 @@ def test_a_line_for_each_run_has_what_differences_need(tmp_path, runs):
         "aggregation_error": [None, None],
     }
     assert lines[-1]["aggregation_error"] == [0.1, 0.1]
+
+
+def test_a_report_waits_for_another_process_that_writes_there(tmp_path, runs):
+    # Both have `report.md.part`, and the second one to give it its name would find it gone.
+    with ThreadPoolExecutor() as pool, pytest.warns(UserWarning, match="waiting for .* in use by"):
+        with locks.held(tmp_path, tmp_path / ".lock"):
+            second = pool.submit(report.write, tmp_path, runs, study(dict.fromkeys(runs, 0.1)))
+            assert not wait([second], timeout=0.3).done and not list(tmp_path.glob("*.p*"))
+        assert second.result() == tmp_path / "report.md"
+    assert second.result().exists()
 
 
 def test_report_of_few_methods(tmp_path, runs):
