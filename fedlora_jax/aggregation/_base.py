@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -78,6 +78,11 @@ def stack(clients: Sequence[PyTree], rank: int | None = None) -> PyTree:
       ValueError: If the trees differ in structure or in a dimension other than the rank; it names
         the client and the kernel.
     """
+    if isinstance(clients, Mapping):
+        raise ValueError(
+            f"clients must be a sequence of adapter trees, got {type(clients).__name__}; of a "
+            "mapping from clients to adapter trees stack list(clients.values())"
+        )
 
     def stacked(*factors: Factors) -> Factors:
         largest = max(f.rank for f in factors) if rank is None else rank
@@ -96,6 +101,12 @@ def _check_alike(index: int, client: PyTree, first: PyTree) -> None:
     mine, theirs = names(client), names(first)
     if mine != theirs:
         raise ValueError(f"client {index} sent kernels {mine}, client 0 {theirs}")
+    if structure(client) != structure(first):
+        kinds = [type(tree).__name__ for tree in (client, first)]
+        raise ValueError(
+            f"client {index} sent a {kinds[0]}, client 0 a {kinds[1]}: trees of one structure are "
+            "expected, in what lies within them too"
+        )
     for name, node, other in zip(mine, leaves(client), leaves(first), strict=True):
         a, b = jnp.shape(node.a), jnp.shape(node.b)
         if len(a) > 2 and len(b) > 2:
@@ -124,8 +135,12 @@ def map_factors(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> Py
 
 def unflatten(tree: PyTree, nodes: Sequence[Any]) -> PyTree:
     """A tree of the structure of `tree` with `nodes` in place of its `Factors`."""
-    structure = jax.tree.structure(tree, is_leaf=lowrank.is_factors)
-    return jax.tree.unflatten(structure, nodes)
+    return jax.tree.unflatten(structure(tree), nodes)
+
+
+def structure(tree: PyTree) -> Any:
+    """What a tree is made of, down to its `Factors` nodes."""
+    return jax.tree.structure(tree, is_leaf=lowrank.is_factors)
 
 
 def run(
@@ -315,6 +330,11 @@ def check(stacked: PyTree, weights: np.ndarray | jax.Array) -> None:
                 f"adapter {name!r}: expected a [K={clients}, d_in, r] and b [K={clients}, r, "
                 f"d_out] for {clients} weights, got a {list(a)} and b {list(b)}"
             )
+        if 0 in (*a[1:], *b[1:]):
+            raise ValueError(
+                f"adapter {name!r}: expected d_in, r and d_out of at least 1, got a {list(a)} and "
+                f"b {list(b)}"
+            )
     if not isinstance(weights, np.ndarray):
         return
     if not np.all(np.isfinite(weights)) or np.any(weights < 0) or not np.any(weights > 0):
@@ -467,7 +487,11 @@ def cut(adapters: PyTree, ranks: ArrayLike | Sequence[int]) -> PyTree:
 
     Returns:
       Stacked adapter tree of `Factors(a [K, d_in, r], b [K, r, d_out])`, zero beyond `ranks[k]`.
+
+    Raises:
+      ValueError: If the tree holds no `Factors`, or something beside them.
     """
+    leaves(adapters)
     ranks = jnp.asarray(ranks)
     return map_factors(lambda factors: lowrank.cut(factors, ranks), adapters)
 

@@ -35,8 +35,8 @@ def error(
       aggregate is zero too.
 
     Raises:
-      ValueError: On weights or factors that cannot be used, see `fedlora_jax.aggregation`, or an
-        aggregate whose kernels are not those of `stacked`.
+      ValueError: On weights or factors that cannot be used, see `fedlora_jax.aggregation`, or if
+        `aggregated` is no `Aggregated`, or its kernels are not those of `stacked`.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -47,6 +47,11 @@ def error(
       >>> round(float(aggregation.error(stacked, weights, mean)), 6)
       0.2
     """
+    if not isinstance(aggregated, Aggregated):
+        raise ValueError(
+            "aggregated must be Aggregated(adapters, residual), as an aggregation function returns "
+            f"it, got {type(aggregated).__name__}; of adapters alone: Aggregated(adapters, None)"
+        )
     parts = [part for part in aggregated if part is not None]
     pairs = _base.each_kernel(_distance, stacked, weights, trees=parts)
     if per_kernel:

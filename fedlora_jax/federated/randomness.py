@@ -8,10 +8,19 @@ before.
 import zlib
 
 import jax
+import jax.numpy as jnp
 
 
 def stream(seed: jax.Array, name: str) -> jax.Array:
-    """The key of a named stream of a seed's key."""
+    """The key of a named stream of a seed's key.
+
+    Raises:
+      ValueError: If a number is given in the key's place.
+    """
+    dtype = getattr(seed, "dtype", type(seed))
+    if jnp.ndim(seed) == 0 and not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        found = jnp.dtype(dtype).name
+        raise ValueError(f"the seed must be a key, such as jax.random.key(0); got a single {found}")
     return jax.random.fold_in(seed, zlib.crc32(name.encode()))
 
 

@@ -258,7 +258,15 @@ def _members(
     cohort: jax.Array,
     faulty: jax.Array | None,
 ) -> _Members:
-    """The clients of a cohort; in the place of nobody there is the first, with one example."""
+    """The clients of a cohort; in the place of nobody there is the first, with one example.
+
+    Raises:
+      ValueError: If there are data of more clients than there are.
+    """
+    if len(data.counts) > len(ranks):
+        raise ValueError(
+            f"the data are of {len(data.counts)} clients, the federation has {len(ranks)}"
+        )
     who = jnp.maximum(cohort, 0)
     counts = jnp.where(cohort < 0, 1, data.counts[who])
     own = data.examples if isinstance(data.examples, CohortExamples) else None
@@ -437,6 +445,10 @@ def run_round(
 
     Returns:
       The state after the round, its metrics, and what the clients did.
+
+    Raises:
+      ValueError: If a number is given in the place of the key, or data of more clients than the
+        federation has.
     """
     server, clients, ranks = federation
     states = _rows(clients, cohort)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from jax.typing import ArrayLike
 
 from fedlora_jax import Factors, aggregation, lowrank, methods
@@ -87,6 +88,36 @@ def test_wrong_shapes(name):
         call(name, {"dense": np.ones((3, 2, 2), np.float32)}, cases.WEIGHTS)
     with pytest.raises(ValueError, match="nothing"):
         call(name, {}, cases.WEIGHTS)
+
+
+@every
+@pytest.mark.parametrize("sizes", [(3, 4, 0, 5), (3, 0, 2, 5), (3, 4, 2, 0)])
+def test_a_kernel_of_nothing_is_refused(name, sizes):
+    clients, rows, rank, columns = sizes
+    stacked = cases.clients()
+    stacked["block/up"] = Factors(np.ones((clients, rows, rank)), np.ones((clients, rank, columns)))
+    with pytest.raises(ValueError, match="adapter 'block/up': .*at least 1.*got a .*and b "):
+        call(name, stacked, cases.WEIGHTS)
+
+
+def test_what_is_no_sequence_of_trees_is_not_stacked():
+    clients = {f"client_{seed}": cases.extra(seed) for seed in range(3)}
+    with pytest.raises(ValueError, match="a sequence of adapter trees, got dict"):
+        aggregation.stack(clients)
+    with pytest.raises(ValueError, match="client 1 sent a FrozenDict, client 0 a dict"):
+        aggregation.stack([cases.extra(0), FrozenDict(cases.extra(1))])
+
+
+def test_adapters_alone_are_no_aggregate():
+    stacked, weights = cases.clients(), cases.WEIGHTS
+    adapters = aggregation.fedit(stacked, weights).adapters
+    with pytest.raises(ValueError, match=r"aggregated must be Aggregated\(adapters, residual\)"):
+        aggregation.error(stacked, weights, adapters)
+
+
+def test_what_is_no_tree_of_factors_is_not_cut():
+    with pytest.raises(ValueError, match=r"Factors\(a, b\) as its leaves.*found ndarray"):
+        aggregation.cut({"dense": np.ones((3, 2))}, [1, 2])
 
 
 @pytest.mark.parametrize(

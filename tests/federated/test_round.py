@@ -10,6 +10,7 @@ import pytest
 
 from fedlora_jax import lora, methods
 from fedlora_jax.experiment import memory
+from fedlora_jax.federated.cohort import sample
 from fedlora_jax.federated.round import (
     Recipe,
     make_cohort_round,
@@ -153,6 +154,24 @@ def test_training_that_takes_no_steps_is_refused(world, make):
     training = world.training._replace(steps=0, epochs=0)
     with pytest.raises(ValueError, match="training: steps or epochs must be at least 1"):
         make(Recipe(world.task, method_of("fedit"), training))
+
+
+@pytest.mark.parametrize("seed", [0, np.int64(3), jnp.int32(0)])
+def test_a_number_is_no_key(world, seed):
+    function = make_round(Recipe(world.task, method_of("fedit"), world.training))
+    federation = world.federation(method_of("fedit"))
+    with pytest.raises(ValueError, match=r"a key, such as jax.random.key\(0\); got a single int"):
+        function(federation, world.data, COHORT, seed, 0.1)
+    with pytest.raises(ValueError, match="the seed must be a key"):
+        sample(seed, 0, num_clients=4, cohort_size=2)
+
+
+def test_data_of_more_clients_than_there_are_are_refused(world):
+    few = world.federation(method_of("fedit"))
+    few = few._replace(ranks=few.ranks[:3])
+    function = make_round(Recipe(world.task, method_of("fedit"), world.training))
+    with pytest.raises(ValueError, match="data are of 7 clients, the federation has 3"):
+        function(few, world.data, COHORT[:2], world.seed, 0.1)
 
 
 def test_memory_that_does_not_fit_is_seen():
