@@ -282,11 +282,6 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
 
     It waits while another process writes there.
     """
-    with locks.held(workdir, workdir / ".lock", wait=True):
-        return _write(workdir, runs, study)
-
-
-def _write(workdir: Path, runs: Runs, study: Study) -> Path:
     reference, metric = reference_of(runs), study.metric
     drawn = {
         metric.name: plots.over_rounds(runs, metric),
@@ -327,11 +322,11 @@ def _write(workdir: Path, runs: Runs, study: Study) -> Path:
         "## The clients",
         aligned(*clients.table(study.clients), "github"),
         f"Under the first seed. {clients.legend(study.clients)}",
-        "## Plots",
-        plots.save(workdir, drawn),
     ]
-    records.write_atomically(workdir / "runs.jsonl", curves(runs, metric))
-    records.write_atomically(workdir / "report.md", "\n\n".join(parts) + "\n")
+    with locks.held(workdir, workdir / ".lock", wait=True):
+        parts += ["## Plots", plots.save(workdir, drawn)]
+        records.write_atomically(workdir / "runs.jsonl", curves(runs, metric))
+        records.write_atomically(workdir / "report.md", "\n\n".join(parts) + "\n")
     return workdir / "report.md"
 
 

@@ -302,10 +302,7 @@ def _parts(
     leaves = jax.tree_util.tree_leaves_with_path(stacked, is_leaf=lowrank.is_factors)
     starts: list[Any] = [None] * len(leaves)
     if reference is not None:
-        mine, theirs = (
-            str(jax.tree.structure(tree, is_leaf=lowrank.is_factors))
-            for tree in (stacked, reference)
-        )
+        mine, theirs = (str(_base.structure(tree)) for tree in (stacked, reference))
         if mine != theirs:
             raise ValueError(
                 f"what clients send and the reference differ in structure: {mine} and {theirs}"

@@ -488,6 +488,9 @@ def run_cohort(
     Returns:
       The server's state after the round, those of the clients `[K]`, the metrics, and what the
       clients did.
+
+    Raises:
+      ValueError: As `run_round` does.
     """
     method, training = recipe.method, recipe.training
     shared = _shared(recipe.task, server, data, seed, learning_rate)
