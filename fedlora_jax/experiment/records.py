@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import tokenize
 import warnings
 import zipfile
@@ -124,14 +125,12 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, first_round: int):
-        from tensorboardX import SummaryWriter  # which imports torch wherever that is installed
-
         kept = [json.dumps(row) for row in read_metrics(workdir, first_round)[:first_round]]
         _mend(workdir / METRICS, [line.encode() for line in kept])
         _mend(workdir / BACKUP, [_sealed(line).encode() for line in kept])
         self._file = open(workdir / METRICS, "a", buffering=1)
         self._backup = open(workdir / BACKUP, "a", buffering=1)
-        self._events = SummaryWriter(str(workdir), purge_step=first_round)
+        self._events = _summary_writer()(str(workdir), purge_step=first_round)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes a round's metrics: numbers, strings, and lists and dicts of them."""
@@ -149,6 +148,20 @@ class MetricsWriter:
         self._file.close()
         self._backup.close()
         self._events.close()
+
+
+def _summary_writer() -> Any:
+    """TensorBoard's writer, without torch.
+
+    tensorboardX imports that wherever it is installed: seconds, and threads in the way of JAX's.
+    """
+    absent = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if absent:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _sealed(line: str) -> str:

@@ -1,8 +1,10 @@
 """From a configuration to a finished run, in process, on the demo's data with a tiny ViT."""
 
+import importlib
 import itertools
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,16 @@ import numpy as np
 import pytest
 
 from fedlora_jax import experiment, transforms
-from fedlora_jax.experiment import checkpoints, chunking, hosts, loop, partitions, program, setting
+from fedlora_jax.experiment import (
+    checkpoints,
+    chunking,
+    hosts,
+    loop,
+    partitions,
+    program,
+    records,
+    setting,
+)
 from fedlora_jax.federated import faults, ranks
 
 
@@ -397,6 +408,18 @@ def test_what_is_not_finite_is_null_in_the_metrics(base, make, tmp_path, monkeyp
 
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def test_metrics_are_written_without_torch(tmp_path, monkeypatch):
+    """Also where it is installed; who wants it afterwards gets it."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in list(sys.modules):
+        if name.partition(".")[0] in ("tensorboardX", "torch"):
+            monkeypatch.delitem(sys.modules, name)
+    records.MetricsWriter(tmp_path, 0).close()
+    with pytest.raises(RuntimeError, match="torch was imported"):
+        importlib.import_module("torch")
 
 
 def test_what_hosts_may_not_differ_in_is_named(base, make, monkeypatch):
