@@ -6,7 +6,8 @@ WORKDIR ?= runs/demo
 # Of `make demo` and `make endurance`: what is installed besides, cuda or tpu for an accelerator.
 EXTRAS ?=
 CORE := $(VENV)/.core$(EXTRAS:%=-%)
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Of most that is installed no line is ever imported: what is, Python compiles when it is.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(BIN)/python -m pytest
 # Two workers, each of which takes files as it is free.
 WORKERS := -n 2 --no-loadscope-reorder

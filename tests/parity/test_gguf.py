@@ -30,7 +30,7 @@ PAGE = '''def fibonacci(n: int) -> int:
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 
 
@@ -44,6 +44,13 @@ def path():
 
 @pytest.fixture(scope="module")
 def theirs(path: Path):
+    # Its reader takes seconds for a file, and transformers calls it three times.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        return _theirs(path)
+
+
+def _theirs(path):
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(**where)
