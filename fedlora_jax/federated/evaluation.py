@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from scipy import sparse
 
 from fedlora_jax.federated import cohort, placement
-from fedlora_jax.federated.metrics import Score
+from fedlora_jax.federated.metrics import Score, by_example
 from fedlora_jax.federated.task import Batch, Task, Weighted, outputs
 from fedlora_jax.lora import Params
 from fedlora_jax.methods import Method, Server, Trainable
@@ -252,7 +252,12 @@ def make_evaluate(
     def run(frozen: Params, scale: jax.Array, trainable: Trainable, examples: Batch) -> _Found:
         def of_batch(batch: Batch) -> _Found:
             given = outputs(task, frozen, trainable, batch, scale=scale)
-            values = {m.name: m.measure(given, batch) for m in task.metrics if m.measure}
+            size = len(next(iter(batch.values())))
+            values = {
+                m.name: by_example(m.name, m.measure(given, batch), size)
+                for m in task.metrics
+                if m.measure
+            }
             return _Found(values, task.predict(given) if of_sets and task.predict else None)
 
         return _in_batches(of_batch, examples, batch_size, mesh)

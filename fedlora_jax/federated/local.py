@@ -10,6 +10,7 @@ import optax
 
 from fedlora_jax import blocks
 from fedlora_jax.federated.faults import Faults
+from fedlora_jax.federated.metrics import by_example
 from fedlora_jax.federated.task import Batch, Task, outputs
 from fedlora_jax.lora import Adapters, Params
 from fedlora_jax.methods import Start, Trainable, Trained, trained_mask
@@ -185,7 +186,7 @@ def _loss(
 ) -> jax.Array:
     """The weighted mean of the loss over the examples of a batch that the mask keeps."""
     values = outputs(task, backbone, trainable, batch, scale=scale, offset=offset)
-    losses, weights = task.loss(values, batch)
+    losses, weights = by_example("the task's loss", task.loss(values, batch), len(mask))
     weights = jnp.where(mask > 0, weights.astype(jnp.float32), 0.0)
     losses = jnp.where(weights > 0, losses.astype(jnp.float32), 0.0)
     return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), _LEAST)

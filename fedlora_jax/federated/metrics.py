@@ -38,6 +38,22 @@ def equally(values: jax.Array) -> Weighted:
     return Weighted(values, jnp.ones_like(values, jnp.float32))
 
 
+def by_example(what: str, found: Any, size: int) -> Weighted:
+    """What a loss or a measure gave for so many examples, if it is as `Weighted` says.
+
+    Raises:
+      ValueError: If it is something else, such as a mean over the batch, or values alone.
+    """
+    pair = isinstance(found, tuple | list) and [getattr(x, "shape", None) for x in found]
+    if pair != [(size,)] * 2:
+        raise ValueError(
+            f"{what} must give, for a batch of {size} examples, a Weighted of values and weights, "
+            f"[{size}] each; got {jax.tree.map(jnp.shape, found)}. Of values [{size}] that count "
+            "equally `metrics.equally` makes one"
+        )
+    return Weighted(*found)
+
+
 class Metric(NamedTuple):
     """A way to judge a model.
 

@@ -447,8 +447,8 @@ def run_round(
       The state after the round, its metrics, and what the clients did.
 
     Raises:
-      ValueError: If a number is given in the place of the key, or data of more clients than the
-        federation has.
+      ValueError: If a number is given in the place of the key, data of more clients than the
+        federation has, or a task whose loss is not by example.
     """
     server, clients, ranks = federation
     states = _rows(clients, cohort)

@@ -201,6 +201,13 @@ def test_metrics_that_do_not_fit_are_refused(world):
         evaluation.make_evaluate(task, method_of("fedit"), 3)
 
 
+def test_a_metric_not_by_example_is_refused(world, held_out):
+    mean = metrics.Metric("mean", "", True, lambda given, batch: jnp.mean(given))
+    method, task = method_of("fedit"), world.task._replace(metrics=(mean,))
+    with pytest.raises(ValueError, match=r"mean must give.*Weighted.*got \(\)"):
+        evaluate(task, method, world.federation(method), held_out)
+
+
 def test_numbers_in_words():
     clients = {"perplexity": np.array([np.nan, 2.0])}
     found = evaluation.Evaluation(

@@ -18,6 +18,7 @@ from fedlora_jax.federated.round import (
     run_round,
     train_cohort,
 )
+from fedlora_jax.federated.task import Weighted
 from fedlora_jax.methods import Trainable
 from tests.world import (
     COHORT,
@@ -172,6 +173,26 @@ def test_data_of_more_clients_than_there_are_are_refused(world):
     function = make_round(Recipe(world.task, method_of("fedit"), world.training))
     with pytest.raises(ValueError, match="data are of 7 clients, the federation has 3"):
         function(few, world.data, COHORT[:2], world.seed, 0.1)
+
+
+NOT_BY_EXAMPLE = {
+    "a mean": lambda values, batch: jnp.mean(values),
+    "no weights": lambda values, batch: values[:, 0],
+    "means": lambda values, batch: Weighted(jnp.mean(values), jnp.float32(1)),
+    "by class": lambda values, batch: Weighted(values, jnp.ones_like(values)),
+    "one weight": lambda values, batch: Weighted(values[:, 0], jnp.float32(1)),
+}
+
+
+@pytest.mark.parametrize("what", NOT_BY_EXAMPLE)
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_loss_not_by_example_is_refused(world, what, batch_size):
+    """Two losses without weights would be taken for a loss and a weight."""
+    task = world.task._replace(loss=NOT_BY_EXAMPLE[what])
+    recipe = Recipe(task, method_of("fedit"), world.training._replace(batch_size=batch_size))
+    inputs = (world.federation(method_of("fedit")), world.data, COHORT, world.seed, 0.1)
+    with pytest.raises(ValueError, match=rf"loss.*Weighted.*\[{batch_size}\] each.*equally"):
+        jax.eval_shape(functools.partial(run_round, recipe), *inputs)
 
 
 def test_memory_that_does_not_fit_is_seen():
