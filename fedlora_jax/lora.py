@@ -346,10 +346,10 @@ def _low_rank(
 def _product(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     """`(x a) b`, `[n, d_in] @ [d_in, r] @ [r, d_out]`, with gradients as they are written here.
 
-    Those of the factors are products over all rows with the rank in front. Of others XLA on a CPU
-    first transposes the larger operand, which takes several times as long as the product; and
-    JAX's own of a, as the one here, becomes such another unless something stands between the
-    product and its transpose.
+    Those of the factors are products over all rows with the rank in front: of others XLA on a CPU
+    first transposes the larger operand, which takes several times as long. JAX's own for b is such
+    another one. For a it is of the form here, but XLA takes the transpose into the product, unless
+    a barrier stands between them.
     """
     return (x @ a) @ b
 

@@ -67,12 +67,14 @@ LONG = [
     "test_mesh",
     "commands",
     "test_notebooks",
+    "test_hosts",
+    "test_processes",
+    "test_kills",
     "test_papers",
     "test_language_model",
     "test_sketch",
     "test_loop",
     "test_resuming",
-    "test_hosts",
     "test_gguf",
 ]
 

@@ -44,16 +44,12 @@ def path():
 
 @pytest.fixture(scope="module")
 def theirs(path: Path):
-    # Its reader takes seconds for a file, and transformers calls it three times.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
-        return _theirs(path)
-
-
-def _theirs(path):
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(**where)
+    with pytest.MonkeyPatch.context() as patch:
+        # It takes seconds for a file, and transformers calls it three times.
+        patch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
+        model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(**where)
 
 
 @pytest.fixture(scope="module")
