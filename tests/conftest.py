@@ -112,7 +112,7 @@ def pytest_collection_finish():
     """What the libraries are made of is never garbage, and takes long to be looked through."""
     gc.collect()
     gc.freeze()
-    _AT_FIRST.append(_resident_bytes())
+    _BASELINE_BYTES.append(_resident_bytes())
     # Traces are many small objects that live long.
     gc.set_threshold(20_000, 50, 50)
 
@@ -127,13 +127,13 @@ def bounded_memory():
     """A worker that holds many compiled programs, some 2 MB each, or many traces, drops them."""
     yield
     many = len(jax.local_devices()[0].client.live_executables()) > 800
-    if many or _resident_bytes() > _AT_FIRST[-1] + 1e9:
+    if many or _resident_bytes() > _BASELINE_BYTES[-1] + 1e9:
         jax.clear_caches()
-        _AT_FIRST.append(_resident_bytes())
+        _BASELINE_BYTES.append(_resident_bytes())
 
 
 # Of the process when it began, and whenever it had dropped what it held.
-_AT_FIRST = [float("inf")]
+_BASELINE_BYTES = [float("inf")]
 
 
 def _resident_bytes():

@@ -111,6 +111,7 @@ def test_gradients_of_adapters_are_those_of_merged_kernels(setup, frozen):
             np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-3 * float(jnp.abs(want).max()))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere a library is called for them")
 def test_the_gradients_turn_no_array_of_all_tokens_round():
     """Their products have the rank in front: of others XLA first transposes the larger operand."""
     x, model = jnp.ones((64, 6)), nn.Sequential([nn.Dense(32)])
