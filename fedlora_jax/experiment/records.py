@@ -125,12 +125,13 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, first_round: int):
+        writer = _summary_writer()
         kept = [json.dumps(row) for row in read_metrics(workdir, first_round)[:first_round]]
         _mend(workdir / METRICS, [line.encode() for line in kept])
         _mend(workdir / BACKUP, [_sealed(line).encode() for line in kept])
         self._file = open(workdir / METRICS, "a", buffering=1)
         self._backup = open(workdir / BACKUP, "a", buffering=1)
-        self._events = _summary_writer()(str(workdir), purge_step=first_round)
+        self._events = writer(str(workdir), purge_step=first_round)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Writes a round's metrics: numbers, strings, and lists and dicts of them."""
@@ -155,7 +156,8 @@ def _summary_writer() -> Any:
 
     tensorboardX imports that wherever it is installed: seconds, and threads in the way of JAX's.
     """
-    absent = sys.modules.setdefault("torch", None) is None  # type: ignore[arg-type]
+    absent = "torch" not in sys.modules
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     try:
         from tensorboardX import SummaryWriter
     finally:

@@ -411,7 +411,7 @@ def test_what_is_not_finite_is_null_in_the_metrics(base, make, tmp_path, monkeyp
 
 
 def test_metrics_are_written_without_torch(tmp_path, monkeypatch):
-    """Also where it is installed; who wants it afterwards gets it."""
+    """Also where it is installed. Who wants it afterwards gets it, unless it was ruled out."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in list(sys.modules):
@@ -420,6 +420,9 @@ def test_metrics_are_written_without_torch(tmp_path, monkeypatch):
     records.MetricsWriter(tmp_path, 0).close()
     with pytest.raises(RuntimeError, match="torch was imported"):
         importlib.import_module("torch")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    records.MetricsWriter(tmp_path, 0).close()
+    assert sys.modules["torch"] is None
 
 
 def test_what_hosts_may_not_differ_in_is_named(base, make, monkeypatch):
