@@ -6,7 +6,9 @@ WORKDIR ?= runs/demo
 # Of `make demo` and `make endurance`: what is installed besides, cuda or tpu for an accelerator.
 EXTRAS ?=
 CORE := $(VENV)/.core$(EXTRAS:%=-%)
-# Of most that is installed no line is ever imported: what is, Python compiles when it is.
+# Of most that is installed no line is ever imported: what is, Python compiles when it is, and keeps.
+# Told to keep nothing, each process would compile all of it again, for four seconds.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 PYTEST := $(BIN)/python -m pytest
 # Two workers, each of which takes files as it is free.
