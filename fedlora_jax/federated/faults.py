@@ -95,7 +95,8 @@ def drawn(faults: Faults, seed: jax.Array, round_index: jax.Array, cohort: jax.A
 
     present = cohort >= 0
     lots = jnp.where(present, jax.vmap(lot)(cohort), jnp.inf)
-    return jnp.argsort(jnp.argsort(lots)) < jnp.round(faults.share * jnp.sum(present))
+    count = jnp.round(faults.share * jnp.sum(present, dtype=jnp.float32)).astype(jnp.int32)
+    return jnp.argsort(jnp.argsort(lots)) < count
 
 
 def sent(faults: Faults, faulty: jax.Array, start: Start, trained: Trained) -> Trained:

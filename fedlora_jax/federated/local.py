@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def train(
             carry.loss + value,
             carry.steps + 1,
         )
-        active = jnp.any(mask > 0) & (index < steps)
+        active = jnp.any(mask) & (index < steps)
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, carry)
 
     first = _Carry(
@@ -124,8 +124,8 @@ def train(
     )
     last = jax.lax.fori_loop(0, longest, step, first)
     taken = jnp.maximum(last.steps, 1)
-    mean_gradient = jax.tree.map(lambda x: x / taken, last.gradient)
-    return Trained(_unstacked(last.trainable), _unstacked(mean_gradient)), last.loss / taken
+    mean_gradient, mean_loss = _divided((last.gradient, last.loss), taken)
+    return Trained(_unstacked(last.trainable), _unstacked(mean_gradient)), mean_loss
 
 
 def _stacked(start: Start) -> Start:
@@ -172,7 +172,11 @@ def gradient(
 
     zero = jax.tree.map(jnp.zeros_like, trainable.adapters)
     total = jax.lax.fori_loop(0, batches, add, zero)
-    return jax.tree.map(lambda x: x / batches, total)
+    return _divided(total, batches)
+
+
+def _divided(sums: Any, count: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x / count.astype(x.dtype), sums)
 
 
 def _loss(
@@ -187,7 +191,7 @@ def _loss(
     """The weighted mean of the loss over the examples of a batch that the mask keeps."""
     values = outputs(task, backbone, trainable, batch, scale=scale, offset=offset)
     losses, weights = by_example("the task's loss", task.loss(values, batch), len(mask))
-    weights = jnp.where(mask > 0, weights.astype(jnp.float32), 0.0)
+    weights = jnp.where(mask, weights.astype(jnp.float32), 0.0)
     losses = jnp.where(weights > 0, losses.astype(jnp.float32), 0.0)
     return jnp.sum(weights * losses) / jnp.maximum(jnp.sum(weights), _LEAST)
 

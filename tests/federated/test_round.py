@@ -10,6 +10,7 @@ import pytest
 
 from fedlora_jax import lora, methods
 from fedlora_jax.experiment import memory
+from fedlora_jax.federated import faults
 from fedlora_jax.federated.cohort import sample
 from fedlora_jax.federated.round import (
     Recipe,
@@ -155,6 +156,18 @@ def test_training_that_takes_no_steps_is_refused(world, make):
     training = world.training._replace(steps=0, epochs=0)
     with pytest.raises(ValueError, match="training: steps or epochs must be at least 1"):
         make(Recipe(world.task, method_of("fedit"), training))
+
+
+def test_a_project_may_forbid_itself_promotion_of_types(world):
+    """Of an optimiser that does without it; of all methods in `test_transforms`."""
+    method = method_of("fedit")._replace(diagnosed=True)
+    training = world.training._replace(steps=0, epochs=1, faults=faults.make("huge", share=0.25))
+    one_round = make_round(Recipe(world.task, method, training, clients_per_chunk=2))
+    federation = world.federation(method)
+    arguments = (federation, world.data, COHORT, world.seed, jnp.float32(0.1))
+    expected = jax.eval_shape(one_round, *arguments)
+    with jax.numpy_dtype_promotion("strict"):
+        assert jax.eval_shape(one_round, *arguments) == expected
 
 
 @pytest.mark.parametrize("seed", [0, np.int64(3), jnp.int32(0)])
