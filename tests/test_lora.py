@@ -111,6 +111,29 @@ def test_gradients_of_adapters_are_those_of_merged_kernels(setup, frozen):
             np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-3 * float(jnp.abs(want).max()))
 
 
+def test_second_derivatives_are_those_of_merged_kernels():
+    """In reverse mode, and in forward mode over it: the first are written by hand."""
+    x, model = jax.random.normal(jax.random.key(0), (5, 3)), nn.Sequential([nn.Dense(4), nn.tanh])
+    params = model.init(jax.random.key(1), x)["params"]
+    a, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(3, 2), (2, 4)]))
+    adapters = {"layers_0": Factors(a, b)}
+
+    def by_interception(adapters):
+        return jnp.sum(lora.apply(model, params, adapters, x, scale=SCALE) ** 2)
+
+    def by_merging(adapters):
+        merged = lora.merge(params, adapters, scale=SCALE)
+        return jnp.sum(model.apply({"params": merged}, x) ** 2)
+
+    for outer in (jax.jacfwd, jax.jacrev):
+        got, want = (
+            jax.tree.leaves(jax.jit(outer(jax.grad(f)))(adapters))
+            for f in (by_interception, by_merging)
+        )
+        for found, expected in zip(got, want, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_gradients_turn_no_array_of_all_tokens_round():
     """Their products have the rank in front: of others XLA first transposes the larger operand."""
     x, model = jnp.ones((64, 6)), nn.Sequential([nn.Dense(32)])
