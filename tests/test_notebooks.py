@@ -13,8 +13,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 # What takes the place of a cell with the tag "settings", so that minutes become moments.
 SHORT = {
     "fine_tune_a_language_model": "ROUNDS, HELD_OUT, NEW_TOKENS = 1, 1, 4\n"
-    "config = python_stdlib_smollm2.get_config('runlocal')\n"
-    "config.model.loop = True",
+    "config = python_stdlib_smollm2.get_config('runlocal')",
 }
 # The demo's model is small, made in few steps once for all notebooks, and trained by few clients.
 DEMO = "config = digits.get_config()\n"
