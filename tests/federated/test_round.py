@@ -159,7 +159,7 @@ def test_training_that_takes_no_steps_is_refused(world, make):
 
 
 def test_a_project_may_forbid_itself_promotion_of_types(world):
-    """Of an optimiser that does without it; of all methods in `test_transforms`."""
+    """With an optimiser that does without; `test_transforms` has methods and combinations."""
     method = method_of("fedit")._replace(diagnosed=True)
     training = world.training._replace(steps=0, epochs=1, faults=faults.make("huge", share=0.25))
     one_round = make_round(Recipe(world.task, method, training, clients_per_chunk=2))
