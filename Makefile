@@ -86,7 +86,7 @@ $(BIN)/python:
 	  f"Python 3.11 or newer is needed, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12")'
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "make: no environment: on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
-	@# With the pip that comes with Python 3.11 all takes half as long again; it is not needed.
+# With the pip that comes with Python 3.11 all takes half as long again, but nothing needs another.
 	-@$(INSTALL) --upgrade pip
 
 $(CORE): pyproject.toml | $(BIN)/python

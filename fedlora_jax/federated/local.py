@@ -74,8 +74,8 @@ def train(
       backbone: Frozen parameters, from `Task.frozen`.
       scale: The factor s.
       start: Initial values, which of them move, and the frozen offset.
-      batch_of: From the step to a batch and its mask `[B]`. An example with mask 0 has no
-        influence, a batch with none but such moves nothing.
+      batch_of: From the step to a batch and its mask, bool `[B]`. An example where it is False has
+        no influence, a batch with none but such moves nothing.
       learning_rate: Factor on the optimiser's updates, `[]`.
       steps: How many steps the client takes, int32 `[]`.
       longest: Most steps of any client under the same `vmap`, so that the loop has one length.

@@ -503,9 +503,8 @@ def run_cohort(
         present = present & ~silent
     finite = _all_finite((result.trained, result.uploads, result.clients)) & present
     equal = recipe.equal_weights or method.equal_weights
-    shares = (
-        1 / len(data.counts) if equal else members.num_examples.astype(jnp.float32) / data.total
-    )
+    counts = members.num_examples.astype(jnp.float32)
+    shares = 1 / len(data.counts) if equal else counts / data.total
     weights = jnp.where(finite, shares, 0)
     with _batching.dealt_to(mesh, placement.CLIENTS):
         changed, aggregated = method.aggregate(server, result.uploads, weights)
