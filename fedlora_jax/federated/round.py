@@ -217,11 +217,17 @@ def train_cohort(
     learning_rate: ArrayLike,
 ) -> CohortResult:
     """The first half of `run_round`: trains the clients of a cohort over one backbone."""
+    cohort = _who_is_there(cohort, data)
     shared = _shared(recipe.task, federation.server, data, seed, learning_rate)
     states = _rows(federation.clients, cohort)
     faulty = _faulty(recipe.training, shared, cohort)
     members = _members(states, federation.ranks, data, cohort, faulty)
     return _train(recipe, shared, members)
+
+
+def _who_is_there(cohort: jax.Array, data: ClientData) -> jax.Array:
+    """The cohort with -1 for whoever has no data; an index past an array's end is its last one."""
+    return jnp.where(cohort < len(data.counts), cohort, -1)
 
 
 class _Members(NamedTuple):
@@ -479,7 +485,8 @@ def run_cohort(
       ranks: The rank that each client can afford, int32 `[N]`.
       data: The data of all clients.
       cohort: Identities, int32 `[K]`, without repetition but of -1: nobody, a place that is filled
-        so that there are as many as devices need, and changes nothing.
+        so that there are as many as devices need, and changes nothing. An identity without data
+        counts as nobody, since jit cannot refuse it.
       seed: The seed's key.
       learning_rate: Of this round.
       mesh: Devices that the cohort is spread over, along `placement.CLIENTS`; K is a multiple of
@@ -493,6 +500,7 @@ def run_cohort(
       ValueError: As `run_round` does.
     """
     method, training = recipe.method, recipe.training
+    cohort = _who_is_there(cohort, data)
     shared = _shared(recipe.task, server, data, seed, learning_rate)
     faulty = _faulty(training, shared, cohort)
     members = _members(states, ranks, data, cohort, faulty)

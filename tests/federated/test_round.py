@@ -319,6 +319,15 @@ def test_a_place_of_nobody_changes_nobody(world):
         assert moved.tolist() == [k in (0, 6) for k in range(7)]
 
 
+@pytest.mark.parametrize("name", ["fedit", "local"])
+def test_a_client_that_is_not_there_is_nobody(world, name):
+    """And not the last one once more."""
+    one, metrics = rounds(world, name, [jnp.array([0, 7, 6, 10**6])])
+    two, _ = rounds(world, name, [jnp.array([0, NOBODY, 6, NOBODY])])
+    assert_equal(one, two)
+    assert int(metrics.excluded) == 0
+
+
 def test_local_clients_train_alone_and_absent_ones_stay(world):
     federation, metrics = rounds(world, "local", [COHORT])
     clients = jax.device_get(federation.clients)
