@@ -94,13 +94,13 @@ def _loop(
     with tempfile.TemporaryDirectory() as directory:
         workdir = Path(directory) / "run"
         rows = experiment.run(config, setting, program, workdir, advance)
-        adapters = records.load_adapters(workdir / "adapters.npz")
+        trained = records.load_trainable(workdir / "adapters.npz")
     judged = [row[name] for row in rows for name in config.metrics]
     excluded = sum(row["excluded_clients"] for row in rows)
     start = first_state(config, setting, program.method)
     programs = program.make_round(start.cohort_size).num_programs()
     finite = all(isinstance(x, float) for x in judged) and bool(np.isfinite(judged).all())
-    finite = finite and _finite(adapters)
+    finite = finite and _finite(trained)
     row = _result(finite, excluded, programs, memory, np.diff(ends).tolist())
     return row | {"checkpoints": config.rounds - config.rounds // WARM}
 

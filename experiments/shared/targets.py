@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from fedlora_jax import experiment, lora
@@ -73,15 +74,15 @@ class Adapter(NamedTuple):
                 raise ValueError(
                     f"{self.source} has no scale: give --scale, config.lora.scale of its run"
                 )
-            adapters = records.load_adapters(Path(self.source))
+            adapters, saved = records.load_trainable(Path(self.source))
         else:
             if self.scale is not None:
                 raise ValueError(f"--scale is for an adapters.npz; {self.source} has its own")
             adapters, scale, saved, _ = peft.load(self.source, model)
-        self._check_fits(adapters, params)
+        self._check_fits(adapters, saved, params)
         return adapters, scale, saved
 
-    def _check_fits(self, adapters: Adapters, params: Params) -> None:
+    def _check_fits(self, adapters: Adapters, saved: Params, params: Params) -> None:
         shapes = lora.kernel_shapes(params)
         for path, factors in adapters.items():
             shape = lookup(shapes, path, f"layer in {self.source}:")
@@ -91,6 +92,24 @@ class Adapter(NamedTuple):
                     f"{self.source} is for another model: its adapter of {path!r} is for a kernel "
                     f"{found}, the layer has {[shape.d_in, shape.d_out]}"
                 )
+        known = traverse_util.flatten_dict(dict(params), sep="/")
+        for path, array in traverse_util.flatten_dict(dict(saved), sep="/").items():
+            kept = lookup(known, path, f"parameter in {self.source}:")
+            if array.shape != kept.shape:
+                raise ValueError(
+                    f"{self.source} is for another model: its {path!r} is {list(array.shape)}, the "
+                    f"model's {list(kept.shape)}"
+                )
+
+    def check_head(self, head: Params, saved: Params) -> None:
+        """Raises ValueError if the adapter lacks what was trained with it."""
+        paths = (traverse_util.flatten_dict(dict(tree), sep="/").keys() for tree in (head, saved))
+        missing = sorted(set.difference(*map(set, paths)))
+        if self.source is not None and missing:
+            raise ValueError(
+                f"{self.source} has no {', '.join(missing)}: by config.lora.head these are trained "
+                "with the adapters, which are worth nothing beside untrained ones"
+            )
 
 
 def of_run(
@@ -137,6 +156,7 @@ def of_config(
     server = run.state.server
     params = lora.join_head(server.backbone, server.trainable.head)
     adapters, scale, saved = adapter.read(run.setting.task.model, params, config.lora.scale)
+    adapter.check_head(server.trainable.head, saved)
     head = lora.join_head(server.trainable.head, saved)
     trainable = Trainable(adapters or server.trainable.adapters, head)
     server = server._replace(trainable=trainable, scale=jnp.float32(scale))

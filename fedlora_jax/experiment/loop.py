@@ -55,7 +55,7 @@ def run(
     * `checkpoints/`: the last two states of the server, by Orbax, with checksums, but what no round
       changes of a backbone that was read from files.
     * `clients/`: the states of clients that keep one, see `client_store`.
-    * `adapters.npz`: the final adapters.
+    * `adapters.npz`: the final adapters, and the head.
     * `damaged/`: what was found not to be as it was written, for a look; it is never read.
 
     Args:
@@ -118,7 +118,7 @@ def run(
                         advance()
         with hosts.first_before_others("finished"):
             if hosts.is_first():
-                records.save_adapters(workdir / "adapters.npz", server.trainable.adapters)
+                records.save_trainable(workdir / "adapters.npz", server.trainable)
         return records.read_metrics(workdir, max(rounds, resumed.rounds))
 
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from fedlora_jax import checksums
 from fedlora_jax.checksums import Damaged
-from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
+from fedlora_jax.methods import Trainable
 
 METRICS = "metrics.jsonl"
 BACKUP = "metrics.backup"
@@ -199,33 +200,48 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
     return found
 
 
-def save_adapters(path: Path, adapters: Adapters) -> None:
-    """Writes an adapter tree as one `.npz`: an array a factor, named `layer/path.a` or `.b`."""
+def save_trainable(path: Path, trainable: Trainable) -> None:
+    """Writes what was trained as one `.npz`.
+
+    An array a factor is named `layer/path.a` or `.b`, an array of the head by its path.
+    """
     arrays: dict[str, Any] = {
         f"{layer}.{side}": np.asarray(getattr(factors, side))
-        for layer, factors in adapters.items()
+        for layer, factors in trainable.adapters.items()
         for side in factors._fields
     }
+    for name, array in traverse_util.flatten_dict(dict(trainable.head), sep="/").items():
+        arrays[name] = np.asarray(array)
     with replacing(path) as file:
         np.savez(file, **arrays)
 
 
-def load_adapters(path: Path) -> Adapters:
-    """The adapter tree that `save_adapters` wrote.
+def load_trainable(path: Path) -> Trainable:
+    """What `save_trainable` wrote.
 
     Raises:
       FileNotFoundError: If there is no such file.
       ValueError: If it is not such a file.
     """
     layers: dict[str, dict[str, Any]] = {}
+    head = {}
+    # From memory, where a place before its beginning is a wrong value and no error of the system.
+    content = io.BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(path) as file:
-            for name in file.namelist():
-                layer, _, side = name.removesuffix(".npy").rpartition(".")
+        with zipfile.ZipFile(content) as file:
+            for entry in file.namelist():
+                name = entry.removesuffix(".npy")
                 # Read to its end, for there its checksum is compared.
-                content = io.BytesIO(file.read(name))
-                layers.setdefault(layer, {})[side] = jnp.asarray(np.lib.format.read_array(content))
-        return {layer: Factors(**sides) for layer, sides in layers.items()}
+                array = jnp.asarray(np.lib.format.read_array(io.BytesIO(file.read(entry))))
+                layer, dot, side = name.rpartition(".")
+                if dot and side in Factors._fields:
+                    layers.setdefault(layer, {})[side] = array
+                else:
+                    head[name] = array
+        if not layers:
+            raise ValueError("no array has the name of a layer and .a or .b")
+        adapters = {layer: Factors(**sides) for layer, sides in layers.items()}
+        return Trainable(adapters, traverse_util.unflatten_dict(head, sep="/"))
     except NOT_NUMPY as error:
         raise ValueError(f"{path} holds no adapters: {error}") from error
 

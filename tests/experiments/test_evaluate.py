@@ -15,6 +15,7 @@ from experiments.shared.targets import Adapter
 from fedlora_jax import experiment, lora
 from fedlora_jax.experiment import records
 from fedlora_jax.interop import peft
+from fedlora_jax.methods import Trainable
 from fedlora_jax.models.llama import Llama
 from fedlora_jax.models.pretrained import naming
 from fedlora_jax.models.pretrained.files import write_safetensors
@@ -197,7 +198,7 @@ def test_adapters(target, directory, tmp_path):
     changed = jax.tree.map(lambda x: x + 0.5, fresh)
     peft.save(tmp_path / "fresh", fresh, scale=2.0, model=MODEL)
     peft.save(tmp_path / "changed", changed, scale=2.0, model=MODEL)
-    records.save_adapters(tmp_path / "changed.npz", changed)
+    records.save_trainable(tmp_path / "changed.npz", Trainable(changed, {}))
     read = [
         targets.of_model(str(directory), "float32", adapter)
         for adapter in (
@@ -222,10 +223,9 @@ def test_adapters_that_do_not_fit(target, directory, tmp_path):
     params = jax.eval_shape(other.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     adapters = lora.init(jax.random.key(0), params, targets="query", rank=1)
     peft.save(tmp_path / "narrow", adapters, scale=1.0, model=other)
-    records.save_adapters(tmp_path / "narrow.npz", adapters)
-    records.save_adapters(
-        tmp_path / "far.npz", {"block_0/attention/quer": adapters["block_0/attention/query"]}
-    )
+    records.save_trainable(tmp_path / "narrow.npz", Trainable(adapters, {}))
+    far = {"block_0/attention/quer": adapters["block_0/attention/query"]}
+    records.save_trainable(tmp_path / "far.npz", Trainable(far, {}))
     np.savez(tmp_path / "arrays.npz", x=np.ones(3))
     for adapter, problem in (
         (
@@ -334,8 +334,9 @@ def test_metrics_of_a_run_are_those_of_its_last_round(runs, method):
     assert found == {name: last[name] for name in found}
     assert target.name["rounds"] == 2
     if method == "fedex_lora":
-        adapters = records.load_adapters(workdir / "adapters.npz")
+        adapters, head = records.load_trainable(workdir / "adapters.npz")
         jax.tree.map(np.testing.assert_array_equal, target.adapters, adapters)
+        jax.tree.map(np.testing.assert_array_equal, target.params["head"], head["head"])
         start = experiment.prepare(runs[1]).params["block_0"]["attention"]["query"]["kernel"]
         merged = target.params["block_0"]["attention"]["query"]["kernel"]
         assert not np.array_equal(start, merged)
@@ -380,6 +381,31 @@ def test_metrics_are_of_the_whole_run():
         judging.check_metrics(metrics, [], 3)
     with pytest.raises(ValueError, match="--metrics chooses what --tasks=metrics measures"):
         judging.check_metrics({"text": "a"}, ["f1"], None)
+
+
+def test_what_is_trained_is_scored_as_the_run_scored_it(digits, tmp_path):
+    """From `adapters.npz` and the configuration, with the head that was trained."""
+    config = digits.copy_and_resolve_references()
+    config.update_from_flattened_dict({"rounds": 2, "lora.rank": 2, "method": "fedit"})
+    config.local.learning_rate *= 10  # The head moves.
+    setting = experiment.prepare(config)
+    program = experiment.compile_program(config, setting)
+    last = experiment.run(config, setting, program, tmp_path)[-1]
+    source = str(tmp_path / "adapters.npz")
+    found = targets.of_config(config, "test", Adapter(source)).measure()
+    for name in ("domain_accuracy", "domain_cross_entropy"):
+        assert found[name] == pytest.approx(last[name], rel=1e-6)
+    adapters, head = records.load_trainable(tmp_path / "adapters.npz")
+    wide = {"head": {**head["head"], "kernel": np.zeros((16, 11))}}
+    for lacking, problem in (
+        ({}, "has no head/bias, head/kernel: by config.lora.head these are trained"),
+        ({"head": {"kernel": head["head"]["kernel"]}}, "has no head/bias: by config.lora.head"),
+        (wide, r"is for another model: its 'head/kernel' is \[16, 11\], the model's \[16, 10\]"),
+        ({"haed": head["head"]}, "unknown parameter in .* 'haed/bias'. Did you mean 'head/bias'"),
+    ):
+        records.save_trainable(tmp_path / "adapters.npz", Trainable(adapters, lacking))
+        with pytest.raises(ValueError, match=problem):
+            targets.of_config(config, "test", Adapter(source))
 
 
 def test_adapter_of_a_configuration(runs):

@@ -3,6 +3,7 @@
 import json
 import time
 
+import jax
 import numpy as np
 
 from fedlora_jax.experiment import records
@@ -15,11 +16,11 @@ def arguments(program, method, workdir, *more):
 def outcome(workdir):
     """The metrics but for seconds, the final adapters, and the newest states of clients."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    adapters = records.load_adapters(workdir / "adapters.npz")
+    trained = records.load_trainable(workdir / "adapters.npz")
     files = (workdir / "clients").glob("*.npy")
     return (
         [{name: x for name, x in row.items() if name != "seconds"} for row in rows],
-        {layer: [np.asarray(x).tobytes() for x in pair] for layer, pair in adapters.items()},
+        [np.asarray(x).tobytes() for x in jax.tree.leaves(trained)],
         {path.name: path.read_bytes() for path in files},
     )
 
