@@ -348,7 +348,7 @@ def _judge_sets(
         kept = counts > 0
         if not kept.any():
             return float("nan")
-        return score(labels[index[kept]], predictions[kept], counts[kept])
+        return score(labels[index[kept]], predictions[kept], counts[kept], labels)
 
     def by_domain(index: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         here = [(index >= 0) * (domains[index] == d) * 1.0 for d in range(num_domains)]

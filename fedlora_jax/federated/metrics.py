@@ -16,7 +16,7 @@ import optax
 from fedlora_jax.names import lookup
 
 Batch: TypeAlias = Mapping[str, jax.Array]
-Score: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], float]
+Score: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], float]
 
 
 class Weighted(NamedTuple):
@@ -62,8 +62,9 @@ class Metric(NamedTuple):
       unit: Of what is shown, `"%"` or `"nats/token"`; empty where there is none.
       higher_is_better: Its direction.
       measure: `(outputs, batch) -> Weighted`; None for a metric of sets.
-      score: `(labels [M], predictions [M], weights [M]) -> float`, on the host; None for a metric
-        of examples.
+      score: `(labels [M], predictions [M], weights [M], every) -> float`, on the host; `every` are
+        all labels held out, so that it need not depend on which of them a client has. None for a
+        metric of examples.
       finish: Applied to means over examples, domains or clients: what the metric reports.
       factor: What is shown is the metric times this.
       digits: Decimals of what is shown.
@@ -154,32 +155,43 @@ def _accuracy(logits: jax.Array, batch: Batch) -> Weighted:
     return equally((jnp.argmax(logits, axis=-1) == batch["label"]).astype(jnp.float32))
 
 
-def _f1(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> float:
+def _f1(
+    labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, every: np.ndarray
+) -> float:
     """Of class 1 where there are two, as GLUE has it; else the plain mean over classes."""
     from sklearn.metrics import f1_score
 
-    average = "binary" if max(labels.max(), predictions.max()) < 2 else "macro"
-    return f1_score(labels, predictions, average=average, sample_weight=weights, zero_division=0.0)
+    options = {"average": "macro", "sample_weight": weights, "zero_division": 0.0}
+    return f1_score(labels, predictions, labels=[1] if every.max() < 2 else None, **options)
 
 
-def _matthews(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> float:
+def _matthews(
+    labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, every: np.ndarray
+) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     return matthews_corrcoef(labels, predictions, sample_weight=weights)
 
 
-def _pearson(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> float:
+def _pearson(
+    labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, every: np.ndarray
+) -> float:
     """NaN where labels or predictions are all equal."""
+    # Their weighted mean is so up to rounding alone, and rounding correlates.
+    if not (np.ptp(labels) and np.ptp(predictions)):
+        return float("nan")
     covariance = np.cov(labels, predictions, aweights=weights, ddof=0)
     spread = np.sqrt(covariance[0, 0] * covariance[1, 1])
     return float(covariance[0, 1] / spread) if spread > 0 else float("nan")
 
 
-def _spearman(labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> float:
+def _spearman(
+    labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, every: np.ndarray
+) -> float:
     """Pearson's of the ranks, which are those of SciPy; weights count in the correlation alone."""
     from scipy.stats import rankdata
 
-    return _pearson(rankdata(labels), rankdata(predictions), weights)
+    return _pearson(rankdata(labels), rankdata(predictions), weights, every)
 
 
 _SHARE: dict[str, Any] = {"factor": 100.0, "digits": 1, "bounds": (0.0, 1.0)}

@@ -158,14 +158,34 @@ def test_correlations_are_those_of_scipy():
     guess = labels + rng.normal(size=40)
     even = np.full(40, 0.7)
     pearson, spearman = (metrics.get(name).score for name in ("pearson", "spearman"))
-    assert pearson(labels, guess, even) == pytest.approx(stats.pearsonr(labels, guess).statistic)
-    assert spearman(labels, guess, even) == pytest.approx(stats.spearmanr(labels, guess).statistic)
+    for score, own in ((pearson, stats.pearsonr), (spearman, stats.spearmanr)):
+        assert score(labels, guess, even, labels) == pytest.approx(own(labels, guess).statistic)
     # A weight of two is an example twice.
     twice = np.concatenate([np.arange(40), np.arange(20)])
     weights = np.where(np.arange(40) < 20, 2.0, 1.0)
     expected = stats.pearsonr(labels[twice], guess[twice]).statistic
-    assert pearson(labels, guess, weights) == pytest.approx(expected)
-    assert np.isnan(pearson(np.ones(40), guess, even))
+    assert pearson(labels, guess, weights, labels) == pytest.approx(expected)
+    for score in (pearson, spearman):
+        for weights in (even, np.full(40, 1 / 7)):
+            assert np.isnan(score(np.full(40, 2.0), guess, weights, labels))
+            assert np.isnan(score(labels, np.full(40, 0.1), weights, labels))
+            assert np.isnan(score(np.full(40, 2.0), np.full(40, 0.1), weights, labels))
+
+
+def test_f1_is_of_one_kind_for_all_clients():
+    """Whichever classes a client has, and whatever is predicted by mistake."""
+    score = metrics.get("f1").score
+    two, three, even = np.array([0, 1]), np.array([2, 0, 1]), np.ones(4)
+    for label in range(3):
+        alone = np.full(4, label)
+        assert score(alone, alone, even, three) == 1
+    labels, guess = np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1])
+    plain = f1_score(labels, guess, average="macro")
+    assert score(labels, guess, even, three) == pytest.approx(plain)
+    assert score(labels, guess, even, two) == pytest.approx(f1_score(labels, guess))
+    stray = np.array([0, 1, 1, 2])
+    assert score(labels, stray, even, two) == pytest.approx(0.5)
+    assert score(np.zeros(4, int), np.zeros(4, int), even, two) == 0
 
 
 class Scores(NamedTuple):
