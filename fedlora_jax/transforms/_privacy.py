@@ -11,8 +11,15 @@ from optax.contrib import differentially_private_aggregate
 
 from fedlora_jax import bounds
 from fedlora_jax.aggregation import Aggregated
-from fedlora_jax.lowrank import Factors
-from fedlora_jax.methods import Method, Server, Start, Trainable, Trained, check_combination
+from fedlora_jax.methods import (
+    Method,
+    Server,
+    Start,
+    Trainable,
+    Trained,
+    check_combination,
+    trained_mask,
+)
 from fedlora_jax.methods._base import ROBUST, PyTree
 from fedlora_jax.transforms import _base
 
@@ -31,8 +38,9 @@ def private(
       \bar\Delta = \frac{1}{K} \left( \sum_k \Delta_k \min\left(1, \frac{C}{\lVert \Delta_k \rVert}
       \right) + \mathcal{N}(0, z^2 C^2 I) \right)
 
-    and the method aggregates as if one client had sent that. A factor that does not train in the
-    round is not sent and counts as no change, also where the zeros of a smaller rank stand in it.
+    and the method aggregates as if one client had sent that. What a client does not train in the
+    round, a factor that rests or what is beyond its rank, is not sent and counts as no change: the
+    zeros that stand there would use up the clip, and are not averaged either.
     Weights are equal, whatever the examples of the clients; one that is left out counts as no
     change. The mechanics are those of `optax.contrib.differentially_private_aggregate`. `epsilon`
     gives the guarantee. Whatever one client sends, it moves the noiseless mean by at most C / K, to
@@ -71,8 +79,8 @@ def private(
         server: Server, client: PyTree, start: Start, trained: Trained
     ) -> tuple[Trainable, PyTree]:
         upload, client = method.finish(_base.inner(server), client, start, trained)
-        own = server.trainable.adapters
-        adapters = {path: _sent(f, start.trains, own[path]) for path, f in upload.adapters.items()}
+        moves, own = trained_mask(start).adapters, server.trainable.adapters
+        adapters = jax.tree.map(jnp.where, moves, upload.adapters, own)
         return upload._replace(adapters=adapters), client
 
     def aggregate(
@@ -107,12 +115,6 @@ def private(
             **dict.fromkeys(ROBUST, "its server sees a noisy mean alone"),
         },
     )
-
-
-def _sent(factors: Factors, trains: Factors, own: Factors) -> Factors:
-    """A client's factors, with the server's own for one that rests."""
-    sides = zip(factors, trains, own, strict=True)
-    return Factors(*(x if moves is True else jnp.where(moves, x, y) for x, moves, y in sides))
 
 
 @functools.cache
