@@ -256,7 +256,7 @@ def _sizes(axes: Any, clients: Overview) -> None:
             by_domain[:, index],
             bottom=below,
             color=f"C{index % 10}",
-            label=domain,
+            label=_plain(domain),
         )
         below += by_domain[:, index]
     axes.set_ylabel("examples")
@@ -292,6 +292,11 @@ def _bars(axes: Any, values: np.ndarray, name: str) -> None:
 def _figure(height: float = 4.8) -> tuple[Figure, Any]:
     figure = Figure(figsize=(9, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _plain(name: str) -> str:
+    """A name of somebody's data, in which a dollar begins no formula."""
+    return name.replace("$", r"\$")
 
 
 def _legend_outside(axes: Any) -> None:
@@ -353,7 +358,7 @@ def _domain_bars(methods: list[str], names: list[str], values: np.ndarray, metri
             label=method,
             error_kw={"lw": 1},
         )
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), map(_plain, names))
     axes.set(ylabel=metric.title)
     if metric.bounds is not None:
         axes.set(ylim=tuple(metric.factor * bound for bound in metric.bounds))
@@ -370,7 +375,7 @@ def _domain_map(methods: list[str], names: list[str], values: np.ndarray, metric
     values = values[order]
     figure, axes = _figure(1 + 0.3 * len(methods))
     image = axes.imshow(values, aspect="auto", cmap="viridis")
-    middle = (values.min() + values.max()) / 2
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
         color = "black" if value > middle else "white"
         axes.text(
@@ -383,7 +388,7 @@ def _domain_map(methods: list[str], names: list[str], values: np.ndarray, metric
             fontsize=9,
         )
     axes.axvline(0.5, color="white", lw=3)
-    axes.set_xticks(range(len(names) + 1), ["mean", *names])
+    axes.set_xticks(range(len(names) + 1), ["mean", *map(_plain, names)])
     axes.set_yticks(range(len(methods)), [methods[i] for i in order])
     axes.xaxis.tick_top()
     axes.tick_params(length=0)

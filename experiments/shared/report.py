@@ -88,22 +88,29 @@ def table(
         for method, seeds in runs.items()
     ]
     personal = f"personal_{metric.name}"
-    silent = {
+    silent: dict[str | _Domain, bool] = {
         "learning rate": len(set(learning_rates[method] for method in runs)) == 1,
         "server step": len({row["server step"] for row in rows}) == 1,
         _personal(metric): not _any(runs, personal, lambda x: x is not None),
         "MB catch-up": not _any(runs, "megabytes_catch_up", bool),
         "epsilon": not _any(runs, "epsilon", lambda x: x is not None),
     }
-    head = [column for column in rows[0] if not silent.get(column)]
+    columns = [column for column in rows[0] if not silent.get(column)]
     if untouched is not None:
         rows.insert(0, {"method": "untouched model", **_judged([untouched], metric)})
-    return head, [[row.get(column, "-") for column in head] for row in rows]
+    head = [column.name if isinstance(column, _Domain) else column for column in columns]
+    return head, [[row.get(column, "-") for column in columns] for row in rows]
+
+
+class _Domain(NamedTuple):
+    """The column of a domain, which may have the name of another column."""
+
+    name: str
 
 
 def _row(
     method: str, seeds: Sequence[Rounds], tuned: tuple[float, float], metric: Metric
-) -> dict[str, str]:
+) -> dict[str | _Domain, str]:
     """The columns of a method, `tuned` being its learning rate and its server's step size."""
     everything = [row for rounds in seeds for row in rounds]
     # Files of older versions lack the fields that are asked for with `get`.
@@ -134,13 +141,13 @@ def _personal(metric: Metric) -> str:
     return f"personal {metric.unit}".strip()
 
 
-def _judged(rows: Sequence[Mapping[str, Any]], metric: Metric) -> dict[str, str]:
+def _judged(rows: Sequence[Mapping[str, Any]], metric: Metric) -> dict[str | _Domain, str]:
     """The columns of the headline: overall, by domain, and personal, over seeds."""
     domains = [row[f"domain_{metric.name}"] for row in rows]
     return {
         _overall(metric): _shown([row[metric.name] for row in rows], metric),
         **{
-            domain: _shown([row[domain] for row in domains], metric, mean_alone=True)
+            _Domain(domain): _shown([row[domain] for row in domains], metric, mean_alone=True)
             for domain in domains[0]
         },
         _personal(metric): _shown([row.get(f"personal_{metric.name}") for row in rows], metric),
@@ -171,13 +178,24 @@ def _any(runs: Runs, field: str, wanted: Any) -> bool:
     return any(wanted(row.get(field)) for seeds in runs.values() for r in seeds for row in r)
 
 
+def comparable(runs: Runs, metric: Metric) -> Runs:
+    """The methods that end with a number under every seed.
+
+    Without one are a loss beyond all numbers and the correlation of a constant.
+    """
+    return {
+        method: seeds
+        for method, seeds in runs.items()
+        if all(rounds[-1][metric.name] is not None for rounds in seeds)
+    }
+
+
 def reference_of(runs: Runs) -> str | None:
     """The method that others are compared with: fedit, or else the first.
 
     None if there is nothing to compare: one method, or one seed.
     """
-    seeds = min(len(each) for each in runs.values())
-    if len(runs) < 2 or seeds < 2:
+    if len(runs) < 2 or min(len(each) for each in runs.values()) < 2:
         return None
     return "fedit" if "fedit" in runs else next(iter(runs))
 
@@ -216,10 +234,11 @@ def render_paired(runs: Runs, reference: str, metric: Metric, style: str = "simp
 
 def summary(runs: Runs, study: Study) -> str:
     """All tables, for a terminal."""
-    reference = reference_of(runs)
+    numbers = comparable(runs, study.metric)
+    reference = reference_of(numbers)
     parts = [render(runs, study)]
     if reference is not None:
-        parts.append(render_paired(runs, reference, study.metric))
+        parts.append(render_paired(numbers, reference, study.metric))
     return "\n\n".join(parts)
 
 
@@ -282,16 +301,18 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
 
     It waits while another process writes there.
     """
-    reference, metric = reference_of(runs), study.metric
+    metric = study.metric
+    numbers = comparable(runs, metric)
+    reference = reference_of(numbers)
     drawn = {
         metric.name: plots.over_rounds(runs, metric),
         f"{metric.name}_and_megabytes": plots.over_megabytes(runs, metric),
         "paired": None
         if reference is None
-        else plots.differences(compared(runs, reference, metric), reference, metric),
+        else plots.differences(compared(numbers, reference, metric), reference, metric),
         "domains": plots.domains(runs, metric),
         "aggregation_error": plots.aggregation_error(runs),
-        f"error_and_{metric.name}": plots.error_against(runs, metric),
+        f"error_and_{metric.name}": plots.error_against(numbers, metric),
         "partition": plots.partition(study.clients),
     }
     seeds = len(next(iter(runs.values())))
@@ -302,19 +323,24 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
         render(runs, study, "github"),
         legend(head, metric),
     ]
+    if silent := [method for method in runs if method not in numbers]:
+        parts.append(
+            f"Of {', '.join(silent)} the {metric.words} after the last round is no number under "
+            "some seed: nothing is compared with it."
+        )
     if study.diverged:
         parts.append(f"Left out: {diverged_methods(study.diverged)}")
     if reference:
         parts += [
             f"## Against {reference}",
-            render_paired(runs, reference, metric, "github"),
+            render_paired(numbers, reference, metric, "github"),
             _PAIRED_LEGEND.format(
                 metric=metric.words.capitalize(),
                 unit=metric.difference_unit,
                 better=metric.better,
                 reference=reference,
                 seeds=seeds,
-                methods=len(runs) - 1,
+                methods=len(numbers) - 1,
                 test_examples=f"{study.test_examples:,}",
             ),
         ]

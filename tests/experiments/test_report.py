@@ -104,6 +104,37 @@ def test_what_is_compared_with_what(runs):
     assert "minus" not in report.summary(one_seed, study(dict.fromkeys(runs, 0.1)))
 
 
+def test_a_method_that_ends_without_a_number_is_compared_with_nothing(runs, tmp_path):
+    """A loss that overflowed, or the correlation of a constant."""
+    runs |= {name: [rounds(name, s, [0.4, 0.5]) for s in range(3)] for name in ("flora", "fedsvd")}
+    runs["frlora"] = [rounds("frlora", s, [0.3, 0.4]) for s in range(3)]
+    runs["frlora"][1][-1] |= {
+        "accuracy": None,
+        "domain_accuracy": {"original": None, "noisy": None},
+        "personal_accuracy": None,
+    }
+    known = study(dict.fromkeys(runs, 0.1))
+    text = report.write(tmp_path, runs, known).read_text()
+    assert "Of frlora the accuracy after the last round is no number under some seed" in text
+    against = text.split("## Against fedit")[1]
+    assert "frlora" not in against and "for the 3 comparisons" in against
+    assert report.summary(runs, known).count("frlora") == 1
+    assert (tmp_path / "error_and_accuracy.png").exists()
+
+
+def test_domains_may_have_any_name(runs, tmp_path):
+    for row in (row for seeds in runs.values() for each in seeds for row in each):
+        row["domain_accuracy"] = {"method": 0.125, "personal %": 0.25, "US$_$": 0.375}
+    head, rows = report.table(runs, dict.fromkeys(runs, 0.1), ACCURACY)
+    assert head[2:6] == ["method", "personal %", "US$_$", "personal %"]
+    assert rows[0][0] == "local" and rows[0][2:6] == ["12.5", "25.0", "37.5", "46.0 ± 1.0"]
+    for methods in (runs, {f"m{i}": runs["local"] for i in range(7)}):
+        plot = plots.domains(methods, ACCURACY)
+        plots.save(tmp_path, {"domains": plot})
+        shown = [label.get_text() for label in plot.figure.axes[0].get_xticklabels()]
+        assert "US\\$_\\$" in shown
+
+
 def test_rounds_that_were_not_evaluated_leave_no_gap(runs):
     for seeds in runs.values():
         for each in seeds:
