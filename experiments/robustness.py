@@ -81,9 +81,9 @@ def study(
       The headline metric, and its value after the last round, of all in `results.json`.
 
     Raises:
-      ValueError: If `out` holds results of another configuration, or `config` wants a mesh.
+      ValueError: If `out` holds results of another configuration, or as `rounds.check`.
     """
-    rounds.check_one_device(config)
+    rounds.check(config)
     configs = {(name, rule): _with(config, name, rule) for name in names for rule in rules}
     configs = {key: mine for key, mine in configs.items() if _combines(*key, mine)}
     path, results = out / "results.json", _read(out / "results.json", config)

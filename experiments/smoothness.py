@@ -67,10 +67,10 @@ def study(
 
     Raises:
       ValueError: If a method has no model for all, `out` holds runs of another configuration, or
-        `config` wants a mesh.
+        as `rounds.check`.
       FloatingPointError: If training diverges; what is in `results.json` stays.
     """
-    rounds.check_one_device(config)
+    rounds.check(config)
     configs = {name: _with(config, name) for name in names}
     path, runs = out / "results.json", rounds.read(out / "results.json", config)
     known = {(row["method"], row["seed"]): row for row in runs}

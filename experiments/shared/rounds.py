@@ -11,19 +11,22 @@ from ml_collections import ConfigDict
 
 from fedlora_jax.experiment import State, chunking, records
 from fedlora_jax.experiment.program import schedule
+from fedlora_jax.experiment.setting import is_streamed
 from fedlora_jax.federated import cohort
 from fedlora_jax.federated.round import Federation
 
 Make: TypeAlias = Callable[[int], Callable[..., tuple[Federation, Any]]]
 
 
-def check_one_device(config: ConfigDict) -> None:
-    """Raises ValueError if the configuration wants several devices, which `each` does not use."""
+def check(config: ConfigDict) -> None:
+    """Raises ValueError if the configuration wants what `each` cannot: devices, data in files."""
     wanted = config.get("mesh", {})
     if any(wanted.get(axis, 1) != 1 for axis in ("clients", "model")):
         raise ValueError(
             "this study runs on one device: set config.mesh.clients=1 and config.mesh.model=1"
         )
+    if is_streamed(config):
+        raise ValueError("this study holds its data in memory: set config.data.streaming=False")
 
 
 def each(

@@ -310,7 +310,13 @@ def _backbone(
     if "pretrained" in config:
         wanted, key = config.pretrained, jax.random.key(0)
         return pretrained.load(
-            model, wanted.source, *inputs, new=wanted.new, key=key, dtype=storage, on_host=True
+            model,
+            wanted.source,
+            *inputs,
+            new=wanted.new or None,
+            key=key,
+            dtype=storage,
+            on_host=True,
         )
     examples = _load(config, config.pretraining.split)[0]
     _check_values(config, model, config.pretraining.split, examples)

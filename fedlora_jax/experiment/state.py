@@ -79,7 +79,7 @@ def first_state(
         check_cohort(config, len(parts))
     # Several devices may each hold a part alone, and are given it from the host.
     params = jax.device_put(setting.params) if mesh is None else setting.params
-    backbone, head = lora.split_head(params, config.lora.head)
+    backbone, head = lora.split_head(params, config.lora.head or None)
     adapters = lora.init(
         randomness.stream(seed, "adapters"),
         backbone,

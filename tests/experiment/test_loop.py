@@ -22,6 +22,7 @@ from fedlora_jax.experiment import (
     records,
     setting,
 )
+from fedlora_jax.experiment.state import first_state
 from fedlora_jax.federated import faults, ranks
 
 
@@ -356,6 +357,15 @@ def test_adapters_are_put_in_order_for_unequal_ranks_alone(make, monkeypatch):
     assert not wrapped
     program.make_method(make(**{"lora.ranks": "uniform"}))
     assert len(wrapped) == 1
+
+
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_no_pattern_is_no_head(base, make, nothing):
+    """Not a pattern that is found everywhere."""
+    config = make(**{"lora.head": nothing})
+    method = program.make_method(config)
+    trainable = first_state(config, base[1], method).server.trainable
+    assert not trainable.head and trainable.adapters
 
 
 def test_equal_and_listed_ranks():

@@ -58,9 +58,13 @@ def test_clients_weigh_what_is_configured(digits, monkeypatch, weights):
     assert found == [(weights == "equal", 3)]
 
 
-def test_a_mesh_is_refused_before_any_work(digits, tmp_path, monkeypatch):
+def test_a_mesh_and_data_in_files_are_refused_before_any_work(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "prepare", None)
     config = digits.copy_and_resolve_references()
     config.mesh.clients = 2
     with pytest.raises(ValueError, match="this study runs on one device: .* config.mesh.clients=1"):
+        robustness.study(config, tmp_path, ["fedit"], ["none"], ["none"], 1)
+    config.mesh.clients = 1
+    config.data.streaming = True
+    with pytest.raises(ValueError, match="holds its data in memory: set config.data.streaming=Fal"):
         robustness.study(config, tmp_path, ["fedit"], ["none"], ["none"], 1)

@@ -84,9 +84,13 @@ def test_the_model_is_that_of_the_run(digits):
         np.testing.assert_allclose(kernel.ravel(), np.ravel(merged[path]), rtol=1e-5, atol=1e-6)
 
 
-def test_a_mesh_is_refused_before_any_work(digits, tmp_path, monkeypatch):
+def test_a_mesh_and_data_in_files_are_refused_before_any_work(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "prepare", None)
     config = digits.copy_and_resolve_references()
     config.mesh.clients = 2
     with pytest.raises(ValueError, match="this study runs on one device: .* config.mesh.clients=1"):
+        smoothness.study(config, tmp_path, ["fedit"], 1)
+    config.mesh.clients = 1
+    config.data.streaming = True
+    with pytest.raises(ValueError, match="holds its data in memory: set config.data.streaming=Fal"):
         smoothness.study(config, tmp_path, ["fedit"], 1)
