@@ -5,6 +5,7 @@ before. The first never is, nor is padding, for which the end-of-text token stan
 """
 
 import difflib
+import json
 import os
 import string
 import warnings
@@ -378,20 +379,26 @@ def alpaca_template() -> Template:
     return Template(("prompt", "response"), render, optional=("context",))
 
 
-def chat_template(text: str, special: Mapping[str, str] | None = None) -> Template:
+def chat_template(
+    text: str, special: Mapping[str, str] | None = None, source: str | None = None
+) -> Template:
     """A model's own template of a conversation, in Jinja, as a template of `prompt` and `response`.
 
     Rendered as transformers does: the prompt is a conversation of one question, up to where the
-    assistant's answer begins, and the answer what follows when that is in it.
+    assistant's answer begins, and the answer what follows when that is in it. Tools and documents
+    are None. Unlike there, `strftime_now` is not defined: a template that asks takes its own date,
+    and no text depends on the day on which it is made.
 
     Args:
       text: The Jinja template.
       special: Tokens that it may name: `bos_token`, `eos_token`.
+      source: Where it is from, for errors.
 
     Raises:
       ImportError: If jinja2 is not installed (extra `text`).
-      ValueError: If it is not a template, or (when rendered) refuses a conversation.
+      ValueError: If it is not a template, or (when rendered) fails or refuses a conversation.
     """
+    called = f"{source}: the chat template" if source else "the chat template"
     jinja2 = _jinja()
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
@@ -406,16 +413,15 @@ def chat_template(text: str, special: Mapping[str, str] | None = None) -> Templa
     environment.globals["raise_exception"] = refuse
     try:
         compiled = environment.from_string(text)
-    except jinja2.exceptions.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template is not one of Jinja: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{called} is not one of Jinja: {_reason(error)}") from error
+    given = {"tools": None, "documents": None, **(special or {})}
 
     def conversation(messages: list[dict[str, str]], begun: bool) -> str:
         try:
-            return compiled.render(
-                messages=messages, add_generation_prompt=begun, **(special or {})
-            )
-        except jinja2.exceptions.TemplateError as error:
-            raise ValueError(f"the chat template refuses a conversation: {error}") from error
+            return compiled.render(messages=messages, add_generation_prompt=begun, **given)
+        except Exception as error:
+            raise ValueError(f"{called} refuses a conversation: {_reason(error)}") from error
 
     def render(values: Mapping[str, str]) -> tuple[str, str]:
         question = {"role": "user", "content": values["prompt"]}
@@ -426,7 +432,7 @@ def chat_template(text: str, special: Mapping[str, str] | None = None) -> Templa
         whole = conversation([question, answer], False)
         if not whole.startswith(prompt):
             raise ValueError(
-                f"the chat template writes a question as {prompt!r} where an answer is to follow, "
+                f"{called} writes a question as {prompt!r} where an answer is to follow, "
                 f"and as {whole[: len(prompt)]!r} where it does"
             )
         return prompt, whole[len(prompt) :]
@@ -446,11 +452,27 @@ def _jinja() -> ModuleType:
     return jinja2
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Jinja's own filter escapes for HTML."""
-    import json
+def _reason(error: Exception) -> str:
+    """What a template does wrong raises errors of any kind; those of Jinja speak for themselves."""
+    known = isinstance(error, _jinja().TemplateError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter as transformers has it; Jinja's own escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _generation_tag(jinja2: ModuleType) -> type:

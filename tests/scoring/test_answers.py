@@ -25,6 +25,13 @@ from fedlora_jax.scoring.answers import final_number, pass_at_k, same_number, sa
         ("It falls to -5.", "-5"),
         ("7 or 3,4", "4"),
         ("12,345.67 in all", "12345.67"),
+        ("#### €-1,200 a year, 5 years", "-1200"),
+        ("#### Step 1: eggs left\n16 - 7 = 9\n\n#### Step 2\n9 * 2 = $18.", "18"),
+        ("5 apples\n#### many", "5"),
+        ("####\n2 * 9 = 18", "18"),
+        ("She pays $.50.", "0.5"),
+        ("It falls to -.5", "-0.5"),
+        ("It costs.5 or...5", "5"),
     ],
 )
 def test_final_number(text, number):
@@ -32,7 +39,7 @@ def test_final_number(text, number):
 
 
 def test_no_number():
-    for text in ("", "none at all", "5 apples\n#### many"):
+    for text in ("", "none at all", "#### many"):
         assert final_number(text) is None
         assert not same_number(text, "#### 5")
     with pytest.raises(ValueError, match="the reference 'x' has no number"):

@@ -61,6 +61,35 @@ def test_humaneval_chat(write):
     assert not judge(benchmark, "I cannot.").passed
 
 
+CODE = "def f(x):\n    return x"
+NESTED = f'"""Doc.\n\n    ```\n    f(1)\n    ```\n"""\n{CODE}'
+
+
+@pytest.mark.parametrize(
+    "answer, code",
+    [
+        *((f"So:\n\n```{tag}\n{CODE}\n```\nDone.\n", CODE) for tag in ("Python", "python3", " py")),
+        (f'So:\n```python title="a.py"\n{CODE}\n```', CODE),
+        (f"```bash\npip install x\n```\nThen:\n```python\n{CODE}\n```", CODE),
+        (f"```text\nf(1)\n```\nThen:\n```\n{CODE}\n```", CODE),
+        ("```text\nf(1)\n```\n```c\nf()\n```", "f(1)"),
+        ("1. So\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done", CODE),
+        (f"1. So\n   ```python\n{CODE}\n   ```\n2. Done", CODE),
+        ("1. ```python\n   def f(x):\n       return x\n   ```\n2. Done", CODE),
+        (f"So: ```python\n{CODE}\n```\nDone.", CODE),
+        ("```python\n    return x\n```", "    return x"),
+        (f"So:\n```python\n{CODE}\n```\nDone".replace("\n", "\r\n"), CODE),
+        (f"~~~python\n{CODE}\n~~~\nDone", CODE),
+        (f"````\n{CODE}\n```\n````\nDone", f"{CODE}\n```"),
+        (f"```python\n{NESTED}\n```\nDone", NESTED),
+        (f"```python\n{CODE}", CODE),
+        (f"```print(1)``` or\n{CODE}", f"```print(1)``` or\n{CODE}"),
+    ],
+)
+def test_the_program_in_an_answer(answer, code):
+    assert benchmarks.code_in(answer) == code
+
+
 def test_mbpp(write):
     row = TASK | {"test_setup_code": "M = 0"}
     benchmark = benchmarks.get("mbpp", write(row))

@@ -172,6 +172,9 @@ def test_language_of_a_directory(directory):
     assert completions.decode(language, [2], [2, 3, 2]) == (" a", True)
     (directory / "chat_template.jinja").write_text("say {{ messages[0].content }}")
     assert completions.encode(pretrained.read_language(str(directory)), "a", True) == [4, 2]
+    (directory / "chat_template.jinja").write_text("{{ messages + 1 }}")
+    with pytest.raises(ValueError, match="chat_template.jinja: the chat template refuses"):
+        completions.encode(pretrained.read_language(str(directory)), "a", chat=True)
 
 
 def test_several_templates_and_tokens_by_name(directory):

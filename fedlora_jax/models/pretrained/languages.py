@@ -9,19 +9,33 @@ from fedlora_jax.foreign import read_object, reading
 from fedlora_jax.models.pretrained import gguf_files
 from fedlora_jax.models.pretrained.files import PathLike, find_file, is_gguf, locate
 
+_SETTINGS = "tokenizer_config.json"
+
+
+class ChatTemplate(NamedTuple):
+    """A conversation's template as a file has it.
+
+    Attributes:
+      text: In Jinja.
+      source: The file.
+    """
+
+    text: str
+    source: str
+
 
 class Language(NamedTuple):
     """How a model reads and writes.
 
     Attributes:
       tokenizer: A `tokenizers.Tokenizer`; it neither pads nor cuts.
-      template: The Jinja template of a conversation, or None.
+      template: That of a conversation, or None.
       end_token: The token that ends a text, or None.
       special: Tokens with a part to play by their names, `{"eos_token": "<|im_end|>"}`.
     """
 
     tokenizer: Any
-    template: str | None
+    template: ChatTemplate | None
     end_token: int | None
     special: dict[str, str] = {}
 
@@ -58,9 +72,10 @@ def read_language(source: PathLike) -> Language:
 def _within(path: Path, modified: int) -> Language:
     """Of a GGUF file, which takes seconds to open; anew where that is modified."""
     del modified
+    template = gguf_files.chat_template(path)
     return Language(
         gguf_files.read_tokenizer(path),
-        gguf_files.chat_template(path),
+        None if template is None else ChatTemplate(template, str(path)),
         gguf_files.end_token(path),
         gguf_files.special_tokens(path),
     )
@@ -80,7 +95,7 @@ def _beside(file: Path) -> Language:
         path = file.parent / name
         return read_object(path, "settings of a tokenizer") if path.is_file() else {}
 
-    known, special = entries("tokenizer_config.json"), {}
+    known, special = entries(_SETTINGS), {}
     for name, token in known.items():
         content = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(content, str):
@@ -94,12 +109,12 @@ def _beside(file: Path) -> Language:
     return Language(tokenizer, template, end[0] if isinstance(end, list) else end, special)
 
 
-def _template(directory: Path, known: dict[str, Any]) -> str | None:
+def _template(directory: Path, known: dict[str, Any]) -> ChatTemplate | None:
     """Newer checkpoints have a chat template in a file of its own, some several by name."""
     file = directory / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return ChatTemplate(file.read_text(encoding="utf-8"), str(file))
     found = known.get("chat_template")
     if isinstance(found, list):
-        return {each["name"]: each["template"] for each in found}.get("default")
-    return found
+        found = {each["name"]: each["template"] for each in found}.get("default")
+    return None if found is None else ChatTemplate(found, str(directory / _SETTINGS))
