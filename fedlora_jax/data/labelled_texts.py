@@ -148,7 +148,7 @@ def load_files(
       texts: Names of the columns with a text, one or two.
       numbers: Whether labels are numbers, not classes.
       classes: Names of the classes, in order; by default what the federated file has, sorted, by
-        number if all are integers.
+        number if all are integers, and equal numbers by their text.
       fields: What the files call `label`, `client` or `domain`, where otherwise.
       held_out: As for `jsonl.load`.
       most: As for `load`.
@@ -227,7 +227,7 @@ def _classes(splits: Mapping[str, Sequence[Example]], files: Mapping[str, str]) 
         for example in examples
     }
     try:
-        return tuple(sorted(found, key=int))
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
     except ValueError:
         return tuple(sorted(found))
 

@@ -5,6 +5,7 @@ before. The first never is, nor is padding, for which the end-of-text token stan
 """
 
 import difflib
+import math
 import os
 import string
 import warnings
@@ -470,15 +471,16 @@ def value_of(example: Mapping[str, Any], field: str, name: str) -> str:
     """The text in a field of an example; numbers are written out.
 
     Raises:
-      ValueError: If there is no such field, or it is neither text nor number, or empty; it names
-        the example, and the nearest field.
+      ValueError: If there is no such field, or it is neither text nor finite number, or empty; it
+        names the example, and the nearest field.
     """
     if field not in example:
         raise ValueError(
             f"{name}: no field {field!r}.{_nearest(field, example)} Fields: {', '.join(example)}"
         )
     value = example[field]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    endless = isinstance(value, float) and not math.isfinite(value)
+    if endless or isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{name}: field {field!r} holds {value!r}, which is no text")
     if not str(value).strip():
         raise ValueError(f"{name}: the text in field {field!r} is empty")

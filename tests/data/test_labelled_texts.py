@@ -81,7 +81,11 @@ def test_numbers(tmp_path, reader):
 
 @pytest.mark.parametrize(
     ("labels", "wanted"),
-    [(["10", "9", "-1"], ("-1", "9", "10")), (["10", "9", "x"], ("10", "9", "x"))],
+    [
+        (["10", "9", "-1"], ("-1", "9", "10")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        (["1", "01", "0", "1 ", "001", "+1"], ("0", "+1", "001", "01", "1", "1 ")),
+    ],
 )
 def test_classes_in_order(tmp_path, labels, wanted):
     path = write(tmp_path / "x.csv", [{"text": "t", "label": x} for x in labels])
