@@ -88,6 +88,17 @@ def evenly(count: int, most: int) -> np.ndarray:
     return np.arange(kept) * count // max(kept, 1)
 
 
+def taken(count: int, most: int, split: str) -> np.ndarray:
+    """`evenly` of the rows of a split, with a warning if that leaves any out."""
+    if 0 < most < count:
+        warnings.warn(
+            f"{split}: {most:,} of {count:,} rows are taken, evenly spaced, as "
+            f"config.data.rows.{split} says; 0 takes all",
+            stacklevel=2,
+        )
+    return evenly(count, most)
+
+
 class Encoder(NamedTuple):
     """A tokenizer with what else is needed of it.
 

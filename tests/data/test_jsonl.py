@@ -88,7 +88,9 @@ def test_without_clients_and_domains(tmp_path, encoder):
     texts = jsonl.load("federated", files, encoder, TEMPLATE, 40, held_out={"test": 0})
     assert "client" not in texts.arrays and texts.clients == () and texts.domains == ("all",)
     assert texts.arrays["domain"].tolist() == [0] * 4
-    few = jsonl.load("federated", files, encoder, TEMPLATE, 40, held_out={"test": 0}, most=2)
+    options = {"held_out": {"test": 0}}
+    with pytest.warns(UserWarning, match="^federated: 2 of 4 rows"):
+        few = jsonl.load("federated", files, encoder, TEMPLATE, 40, most=2, **options)
     assert decoded(encoder, few) == [" It is 0.", " It is 2."]
 
 

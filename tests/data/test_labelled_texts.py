@@ -62,7 +62,8 @@ def test_held_out_and_thinned(tmp_path, reader):
     parts = [load(path, reader, split, held_out={"test": 0.4}) for split in ("federated", "test")]
     sides = [{tuple(x) for x in part.arrays["tokens"].tolist()} for part in parts]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 30
-    few = load(path, reader, most=4).arrays["tokens"]
+    with pytest.warns(UserWarning, match=r"^federated: 4 of 60 rows .*config.data.rows.federated"):
+        few = load(path, reader, most=4).arrays["tokens"]
     np.testing.assert_array_equal(few, load(path, reader).arrays["tokens"][::15])
 
 
