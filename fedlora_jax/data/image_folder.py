@@ -1,8 +1,11 @@
-"""Images of one's own: a folder `root/class/image.png`, or `root/domain/class/image.png`."""
+"""Images of one's own: a folder `root/class/image.png`, or `root/domain/class/image.png`.
+
+What is an image the end of its name says. Other files are passed over, and a warning counts them.
+"""
 
 import hashlib
-import io
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedlora_jax.data import bad_records
+from fedlora_jax.data import bad_records, decoding
 from fedlora_jax.data.bad_records import BadRecord
 from fedlora_jax.data.held_out import split_of
 from fedlora_jax.data.stored import Stored
 from fedlora_jax.names import lookup
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_NO_WARNING = {"desktop.ini", "thumbs.db"}  # nor hidden files
 
 
 class _File(NamedTuple):
@@ -144,10 +147,22 @@ def digest(root: str | os.PathLike[str]) -> str:
 
 def _files(root: Path) -> list[_File]:
     root = root.expanduser()
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    found: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(_walk(root)) if root.is_dir() else ():
+        (found if path.suffix.lower() in decoding.suffixes() else others).append(path)
+    others = [path for path in others if not _is_by_the_way(path.relative_to(root))]
     if not found:
+        endings = ", ".join(sorted({path.suffix.lower() or "nothing" for path in others}))
         raise FileNotFoundError(
-            f"no image in {root}: expected root/class/image.png or root/domain/class/image.png"
+            f"no image in {root}{', only files ending in ' * bool(others)}{endings}: expected "
+            "root/class/image.png or root/domain/class/image.png"
+        )
+    if others:
+        warnings.warn(
+            f"{len(others)} file{'s'[: len(others) > 1]} in {root} passed over, no images by their "
+            f"names, first {others[0]}",
+            stacklevel=3,
         )
     depth = len(found[0].relative_to(root).parts)
     for path in found:
@@ -167,10 +182,28 @@ def _files(root: Path) -> list[_File]:
     ]
 
 
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, also by links to folders, but for those that lead back above."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), above | {here})
+            else:
+                yield Path(entry.path)
+
+
+def _is_by_the_way(path: Path) -> bool:
+    return path.name.lower() in _NO_WARNING or any(part.startswith(".") for part in path.parts)
+
+
 def _read(file: _File, content: bytes, size: int) -> tuple[_File, np.ndarray] | BadRecord:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+        with decoding.opened(content) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = decoding.eight_bits(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         return BadRecord(f"{file.path} is not an image that can be read: {error}")
     return file, np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))
