@@ -1,6 +1,8 @@
 """A folder of images."""
 
+import os
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +83,27 @@ def test_the_digest_is_of_places_and_contents(tmp_path):
     moved = image_folder.digest(root)
     Image.new("RGB", (8, 8)).save(root / "red" / "new.png")
     assert len({before, moved, image_folder.digest(root)}) == 3
+
+
+def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    root = write(tmp_path, ("one", "two"), count=4)
+    paths = sorted(root.rglob("*.png"))
+    for path in paths:
+        os.utime(path, (1e9, 1e9))
+    read = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    before = image_folder.digest(root)
+    assert sorted(read) == paths
+    for split in ("federated", *HELD_OUT):
+        image_folder.load(split, root, size=8, held_out=HELD_OUT)
+    # Once more, to be decoded.
+    assert image_folder.digest(root) == before and sorted(read) == sorted(paths * 2)
+    digests = {before}
+    for last in (b"1", b"2"):  # in the same moment, perhaps
+        paths[0].write_bytes(paths[0].read_bytes()[:-1] + last)
+        digests.add(image_folder.digest(root))
+    assert len(digests) == 3
 
 
 def test_errors(tmp_path):
