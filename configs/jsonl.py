@@ -32,7 +32,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.files = {"federated": args["file"], "validation": "", "test": ""}
     config.data.held_out = {"validation": 0.1, "test": 0.2}
     config.data.on_bad_record = "stop"  # or "skip", and count
-    # At most so many rows, evenly spaced over the file; 0 for all.
+    # At most so many rows, evenly spaced over the split; 0 for all.
     config.data.rows = {"federated": 0, "validation": 256, "test": 256}
     # What the file calls these.
     config.data.fields = {name: name for name in ("prompt", "response", "client", "domain")}

@@ -17,9 +17,18 @@ def split_of(content: bytes, shares: Mapping[str, float]) -> str:
     Raises:
       ValueError: If a share is negative, or they leave no rest.
     """
+    return split_by(hashlib.sha256(content).digest(), shares)
+
+
+def split_by(digest: bytes, shares: Mapping[str, float]) -> str:
+    """`split_of` a content by its SHA-256.
+
+    Raises:
+      ValueError: As `split_of`.
+    """
     if min(shares.values(), default=0) < 0 or sum(shares.values()) >= 1:
         raise ValueError(f"shares that are held out must be in 0 .. 1 and leave a rest: {shares}")
-    place = int.from_bytes(hashlib.sha256(content).digest()[:8]) / 2**64
+    place = int.from_bytes(digest[:8]) / 2**64
     for name in sorted(shares):
         place -= shares[name]
         if place < 0:

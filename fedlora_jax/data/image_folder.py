@@ -1,8 +1,13 @@
-"""Images of one's own: a folder `root/class/image.png`, or `root/domain/class/image.png`."""
+"""Images of one's own: a folder `root/class/image.png`, or `root/domain/class/image.png`.
 
+What is an image the end of its name says. Other files are passed over, and a warning counts them.
+"""
+
+import functools
 import hashlib
-import io
 import os
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,13 +15,15 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from fedlora_jax.data import bad_records
+from fedlora_jax.data import bad_records, decoding
 from fedlora_jax.data.bad_records import BadRecord
-from fedlora_jax.data.held_out import split_of
+from fedlora_jax.data.held_out import split_by
 from fedlora_jax.data.stored import Stored
 from fedlora_jax.names import lookup
 
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_NO_WARNING = {"desktop.ini", "thumbs.db"}  # nor hidden files
+# Clocks of file systems are this coarse, ns: what was written within may change unnoticed.
+_MOMENT = 2 * 10**9
 
 
 class _File(NamedTuple):
@@ -52,13 +59,13 @@ def load(
       ValueError: If there is no such split, or nothing in it, or a file is no image or lies
         elsewhere than the others.
     """
-    contents = _contents(split, root, held_out)
-    results = (_read(file, content, size) for file, content in contents)
+    found = _files(Path(root))
+    results = (_read(file, size) for file in _of_split(split, found, held_out))
     files, images = [], []
     for file, image in bad_records.good(results, on_bad_record):
         files.append(file)
         images.append(image)
-    columns = _columns(files, split, root)
+    columns = _columns(files, found, split, root)
     return {"image": np.stack(images), **columns}
 
 
@@ -67,7 +74,7 @@ def stored(
 ) -> Stored:
     """What `load` gives, with images that are decoded one by one when they are wanted.
 
-    Every file is read once for its hash. One that is no image is found when it is wanted.
+    A file that is no image is found when it is wanted.
 
     Args:
       split: As for `load`.
@@ -80,36 +87,31 @@ def stored(
       ValueError: If there is no such split, or nothing in it, or a file lies elsewhere than the
         others.
     """
-    files = [file for file, _ in _contents(split, root, held_out)]
+    found = _files(Path(root))
+    files = list(_of_split(split, found, held_out))
 
     def image(index: int) -> np.ndarray:
-        result = _read(files[index], files[index].path.read_bytes(), size)
+        result = _read(files[index], size)
         if isinstance(result, BadRecord):
             raise result
         return result[1]
 
-    return Stored(_columns(files, split, root), image)
+    return Stored(_columns(files, found, split, root), image)
 
 
-def _contents(
-    split: str, root: str | os.PathLike[str], held_out: Mapping[str, float]
-) -> Iterator[tuple[_File, bytes]]:
-    """The files of a split and what is in them."""
+def _of_split(split: str, found: Sequence[_File], held_out: Mapping[str, float]) -> Iterator[_File]:
     lookup(dict.fromkeys(["federated", *held_out]), split, "split")
-    for file in _files(Path(root)):
-        content = file.path.read_bytes()
-        if split_of(content, held_out) == split:
-            yield file, content
+    return (file for file in found if split_by(_sha256(file.path), held_out) == split)
 
 
 def _columns(
-    files: Sequence[_File], split: str, root: str | os.PathLike[str]
+    files: Sequence[_File], found: Sequence[_File], split: str, root: str | os.PathLike[str]
 ) -> dict[str, np.ndarray]:
     """The number of each file's class, and of its domain if there are any."""
     if not files:
         raise ValueError(f"no image of {root} is in the split {split!r}")
-    labels = {name: number for number, name in enumerate(class_names(root))}
-    domains = {name: number for number, name in enumerate(class_names(root, "domain"))}
+    labels = {name: number for number, name in enumerate(_names(found, "label"))}
+    domains = {name: number for number, name in enumerate(_names(found, "domain"))}
     columns = {"label": np.array([labels[file.label] for file in files], np.int32)}
     if domains:
         columns["domain"] = np.array([domains[file.domain or ""] for file in files], np.int32)
@@ -127,7 +129,10 @@ def class_names(root: str | os.PathLike[str], feature: str = "label") -> list[st
       FileNotFoundError: As `load`.
       ValueError: As `load`.
     """
-    files = _files(Path(root))
+    return _names(_files(Path(root)), feature)
+
+
+def _names(files: Sequence[_File], feature: str) -> list[str]:
     names = {"label": (f.label for f in files), "domain": (f.domain for f in files)}
     return sorted({name for name in lookup(names, feature, "feature") if name is not None})
 
@@ -138,16 +143,41 @@ def digest(root: str | os.PathLike[str]) -> str:
     root = Path(root).expanduser()
     for file in _files(root):
         found.update(f"{file.path.relative_to(root).as_posix()}\0".encode())
-        found.update(hashlib.sha256(file.path.read_bytes()).digest())
+        found.update(_sha256(file.path))
     return found.hexdigest()[:12]
+
+
+def _sha256(path: Path) -> bytes:
+    """Of what is in a file, which is read once as long as it does not change."""
+    now = path.stat()
+    if time.time_ns() - now.st_mtime_ns < _MOMENT:
+        return hashlib.sha256(path.read_bytes()).digest()
+    return _sha256_of(str(path), now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _sha256_of(path: str, *state: int) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 def _files(root: Path) -> list[_File]:
     root = root.expanduser()
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    found: list[Path] = []
+    others: list[Path] = []
+    for path in sorted(_walk(root)) if root.is_dir() else ():
+        (found if path.suffix.lower() in decoding.suffixes() else others).append(path)
+    others = [path for path in others if not _is_by_the_way(path.relative_to(root))]
     if not found:
+        endings = ", ".join(sorted({path.suffix.lower() or "nothing" for path in others}))
         raise FileNotFoundError(
-            f"no image in {root}: expected root/class/image.png or root/domain/class/image.png"
+            f"no image in {root}{', only files ending in ' * bool(others)}{endings}: expected "
+            "root/class/image.png or root/domain/class/image.png"
+        )
+    if others:
+        warnings.warn(
+            f"{len(others)} file{'s'[: len(others) > 1]} in {root} passed over, no images by their "
+            f"names, first {others[0]}",
+            stacklevel=1,  # one place, so that it is said once
         )
     depth = len(found[0].relative_to(root).parts)
     for path in found:
@@ -167,10 +197,29 @@ def _files(root: Path) -> list[_File]:
     ]
 
 
-def _read(file: _File, content: bytes, size: int) -> tuple[_File, np.ndarray] | BadRecord:
+def _walk(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, also by links to folders, but for those that lead back above."""
+    here = os.path.realpath(folder)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(Path(entry.path), above | {here})
+            else:
+                yield Path(entry.path)
+
+
+def _is_by_the_way(path: Path) -> bool:
+    return path.name.lower() in _NO_WARNING or any(part.startswith(".") for part in path.parts)
+
+
+def _read(file: _File, size: int) -> tuple[_File, np.ndarray] | BadRecord:
+    content = file.path.read_bytes()
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+        with decoding.opened(content) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = decoding.eight_bits(image).convert("RGB")
     except Exception as error:  # Pillow's decoders raise a dozen kinds
         return BadRecord(f"{file.path} is not an image that can be read: {error}")
     return file, np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BICUBIC))

@@ -112,6 +112,7 @@ def load(
     if not members:
         raise ValueError(f"no example of {dataset} is in the split {split!r}")
     return jsonl.rows(
+        split,
         members,
         known,
         encoder,

@@ -69,7 +69,8 @@ def load(
         testing and none for validation by default.
       packing: Windows in which everything is to be predicted, instead of an example a row in which
         only the answer is.
-      most: At most so many rows, evenly spaced over the file; 0 for all.
+      most: At most so many rows, evenly spaced over the split, and a warning if it has more; 0 for
+        all.
       on_bad_record: As for `read_each`.
 
     Returns:
@@ -91,6 +92,7 @@ def load(
         on_bad_record=on_bad_record,
     )
     return rows(
+        split,
         own_files.members(splits, split, files),
         [example for examples in splits.values() for example in examples],
         encoder,
@@ -116,6 +118,7 @@ def check_template(template: Template, packing: bool) -> None:
 
 
 def rows(
+    split: str,
     examples: Sequence[Example],
     known: Sequence[Example],
     encoder: Encoder,
@@ -129,7 +132,8 @@ def rows(
     """Examples as rows of tokens.
 
     Args:
-      examples: Those of a split.
+      split: Its name.
+      examples: Those of the split.
       known: Those of all splits, whose clients and domains are numbered.
       encoder: As for `load`.
       template: As for `load`.
@@ -144,10 +148,10 @@ def rows(
     """
     if packing:
         made, owners = _packed(examples, template, encoder, length)
-        kept = text.evenly(len(owners), most)
+        kept = text.taken(len(owners), most, split)
         made, owners = made.thinned(most), [owners[place] for place in kept]
     else:
-        chosen = [examples[place] for place in text.evenly(len(examples), most)]
+        chosen = [examples[place] for place in text.taken(len(examples), most, split)]
         made, owners = _one_a_row(chosen, template, encoder, length, on_bad_record)
     return text.with_owners(made._asdict(), owners, known)
 

@@ -71,7 +71,8 @@ def load(
       split: In the language of TFDS.
       reader: How texts become tokens.
       fields: Which features are its texts, one or two; by default those in `DATASETS`.
-      most: At most so many rows, evenly spaced over the split; 0 for all.
+      most: At most so many rows, evenly spaced over the split, and a warning if it has more; 0 for
+        all.
       on_bad_record: As for `read_each`.
       data_dir: As for `sources.load`.
 
@@ -108,7 +109,7 @@ def load(
         )
 
     records = list(sources.records(dataset, split, data_dir))
-    chosen = [records[place] for place in text.evenly(len(records), most)]
+    chosen = [records[place] for place in text.taken(len(records), most, split)]
     found = read_each(chosen, labelled, on_bad_record)
     known = [_Labelled((), 0.0, None, domain) for domain in domains] if domains else found
     return text.with_owners(_rows(found, reader, bool(classes)), found, known)
@@ -148,7 +149,7 @@ def load_files(
       texts: Names of the columns with a text, one or two.
       numbers: Whether labels are numbers, not classes.
       classes: Names of the classes, in order; by default what the federated file has, sorted, by
-        number if all are integers.
+        number if all are integers, and equal numbers by their text.
       fields: What the files call `label`, `client` or `domain`, where otherwise.
       held_out: As for `jsonl.load`.
       most: As for `load`.
@@ -178,7 +179,7 @@ def load_files(
             tuple(example.fields[name] for name in texts), value, example.client, example.domain
         )
 
-    chosen = [chosen[place] for place in text.evenly(len(chosen), most)]
+    chosen = [chosen[place] for place in text.taken(len(chosen), most, split)]
     found = read_each(chosen, labelled, on_bad_record)
     everything = [example for examples in splits.values() for example in examples]
     return text.with_owners(_rows(found, reader, not numbers), found, everything)
@@ -227,7 +228,7 @@ def _classes(splits: Mapping[str, Sequence[Example]], files: Mapping[str, str]) 
         for example in examples
     }
     try:
-        return tuple(sorted(found, key=int))
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
     except ValueError:
         return tuple(sorted(found))
 

@@ -65,7 +65,9 @@ def read(
     }
 
     def value(record: Record, field: str) -> str:
-        if field in optional and not str(record.fields.get(called[field]) or "").strip():
+        given = record.fields.get(called[field])
+        missing = not given or given != given  # NaN, as a table's empty cell comes out of pandas
+        if field in optional and (missing or not str(given).strip()):
             return ""
         return text.value_of(record.fields, called[field], record.name)
 

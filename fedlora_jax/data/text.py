@@ -6,6 +6,7 @@ before. The first never is, nor is padding, for which the end-of-text token stan
 
 import difflib
 import json
+import math
 import os
 import string
 import warnings
@@ -86,6 +87,17 @@ def evenly(count: int, most: int) -> np.ndarray:
     """At most so many of `0 .. count - 1`, evenly spaced; all if `most` is 0."""
     kept = min(count, most) if most else count
     return np.arange(kept) * count // max(kept, 1)
+
+
+def taken(count: int, most: int, split: str) -> np.ndarray:
+    """`evenly` of the rows of a split, with a warning if that leaves any out."""
+    if 0 < most < count:
+        warnings.warn(
+            f"{split}: {most:,} of {count:,} rows are taken, evenly spaced, as "
+            f"config.data.rows.{split} says; 0 takes all",
+            stacklevel=2,
+        )
+    return evenly(count, most)
 
 
 class Encoder(NamedTuple):
@@ -492,15 +504,16 @@ def value_of(example: Mapping[str, Any], field: str, name: str) -> str:
     """The text in a field of an example; numbers are written out.
 
     Raises:
-      ValueError: If there is no such field, or it is neither text nor number, or empty; it names
-        the example, and the nearest field.
+      ValueError: If there is no such field, or it is neither text nor finite number, or empty; it
+        names the example, and the nearest field.
     """
     if field not in example:
         raise ValueError(
             f"{name}: no field {field!r}.{_nearest(field, example)} Fields: {', '.join(example)}"
         )
     value = example[field]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
+    endless = isinstance(value, float) and not math.isfinite(value)
+    if endless or isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"{name}: field {field!r} holds {value!r}, which is no text")
     if not str(value).strip():
         raise ValueError(f"{name}: the text in field {field!r} is empty")

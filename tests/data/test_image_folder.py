@@ -1,11 +1,16 @@
 """A folder of images."""
 
+import os
+import warnings
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import image_folder as configuration
 from fedlora_jax.data import image_folder
+from fedlora_jax.data.bad_records import BadRecord
 from fedlora_jax.data.held_out import split_of
 from fedlora_jax.experiment import partitions, setting
 
@@ -80,6 +85,27 @@ def test_the_digest_is_of_places_and_contents(tmp_path):
     assert len({before, moved, image_folder.digest(root)}) == 3
 
 
+def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    root = write(tmp_path, ("one", "two"), count=4)
+    paths = sorted(root.rglob("*.png"))
+    for path in paths:
+        os.utime(path, (1e9, 1e9))
+    read = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    before = image_folder.digest(root)
+    assert sorted(read) == paths
+    for split in ("federated", *HELD_OUT):
+        image_folder.load(split, root, size=8, held_out=HELD_OUT)
+    # Once more, to be decoded.
+    assert image_folder.digest(root) == before and sorted(read) == sorted(paths * 2)
+    digests = {before}
+    for last in (b"1", b"2"):  # in the same moment, perhaps
+        paths[0].write_bytes(paths[0].read_bytes()[:-1] + last)
+        digests.add(image_folder.digest(root))
+    assert len(digests) == 3
+
+
 def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no image in .*root/class/image.png"):
         image_folder.class_names(tmp_path)
@@ -97,6 +123,56 @@ def test_errors(tmp_path):
     (root / "red" / "bad.png").rename(root / "bad.png")
     with pytest.raises(ValueError, match="lies elsewhere than"):
         image_folder.class_names(root)
+
+
+def test_images_of_16_bits_are_turned_upright_and_of_32_are_bad(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 2**16, (8, 8), np.uint16)
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(pixels).save(tmp_path / "a" / "0.png", exif=exif)
+    (image,) = image_folder.load("federated", tmp_path, size=8, held_out={})["image"]
+    np.testing.assert_array_equal(image[..., 1], np.rot90(pixels >> 8, -1))
+    Image.fromarray(pixels / np.float32(2**16)).save(tmp_path / "a" / "1.tif")
+    with pytest.raises(BadRecord, match="1.tif is not an image that can be read: pixels of 32 bit"):
+        image_folder.load("federated", tmp_path, size=8, held_out={})
+
+
+def test_every_picture_that_pillow_reads_is_found_and_others_are_counted(tmp_path):
+    root = write(tmp_path / "x", ("",), count=1)
+    image = Image.new("RGB", (8, 8))
+    for suffix in ("ppm", "jp2", "TGA", "qoi"):
+        image.save(root / "red" / f"1.{suffix}")
+    for hidden in (".DS_Store", "Thumbs.db"):
+        (root / "red" / hidden).touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = image_folder.load("federated", root, size=8, held_out={})
+    assert len(found["label"]) == 6
+    image.save(root / "blue" / "1.eps")
+    (root / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"2 files in .* no images .* first .*blue/1.eps"):
+        assert image_folder.class_names(root) == ["blue", "red"]
+    # What a file is called does not make Pillow start Ghostscript either.
+    (root / "blue" / "1.eps").rename(root / "blue" / "1.png")
+    with pytest.raises(ValueError, match="blue/1.png is not an image that can be read"):
+        image_folder.load("federated", root, size=8, held_out={})
+    for path in root.glob("*/*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no image in .*, only files ending in \.txt: "):
+        image_folder.class_names(root)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    elsewhere = write(tmp_path / "elsewhere", ("",), count=2)
+    root = tmp_path / "root"
+    root.mkdir()
+    (elsewhere / "red").rename(root / "red")
+    (root / "blue").symlink_to(elsewhere / "blue")
+    (root / "azure").symlink_to(elsewhere / "blue")
+    (root / "red" / "round").symlink_to(root)
+    assert image_folder.class_names(root) == ["azure", "blue", "red"]
+    assert len(image_folder.load("federated", root, size=8, held_out={})["label"]) == 6
 
 
 def test_images_in_no_folder_of_a_class(tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 
 import numpy as np
 import pytest
@@ -87,7 +88,9 @@ def test_without_clients_and_domains(tmp_path, encoder):
     texts = jsonl.load("federated", files, encoder, TEMPLATE, 40, held_out={"test": 0})
     assert "client" not in texts.arrays and texts.clients == () and texts.domains == ("all",)
     assert texts.arrays["domain"].tolist() == [0] * 4
-    few = jsonl.load("federated", files, encoder, TEMPLATE, 40, held_out={"test": 0}, most=2)
+    options = {"held_out": {"test": 0}}
+    with pytest.warns(UserWarning, match="^federated: 2 of 4 rows"):
+        few = jsonl.load("federated", files, encoder, TEMPLATE, 40, most=2, **options)
     assert decoded(encoder, few) == [" It is 0.", " It is 2."]
 
 
@@ -126,6 +129,8 @@ def test_fields_by_other_names(tmp_path):
         ({"prompt": "a", "respons": "b"}, "no field 'response'. Did you mean 'respons'"),
         ({"prompt": "a", "response": ""}, "the text in field 'response' is empty"),
         ({"prompt": None, "response": "b"}, "field 'prompt' holds None"),
+        ({"prompt": math.nan, "response": "b"}, "field 'prompt' holds nan, which is no text"),
+        ('{"prompt": "a", "response": 1e999}', "field 'response' holds inf, which is no text"),
         ({"prompt": "a", "response": "b", "client": "x"}, "x.jsonl:1: no field 'client'"),
     ],
 )
@@ -199,8 +204,8 @@ def test_bad_ones_are_skipped_and_counted(tmp_path, encoder):
 
 def test_a_template_with_a_field_that_may_be_empty(tmp_path):
     template = text.alpaca_template()
-    lines = [{**x, "context": c} for x, c in zip(examples(3), ["", "some", None])]
+    lines = [{**x, "context": c} for x, c in zip(examples(4), ["", "some", None, math.nan])]
     found = jsonl.read(write(tmp_path / "x.jsonl", [*lines, *examples(1)]), template)
     rendered = [template.render(x.fields)[0] for x in found]
-    assert [x.fields["context"] for x in found] == ["", "some", "", ""]
-    assert ["### Input:\nsome\n" in x for x in rendered] == [False, True, False, False]
+    assert [x.fields["context"] for x in found] == ["", "some", "", "", ""]
+    assert ["### Input:\nsome\n" in x for x in rendered] == [False, True, False, False, False]

@@ -62,7 +62,8 @@ def test_held_out_and_thinned(tmp_path, reader):
     parts = [load(path, reader, split, held_out={"test": 0.4}) for split in ("federated", "test")]
     sides = [{tuple(x) for x in part.arrays["tokens"].tolist()} for part in parts]
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 30
-    few = load(path, reader, most=4).arrays["tokens"]
+    with pytest.warns(UserWarning, match=r"^federated: 4 of 60 rows .*config.data.rows.federated"):
+        few = load(path, reader, most=4).arrays["tokens"]
     np.testing.assert_array_equal(few, load(path, reader).arrays["tokens"][::15])
 
 
@@ -81,7 +82,11 @@ def test_numbers(tmp_path, reader):
 
 @pytest.mark.parametrize(
     ("labels", "wanted"),
-    [(["10", "9", "-1"], ("-1", "9", "10")), (["10", "9", "x"], ("10", "9", "x"))],
+    [
+        (["10", "9", "-1"], ("-1", "9", "10")),
+        (["10", "9", "x"], ("10", "9", "x")),
+        (["1", "01", "0", "1 ", "001", "+1"], ("0", "+1", "001", "01", "1", "1 ")),
+    ],
 )
 def test_classes_in_order(tmp_path, labels, wanted):
     path = write(tmp_path / "x.csv", [{"text": "t", "label": x} for x in labels])

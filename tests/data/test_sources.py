@@ -92,6 +92,23 @@ def test_images_are_resized_whole_by_bicubic_interpolation(tmp_path):
     assert gray.shape == (20, 30, 1)
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm", "jpeg2000"])
+def test_of_16_bits_the_upper_8_are_kept(kind):
+    pixels = np.random.default_rng(0).integers(0, 2**16, (20, 30), np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    np.testing.assert_array_equal(decode(file.getvalue())[..., 0], pixels >> 8)
+    np.testing.assert_array_equal(decode(file.getvalue(), channels=None)[..., 0], pixels >> 8)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_an_image_of_unknown_range_is_refused(kind):
+    file = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), kind)).save(file, "tiff")
+    with pytest.raises(ValueError, match=r"pixels of 32 bits \(mode [IF]\).* 8 or 16 bits"):
+        decode(file.getvalue())
+
+
 def test_the_first_classes_are_kept(tmp_path):
     _prepare(ToyImages, tmp_path)
     examples = sources.load("toy_images", "train", tmp_path, classes=1)
