@@ -46,7 +46,7 @@ def markdown(text: str) -> str:
     def block(match: re.Match[str]) -> str:
         return "\n$$\n" + textwrap.dedent(match[1]).strip() + "\n$$\n"
 
-    text = re.sub(r"\n\.\. math::\n((?:\n|[ \t]+.*\n?)+)", block, text + "\n").strip()
+    text = re.sub(r"\n\.\. math::(.*\n(?:\n|[ \t]+.*\n?)*)", block, text + "\n").strip()
     return re.sub(r"\n\$\$\n(?=\*)", "\n$$\n\n", text)
 
 

@@ -14,7 +14,8 @@ from fedlora_jax.federated import communication
 from fedlora_jax.federated.round import Recipe, run_round
 from tests.world import COHORT, COUNTS, any_client
 
-PAGE = (Path(__file__).parents[1] / "docs" / "add_a_method.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "add_a_method.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
@@ -48,6 +49,8 @@ def test_median(world):
     for path, factors in after.server.trainable.adapters.items():
         for got, each in zip(factors, result.trained.adapters[path], strict=True):
             np.testing.assert_allclose(got, np.median(np.asarray(each), axis=0), rtol=1e-6)
+    with pytest.raises(ValueError, match="reads each client"):
+        transforms.robust(MEDIAN(), rule="trimmed_mean", byzantine=0.2)
 
 
 def test_mixture(world):
@@ -84,3 +87,12 @@ def test_what_the_page_promises_comes_with_it(world, make):
     assert jax.tree.structure(after) == jax.tree.structure(federation)
     with pytest.raises(ValueError, match="differential privacy"):
         transforms.private(method, clip=1.0, noise_multiplier=1.0)
+
+
+def test_steps_name_what_is_in_the_files():
+    section = PAGE.split("## In the registry")[1]
+    steps = re.findall(r"^\d\. `([\w/.]+)`: (.*?)(?=^\S|\Z)", section, re.M | re.S)
+    assert len(steps) == 6
+    for path, step in steps:
+        text = (ROOT / path).read_text()
+        assert not [name for name in re.findall(r"`([A-Z]{2,})`", step) if name not in text], path

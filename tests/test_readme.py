@@ -59,3 +59,17 @@ def test_extras_are_installed_from_a_checkout():
     assert len(pages) > 200
     pages.append(ROOT / "README.md")
     assert not [page for page in pages if "install 'fedlora-jax" in page.read_text()]
+
+
+def test_commands_say_where_to_write():
+    """Without its directory none of these starts."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/**/*.md")]
+    commands = [
+        (page, command)
+        for page in pages
+        for block in re.findall(r"```\n(.*?)```", page.read_text(), re.S)
+        for command in block.replace("\\\n", " ").splitlines()
+        if re.search(r"python -m experiments\.(train|tune|compare|partition|linear) ", command)
+    ]
+    assert len(commands) > 30
+    assert not [found for found in commands if "--workdir=" not in found[1]]

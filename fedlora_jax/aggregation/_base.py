@@ -547,7 +547,8 @@ def shares(weights: Weights) -> jax.Array:
       `[K]`, of sum one, or all zero if no weight is positive.
 
     Examples:
-      >>> print(shares([6_000_000_000, 2_000_000_000]))
+      >>> from fedlora_jax import aggregation
+      >>> print(aggregation.shares([6_000_000_000, 2_000_000_000]))
       [0.75 0.25]
     """
     known = wide(weights)

@@ -1,6 +1,7 @@
 """Properties of every method, on one round of unequal clients."""
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from tests.world import COHORT, COUNTS, alone, any_client, method_of, train_by_h
 ALL = sorted(methods.REGISTRY)
 EXACT = ["fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "random_basis_lora", "rolora"]
 MERGING = ["fedex_lora", "fedsmooth_lora", "flora", "frlora", "oracle", "random_basis_lora"]
-PERSONAL = ["fedsa_lora", "local"]
+PERSONAL = [name for name in ALL if method_of(name).personal is not None]
 # Sizes of the two adapted kernels of the test's model, its rank, and the head's parameters.
 D_IN, D_OUT, RANK, HEAD = 6 + 10, 10 + 7, 2, 7 * 3 + 3
 WHOLE = RANK * (D_IN + D_OUT) + HEAD
@@ -517,7 +518,18 @@ def test_rolora_sends_the_other_factor_in_odd_rounds(world):
 
 
 @pytest.mark.parametrize("name", PERSONAL)
-def test_personal_model_is_the_clients_own(world, cohort_of, name):
+def test_personal_models_are_each_clients_own(cohort_of, name):
+    _, _, after = cohort_of(name)
+    own = jax.jit(jax.vmap(method_of(name).personal, in_axes=(None, 0)))
+    personal = jax.device_get(own(after.server, jax.tree.map(lambda x: x[COHORT], after.clients)))
+    found = [kernels(after.server, at(personal, k).adapters) for k in range(len(COHORT))]
+    for path in found[0]:
+        for one, other in itertools.combinations(found, 2):
+            assert np.abs(one[path] - other[path]).max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["fedsa_lora", "local"])
+def test_personal_model_is_what_the_client_kept(world, cohort_of, name):
     _, result, after = cohort_of(name)
     for position, client in enumerate(COHORT.tolist()):
         own = method_of(name).personal(after.server, at(after.clients, client))
