@@ -14,6 +14,7 @@ import difflib
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from flax.core.scope import in_filter, subtract_filters
 from jax.typing import DTypeLike
 
 from fedlora_jax import blocks, bounds, lowrank
@@ -29,8 +31,18 @@ from fedlora_jax.lowrank import Factors
 Params: TypeAlias = Mapping[str, Any]
 Adapters: TypeAlias = dict[str, Factors]
 
-# Where a block in a loop finds its own adapters.
-_COLLECTION, _TERMS = "adapters", "terms"
+# Where a block in a loop finds its own adapters, and where every adapted layer has a mark.
+_COLLECTION, _TERMS, _MARK = "adapters", "terms", "mark"
+
+
+@jax.tree_util.register_static
+class _Mark:
+    """A variable without arrays, equal to itself alone.
+
+    Flax keeps what `nn.jit` compiled by the structure of the variables, and knows nothing of the
+    adapters in it. With a mark an adapted layer is traced in each `apply`, and by it alone.
+    """
+
 
 if not __debug__ and not hasattr(nn.module, "_global_interceptor_stack"):
     raise ImportError(
@@ -62,21 +74,28 @@ def kernel_shapes(params: Params) -> dict[str, KernelShape]:
     A kernel with more than two axes belongs to an `nn.DenseGeneral`; the shape of its bias says
     which axes are outputs. Without a bias the first axis is taken as the only input, except in a
     module called `out`, where the last axis is taken as the only output (`nn.MultiHeadAttention`).
+    With more than three axes it is taken only if its bias has two or more, as that of queries, keys
+    and values in one: else it could be that of a convolution.
 
     Args:
       params: The parameters of the model, or variables with a collection `params`.
+
+    Raises:
+      ValueError: If the parameters have metadata of Flax around them.
     """
     shapes = {}
     flat = _flat(params)
     for path, kernel in flat.items():
-        if path[-1] != "kernel" or kernel.ndim not in (2, 3):
+        if path[-1] != "kernel" or kernel.ndim < 2:
             continue
         bias = flat.get((*path[:-1], "bias"))
         if bias is not None:
             split = kernel.ndim - bias.ndim
         else:
             split = kernel.ndim - 1 if len(path) > 1 and path[-2] == "out" else 1
-        shapes["/".join(path[:-1])] = KernelShape(kernel.shape[:split], kernel.shape[split:])
+        shape = KernelShape(kernel.shape[:split], kernel.shape[split:])
+        if kernel.ndim < 4 or (bias is not None and bias.ndim > 1 and bias.shape == shape.outputs):
+            shapes["/".join(path[:-1])] = shape
     return shapes
 
 
@@ -155,8 +174,9 @@ def init(
       A dict from module path to `Factors(a [d_in, r], b [r, d_out])`.
 
     Raises:
-      ValueError: If a pattern matches no layer, the type is not of floating point, or the rank is
-        not in 1 .. min(d_in, d_out) of a layer that is matched.
+      ValueError: If a pattern matches no layer, the type is not of floating point, the rank is not
+        in 1 .. min(d_in, d_out) of a layer that is matched, or the parameters have metadata of Flax
+        around them (`nn.meta.unbox` takes it off).
 
     Examples:
       >>> import flax.linen as nn, jax
@@ -206,7 +226,9 @@ def apply(
     """Applies a model whose kernels W of adapted layers are `W + scale * (a b + offset)`.
 
     An adapted layer computes and returns what types it does without adapters: factors are cast to
-    the type of its inputs, and their gradients come back in the factors' own. These are written by
+    the type of its inputs, or of its outputs if the inputs are whole numbers or booleans, and their
+    gradients come back in the factors' own. In a subclass of `nn.Dense` that calls its `__call__`
+    the change is added there, before what the subclass does with it. These are written by
     hand, for speed: there are derivatives of any order in reverse mode, and forward mode over it,
     as of `jax.jvp(jax.grad(f), ...)` or `jax.hessian(f)`; `jax.jvp(f, ...)` alone JAX refuses.
 
@@ -249,12 +271,16 @@ def apply(
         for tree in trees:
             blocks.check_depth(variables["params"], tree)
     terms = {path: _at(path, trees) for path in sorted({path for tree in trees for path in tree})}
-    if looped:
-        # As variables, for Linen to take apart in its loop.
-        variables[_COLLECTION] = traverse_util.unflatten_dict(
-            {(*path.split("/"), _TERMS): found for path, found in terms.items()}
-        )
-    called: set[str] = set()
+    of_layers: dict[tuple[str, ...], Any] = {}
+    for path, found in terms.items():
+        layer = tuple(path.split("/")) if path else ()
+        of_layers[*layer, _MARK] = _Mark()
+        if looped:  # As variables, for Linen to take apart in its loop.
+            of_layers[*layer, _TERMS] = found
+    variables[_COLLECTION] = traverse_util.unflatten_dict(of_layers)
+    if in_filter(kwargs.get("mutable", False), _COLLECTION):
+        kwargs["mutable"] = subtract_filters(kwargs["mutable"], _COLLECTION)
+    changed: Counter[str] = Counter()
 
     def intercept(
         run: Any,
@@ -262,21 +288,26 @@ def apply(
         options: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        outputs = run(*inputs, **options)
+        if context.method_name != "__call__":
+            return run(*inputs, **options)
         path = "/".join(context.module.path)
+        before = changed[path]
+        outputs = run(*inputs, **options)
         found: tuple[Factors, ...] | None = terms.get(path)
         if path.startswith(blocks.LOOPED):
             found = context.module.get_variable(_COLLECTION, _TERMS)
-        if not found or context.method_name != "__call__":
+        if not found or changed[path] > before:  # Within a subclass's call is that of its parent.
             return outputs
-        called.add(path)
+        changed[path] += 1
         x = inputs[0] if inputs else options["inputs"]
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            x = x.astype(outputs.dtype)
         change = _low_rank(x, found, scale, _shape_of(context.module, path, x), path)
         return (outputs + change).astype(outputs.dtype)
 
     with _intercepting(intercept):
         result = model.apply(variables, *args, **kwargs)
-    unused = terms.keys() - called
+    unused = terms.keys() - changed.keys()
     if unused:
         layers = ", ".join(kernel_shapes(params))
         raise ValueError(
@@ -475,4 +506,11 @@ def join_head(backbone: Params, head: Params) -> dict[str, Any]:
 
 
 def _flat(params: Params) -> dict[tuple[str, ...], jax.Array]:
-    return traverse_util.flatten_dict(params["params"] if "params" in params else params)
+    flat = traverse_util.flatten_dict(params["params"] if "params" in params else params)
+    for path, value in flat.items():
+        if isinstance(value, nn.meta.AxisMetadata):
+            raise ValueError(
+                f"parameter {'/'.join(path)} is a {type(value).__name__}, not an array: take off "
+                "Flax's metadata by `nn.meta.unbox(params)`"
+            )
+    return flat

@@ -187,11 +187,111 @@ def test_head_is_split_off_and_joined(setup):
     assert lora.split_head(params, None)[1] == {}
 
 
+class Scaled(nn.Dense):
+    """Its call is two for an interceptor; what it does comes after its layer's own product."""
+
+    def __call__(self, x):
+        return nn.tanh(super().__call__(x))
+
+
+class Split(nn.Module):
+    """Query, key and value as one kernel of four axes; a layer that is called twice; subclasses."""
+
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.DenseGeneral((3, 2, 4), name="qkv")(x).mean(-3).reshape(*x.shape[:-1], 8)
+        again = nn.remat(Scaled)(8, name="again")
+        return Scaled(2, name="scaled")(again(again(heads)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int32, jnp.uint8, jnp.bool_])
+def test_any_layer_and_input_is_as_with_merged_kernels(dtype):
+    """Kernels of four axes, subclasses, layers called twice, and inputs that are not floating."""
+    x, model = jax.random.bernoulli(jax.random.key(0), 0.5, (3, 6)).astype(dtype), Split()
+    params = model.init(jax.random.key(1), x)["params"]
+    adapters = lora.init(jax.random.key(2), params, targets=".*", rank=2)
+    assert set(adapters) == {"qkv", "again", "scaled"}
+    adapters = {path: Factors(a, b + 0.5) for path, (a, b) in adapters.items()}
+    got = lora.apply(model, params, adapters, x, scale=SCALE)
+    want = model.apply({"params": lora.merge(params, adapters, scale=SCALE)}, x)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert got.dtype == want.dtype
+    assert jnp.abs(got - model.apply({"params": params}, x)).max() > 1e-2
+
+
+def test_kernels_of_more_than_three_axes_are_taken_where_the_bias_tells_the_split():
+    kernels = {
+        "qkv": (6, 3, 2, 4),
+        "conv": (3, 3, 6, 8),
+        "bare": (6, 3, 2, 4),
+        "local": (5, 5, 9, 8),
+    }
+    biases = {"qkv": (3, 2, 4), "conv": (8,), "local": (5, 5, 8)}
+    params = {path: {"kernel": jnp.zeros(shape)} for path, shape in kernels.items()}
+    for path, shape in biases.items():
+        params[path]["bias"] = jnp.zeros(shape)
+    assert lora.kernel_shapes(params) == {"qkv": ((6,), (3, 2, 4))}
+
+
+class Jitted(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="layer")(x)
+
+
+class Blocks(nn.Module):
+    """The second has the first one's shapes, of which Flax keeps one program."""
+
+    @nn.compact
+    def __call__(self, x):
+        return Jitted(name="first")(x) + Jitted(name="second")(x)
+
+
+def test_what_flax_has_compiled_keeps_no_adapters():
+    x, model = jnp.ones((1, 3)), Blocks()
+    params = {
+        name: {"layer": {"kernel": jnp.ones((3, 2)), "bias": jnp.zeros(2)}}
+        for name in ("first", "second")
+    }
+
+    def change(sizes, scale):
+        adapters = {
+            f"{name}/layer": Factors(jnp.full((3, 1), size), jnp.ones((1, 2)))
+            for name, size in sizes.items()
+        }
+        return lora.apply(model, params, adapters, x, scale=scale)[0, 0] - 6
+
+    for sizes, scale, expected in (
+        ({"first": 1.0}, 1.0, 3),
+        ({"first": 1.0, "second": 5.0}, 1.0, 18),
+        ({"first": 2.0, "second": 5.0}, 1.0, 21),
+        ({"first": 2.0, "second": 5.0}, 2.0, 42),
+    ):
+        assert change(sizes, scale) == expected
+        assert model.apply({"params": params}, x)[0, 0] == 6
+    gradient = jax.grad(lambda size: change({"second": size}, 1.0))
+    np.testing.assert_array_equal(jax.vmap(gradient)(jnp.arange(2.0)), [3, 3])
+    _, state = lora.apply(
+        model,
+        params,
+        {"first/layer": Factors(jnp.ones((3, 1)), jnp.ones((1, 2)))},
+        x,
+        scale=1.0,
+        mutable=True,
+    )
+    assert set(state) == {"params"}
+
+
 TWICE = """
 import flax.linen as nn, jax.numpy as jnp
 from fedlora_jax import Factors, lora
 
-model, x = nn.Dense(1, use_bias=False), jnp.ones((1, 1))
+class Layer(nn.Dense):
+    def __call__(self, x):
+        return super().__call__(x)
+
+model, x = Layer(1, use_bias=False), jnp.ones((1, 1))
 params = {"kernel": jnp.ones((1, 1))}
 for size in (2.0, 3.0):
     adapters = {"": Factors(jnp.full((1, 1), size), jnp.ones((1, 1)))}
@@ -260,6 +360,15 @@ def test_factors_of_bfloat16_are_multiplied_in_float32(setup):
         ),
         (lambda p, a, x: lora.apply(Net(), p, {"conv": a["head"]}, x, scale=1.0), "is a Conv"),
         (lambda p, a, x: lora.merge(p, {"nowhere": a["head"]}, scale=1.0), "no kernel at"),
+        (
+            lambda p, a, x: lora.init(
+                jax.random.key(0),
+                {"layer": {"kernel": nn.Partitioned(jnp.ones((2, 2)), ("x", "y"))}},
+                targets="layer",
+                rank=1,
+            ),
+            "layer/kernel.*nn.meta.unbox",
+        ),
         (
             lambda p, a, x: lora.merge(p, {"head": a["hidden"]}, scale=1.0),
             r"the layer has \[7, 5\]",

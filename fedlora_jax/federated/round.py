@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
-from fedlora_jax import _batching, _linalg, aggregation, bounds, lowrank
+from fedlora_jax import _batching, _linalg, aggregation, bounds, lora, lowrank
 from fedlora_jax.data.clients import ClientData, CohortExamples, local_batch
 from fedlora_jax.federated import faults, local, placement, precision, randomness, visits
 from fedlora_jax.federated.local import BatchOf, LocalTraining
@@ -152,7 +152,8 @@ def create(
 
     Raises:
       ValueError: If the ranks are not N whole numbers from 1 to the rank of the server's adapters,
-        or differ for a method that cannot have that.
+        or differ for a method that cannot have that; or if there are adapters on layers that the
+        backbone does not have, such as those of the head.
     """
     affordable = check_ranks(method, server, num_clients, ranks)
     server, client = first_states(key, method, server, dtype)
@@ -182,6 +183,12 @@ def first_states(
     key: jax.Array, method: Method, server: Server, dtype: DTypeLike = jnp.float32
 ) -> tuple[Server, PyTree]:
     """The server's state before the first round and that of any client, as `create` has them."""
+    shapes = lora.kernel_shapes(server.backbone)
+    if missing := server.trainable.adapters.keys() - shapes.keys():
+        raise ValueError(
+            f"the server has adapters on {sorted(missing)}, which are not in its backbone: a layer "
+            f"is adapted, or trained whole in the head, not both. Layers: {', '.join(shapes)}"
+        )
     full = max(factors.rank for factors in server.trainable.adapters.values())
     server, client = method.init(key, precision.with_wide_head(server))
     server = precision.with_wide_kernels(method, server, client, jnp.int32(full))

@@ -42,7 +42,24 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _ROOT = "base_model.model."
 
 # Settings under which an adapter is more, or something else, than `scale * a b`.
-_UNSUPPORTED = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices")
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
+)
+
+# Values of `init_lora_weights` that leave the backbone as it is. Under others (`pissa`, `olora`,
+# `corda`, `lora_ga`, `loftq`) PEFT changes its weights, each time that it loads the adapter.
+_UNTOUCHED = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 
 
 class Checkpoint(NamedTuple):
@@ -76,7 +93,8 @@ def load(
     Raises:
       FileNotFoundError: If a file is not there.
       ValueError: If it is not a LoRA checkpoint, uses a variant that is not LoRA (DoRA, embedding
-        adapters, convolutions), or does not belong to the backbone; it names what does not fit.
+        adapters, convolutions), belongs to weights that PEFT changed (PiSSA, OLoRA, ...), or does
+        not belong to the backbone; it names what does not fit.
     """
     directory = pretrained.locate(source)
     config = read_config(directory)
@@ -107,9 +125,27 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
         raise ValueError(f"{path}: {', '.join(used)} is set; only plain LoRA can be read")
+    _check_start(path, config.get("init_lora_weights", True))
     with reading(path, "a configuration of LoRA"):
         _check_numbers(config)
     return config
+
+
+def _check_start(path: Path, start: Any) -> None:
+    """Checks that the adapter belongs to the backbone's own weights."""
+    name = start.lower() if isinstance(start, str) else start
+    if name in _UNTOUCHED:
+        return
+    hint = ""
+    if str(name).startswith(_CONVERTIBLE):
+        hint = (
+            ". Save it as plain LoRA: `save_pretrained(directory, "
+            "path_initial_model_for_weight_conversion=...)`, with the adapter as it began"
+        )
+    raise ValueError(
+        f"{path}: init_lora_weights is {start!r}, an adapter of weights that PEFT makes of the "
+        f"backbone's, not of its own{hint}"
+    )
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from fedlora_jax.federated import faults
 from fedlora_jax.federated.cohort import sample
 from fedlora_jax.federated.round import (
     Recipe,
+    create,
     make_cohort_round,
     make_round,
     run_round,
@@ -178,6 +179,14 @@ def test_a_number_is_no_key(world, seed):
         function(federation, world.data, COHORT, seed, 0.1)
     with pytest.raises(ValueError, match="the seed must be a key"):
         sample(seed, 0, num_clients=4, cohort_size=2)
+
+
+def test_a_layer_is_adapted_or_trained_whole(world):
+    head = {"head": next(iter(world.server.trainable.adapters.values()))}
+    trainable = world.server.trainable._replace(adapters=world.server.trainable.adapters | head)
+    server = world.server._replace(trainable=trainable)
+    with pytest.raises(ValueError, match=r"adapters on \['head'\], which are not in its backbone"):
+        create(jax.random.key(0), methods.fedit(), server, len(COUNTS))
 
 
 def test_data_of_more_clients_than_there_are_are_refused(world):

@@ -160,6 +160,14 @@ def test_errors(tmp_path):
     for tensors, config, message in (
         (pair(LAYER), {"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         (pair(LAYER), {"use_dora": True}, "use_dora is set"),
+        (pair(LAYER), {"alora_invocation_tokens": [5]}, "alora_invocation_tokens is set"),
+        (pair(LAYER), {"layer_replication": [[0, 1], [0, 1]]}, "layer_replication is set"),
+        (pair(LAYER), {"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight"),
+        (
+            pair(LAYER),
+            {"init_lora_weights": "loftq"},
+            "init_lora_weights is 'loftq'.*not of its own$",
+        ),
         ({f"{LAYER}.lora_A.weight": normal(2, 16)}, {}, r"lora_A \[r, d_in\] and lora_B"),
         ({"model.embed_tokens.lora_embedding_A": normal(2, 16)}, {}, "only plain LoRA on linear"),
         ({"x.lora_A.weight": normal(2, 3, 4, 4)}, {}, "only linear layers"),
@@ -169,6 +177,11 @@ def test_errors(tmp_path):
             peft.load(write(tmp_path, tensors, **config), LLAMA)
     with pytest.raises(ValueError, match="'head' has no name|no name"):
         peft.save(tmp_path, {"nowhere": factors(2, 1, 2)}, scale=1.0, model=LLAMA)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+def test_adapters_are_read_however_they_began_on_untouched_weights(start, tmp_path):
+    assert peft.load(write(tmp_path, pair(LAYER), init_lora_weights=start)).scale == 3.0
 
 
 def test_loaded_adapters_run(tmp_path):
