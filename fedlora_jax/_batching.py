@@ -117,11 +117,18 @@ def _batched(function: Callable[..., Any]) -> Callable[[Any, Any], Any]:
 
 
 def varying_as(first: jax.Array, *others: jax.Array) -> jax.Array:
-    """What a loop begins with, when each turn makes it differ between devices as other arrays do.
+    """The array, of a type that says that it differs between devices wherever others do.
 
-    Within `jax.shard_map` a value's type says along which axes of a mesh it differs; a constant
-    does along none, and a loop does not change types.
+    Within `jax.shard_map` a value's type says along which axes of a mesh it differs. A constant
+    does along none; a loop does not change what it begins with, nor a derivative of one's own the
+    type of what it is for.
     """
     for x in others:
-        first = first + jnp.zeros_like(x, first.dtype, shape=())
+        if not _axes(x) <= _axes(first):
+            first = first + jnp.zeros_like(x, first.dtype, shape=())
     return first
+
+
+def _axes(x: jax.Array) -> frozenset[str]:
+    """The axes of a mesh along which an array may differ."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -25,7 +25,7 @@ from flax import traverse_util
 from flax.core.scope import in_filter, subtract_filters
 from jax.typing import DTypeLike
 
-from fedlora_jax import blocks, bounds, lowrank
+from fedlora_jax import _batching, blocks, bounds, lowrank
 from fedlora_jax.lowrank import Factors
 
 Params: TypeAlias = Mapping[str, Any]
@@ -371,7 +371,8 @@ def _low_rank(
     # Scaled while it is small: not the change, nor in the backward pass what comes back to it.
     a = jnp.asarray(scale, jnp.float32) * factors.a
     flat = x.reshape(-1, shape.d_in)
-    change = _product(flat, a.astype(x.dtype), factors.b.astype(x.dtype))
+    operands = flat, a.astype(x.dtype), factors.b.astype(x.dtype)
+    change = _product(*(_batching.varying_as(each, *operands) for each in operands))
     return change.reshape(*x.shape[: x.ndim - len(shape.inputs)], *shape.outputs)
 
 

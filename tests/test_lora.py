@@ -111,6 +111,28 @@ def test_gradients_of_adapters_are_those_of_merged_kernels(setup, frozen):
             np.testing.assert_allclose(got, want, rtol=2e-3, atol=1e-3 * float(jnp.abs(want).max()))
 
 
+def test_a_project_may_take_gradients_within_shard_map(setup):
+    """Of a batch that is spread over devices, with adapters that are the same on all."""
+    x, params, adapters = setup
+    mesh = jax.sharding.Mesh(jax.devices()[:1], "batch")
+    rows = jax.sharding.PartitionSpec("batch")
+    everywhere = jax.sharding.PartitionSpec()
+
+    def loss(adapters, x):
+        return jnp.mean(lora.apply(Net(), params, adapters, x, scale=SCALE) ** 2)
+
+    def over_devices(adapters, x):
+        return jax.lax.pmean(loss(adapters, x), "batch")
+
+    specs = {"mesh": mesh, "in_specs": (everywhere, rows), "out_specs": everywhere}
+    within = jax.shard_map(jax.grad(over_devices), **specs)
+    around = jax.grad(jax.shard_map(over_devices, **specs))
+    expected = jax.jit(jax.grad(loss))(adapters, x)
+    for gradients in (within, around):
+        found = jax.jit(gradients)(adapters, x)
+        jax.tree.map(lambda y, z: np.testing.assert_allclose(y, z, rtol=1e-4), found, expected)
+
+
 def test_second_derivatives_are_those_of_merged_kernels():
     """In reverse mode, and in forward mode over it: the first are written by hand."""
     x, model = jax.random.normal(jax.random.key(0), (5, 3)), nn.Sequential([nn.Dense(4), nn.tanh])
