@@ -18,7 +18,7 @@ PyTree: TypeAlias = Any
 Weights: TypeAlias = ArrayLike | Sequence[ArrayLike]
 Core: TypeAlias = Callable[..., "Aggregated"]
 Options: TypeAlias = tuple[tuple[str, Hashable], ...]
-# What all kernels share: weights, whose uploads are finite, and arrays of the core.
+# What all kernels share: weights, whose uploads are kept, and arrays of the core.
 _Common: TypeAlias = tuple[jax.Array, jax.Array | None, dict[str, Any]]
 
 # Bytes of the stacked factors of one kernel up to which kernels of a kind are copied together.
@@ -150,13 +150,16 @@ def run(
     *,
     trees: Sequence[PyTree] = (),
     arrays: dict[str, Any] | None = None,
+    absent_kept: bool = False,
     **options: Hashable,
 ) -> Aggregated:
     """`each_kernel` of a core that returns `Aggregated` for one kernel; the tree put together.
 
     What the core returns goes back to the storage type of the input.
     """
-    nodes = each_kernel(core, stacked, weights, trees=trees, arrays=arrays, **options)
+    nodes = each_kernel(
+        core, stacked, weights, trees=trees, arrays=arrays, absent_kept=absent_kept, **options
+    )
 
     def together(parts: Sequence[Factors | None]) -> PyTree | None:
         return None if parts[0] is None else unflatten(stacked, parts)
@@ -175,13 +178,14 @@ def each_kernel(
     *,
     trees: Sequence[PyTree] = (),
     arrays: dict[str, Any] | None = None,
+    absent_kept: bool = False,
     **options: Hashable,
 ) -> list[Any]:
     """Checks the input, then runs `core(clients, weights, *nodes, **arrays, **options)`.
 
     The core sees one kernel: its factors in float32 (float64 if they are), weights that sum to
-    one, and the nodes of `trees` that belong to it. A client of weight zero may hold anything
-    that is finite, so a core must not use a client's factors but through its weight.
+    one, and the nodes of `trees` that belong to it. The factors of a client of weight zero are
+    zeros, which a core must not use but through that weight.
 
     A model has few kinds of kernels and many of each. Small ones of a kind run as a batch, large
     ones in turn through one compiled program: what a batch would save, copying them into it costs
@@ -193,6 +197,7 @@ def each_kernel(
       weights: `[K]`.
       trees: Further adapter trees of the same structure, to be passed by position.
       arrays: Keyword arguments of the core that are arrays, the same for all kernels.
+      absent_kept: Whether the core sees what clients of weight zero hold, where that is finite.
       **options: Keyword arguments of the core that are fixed at compile time.
 
     Returns:
@@ -206,12 +211,16 @@ def each_kernel(
     check(stacked, known)
     for tree in trees:
         check_fit(stacked, tree)
+    traced = not all(map(_concrete, jax.tree.leaves((stacked, list(trees), known, arrays))))
+    if not traced and not absent_kept and np.any(known == 0):
+        # Outside of the core's program, so that nothing is copied where all are present.
+        stacked = _masked_at_once(stacked, jnp.asarray(known > 0))
     rows = list(zip(*(leaves(tree) for tree in (stacked, *trees)), strict=True))
     run_rows = functools.partial(_run_rows, core, tuple(options.items()), rows, arrays)
-    if not all(map(_concrete, jax.tree.leaves((rows, known, arrays)))):
+    if traced:
         finite = finite_everywhere(stacked)
-        present = finite & (known > 0) & (known < jnp.inf)
-        return run_rows(normalized(known, present), finite, largest=None)[0]
+        shares = normalized(known, finite & (known > 0) & (known < jnp.inf))
+        return run_rows(shares, finite if absent_kept else shares > 0, largest=None)[0]
     shares = normalized(known, known > 0)
     results, found = run_rows(shares, None, largest=_LARGEST_BATCHED)
     if np.all(jax.device_get(found)):
@@ -225,17 +234,25 @@ def each_kernel(
     return run_rows(shares, jnp.asarray(healthy), largest=_LARGEST_BATCHED)[0]
 
 
+def _masked(clients: PyTree, kept: jax.Array) -> PyTree:
+    """Zeros for the clients that are not kept."""
+    return jax.tree.map(lambda x: jnp.where(kept[:, None, None], x, 0), clients)
+
+
+_masked_at_once = jax.jit(_masked)
+
+
 def _run_rows(
     core: Callable[..., Any],
     options: Options,
     rows: list[tuple[Factors, ...]],
     arrays: dict[str, Any],
     shares: jax.Array,
-    finite: jax.Array | None,
+    kept: jax.Array | None,
     *,
     largest: int | None,
 ) -> tuple[list[Any], list[jax.Array]]:
-    """Results of the core by kernel and, if `finite` is not given, whether there is any doubt."""
+    """Results of the core by kernel and, if `kept` is not given, whether there is any doubt."""
     kinds: dict[Hashable, list[int]] = {}
     for index, row in enumerate(rows):
         kind = tuple((x.shape, x.dtype) for x in jax.tree.leaves(row))
@@ -243,7 +260,7 @@ def _run_rows(
         kinds.setdefault((index, kind) if large else kind, []).append(index)
     results: list[Any] = [None] * len(rows)
     found: list[jax.Array] = [jnp.asarray(True)] * len(rows)
-    common = shares, finite, arrays
+    common = shares, kept, arrays
     for indices in kinds.values():
         batch = [rows[index] for index in indices]
         outputs = _run_kind(batch, common, core=core, options=options)
@@ -300,15 +317,15 @@ def _one_kernel(core: Callable[..., Any], options: Options) -> Callable[..., Any
     """The core on `(common, clients, *nodes)`, and whether all that the clients sent is finite."""
 
     def one(common: _Common, clients: Factors, *nodes: Factors) -> tuple[Any, jax.Array]:
-        shares, finite, arrays = common
+        shares, kept, arrays = common
         storage = jnp.result_type(*clients)
         compute = jnp.promote_types(storage, jnp.float32)
         back = storage if jnp.issubdtype(storage, jnp.floating) else compute
         # The fastest way to read everything: a sum is finite only if its terms are. That of finite
         # terms may overflow; doubts are looked into outside.
         healthy = jnp.all(jnp.isfinite(jnp.stack([jnp.sum(x) for x in clients])))
-        if finite is not None:
-            clients = jax.tree.map(lambda x: jnp.where(finite[:, None, None], x, 0), clients)
+        if kept is not None:
+            clients = _masked(clients, kept)
         wide, others = jax.tree.map(lambda x: x.astype(compute), (clients, nodes))
         result = core(wide, shares.astype(compute), *others, **arrays, **dict(options))
         if isinstance(result, Aggregated):

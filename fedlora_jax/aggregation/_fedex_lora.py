@@ -1,6 +1,7 @@
 """FedEx-LoRA: the means, and what they miss merged into the backbone."""
 
 import jax
+import jax.numpy as jnp
 
 from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
@@ -16,7 +17,8 @@ def fedex_lora(stacked: PyTree, weights: Weights, *, rank: int | None = None) ->
       \text{residual} = M - \bar a \bar b = \sum_k p_k (a_k - \bar a)(b_k - \bar b)
 
     Exact. Since :math:`\sum_k p_k (a_k - \bar a) = 0`, any matrix may stand for the second mean; we
-    take the last client's b, whose term then vanishes: rank (K - 1) r.
+    take the b of the client of the largest weight, the first of equals, whose term then vanishes:
+    rank (K - 1) r. The others count by their weights, however large their factors.
 
     Cost: two passes over the factors, plus `lowrank.svd` of the residual if `rank` is given. Up a
     kernel: :math:`r (d_{in} + d_{out})`; down: K times that, or :math:`(r + r')(d_{in} + d_{out})`.
@@ -50,12 +52,17 @@ def fedex_lora(stacked: PyTree, weights: Weights, *, rank: int | None = None) ->
 
 
 def _fedex_lora(clients: Factors, weights: jax.Array, *, rank: int | None) -> Aggregated:
-    average = lowrank.mean(clients, weights)
-    if len(weights) == 1:
+    average, count = lowrank.mean(clients, weights), len(weights)
+    if count == 1:
         return Aggregated(adapters=average, residual=None)
-    changes = Factors(clients.a - average.a, clients.b - clients.b[-1])
-    # Of a sum over K a device can add up its own clients' share; K - 1 divide over no devices.
-    stack = lowrank.weighted_sum(changes, weights)
+    # The last place as a value: a slice at a fixed one goes to one device and from there to all.
+    largest, last = jnp.argmax(weights), jnp.max(jnp.arange(count))
+    changes = Factors(clients.a - average.a, clients.b - clients.b[largest])
+    # The last client takes the place of the term that vanishes, and its own is cut off: of a sum
+    # over K a device can add up its own clients' share; K - 1 divide over no devices.
+    here = jnp.arange(count) == largest
+    changes = Factors(*(jnp.where(here[:, None, None], x[last], x) for x in changes))
+    stack = lowrank.weighted_sum(changes, jnp.where(here, weights[-1], weights))
     residual = Factors(stack.a[:, : -clients.rank], stack.b[: -clients.rank])
     if rank is not None:
         residual = lowrank.truncate(residual, rank)

@@ -44,7 +44,7 @@ def fedsa_lora(stacked: PyTree, weights: Weights) -> Aggregated:
       Guo et al., *Selective Aggregation for Low-Rank Adaptation in Federated Learning*, ICLR 2025,
       arXiv:2410.01463.
     """
-    return _base.run(_fedsa_lora, stacked, weights)
+    return _base.run(_fedsa_lora, stacked, weights, absent_kept=True)
 
 
 def _fedsa_lora(clients: Factors, weights: jax.Array) -> Aggregated:

@@ -16,13 +16,14 @@ WEIGHTS = cases.WEIGHTS
 
 def test_what_the_mean_misses_is_the_covariance_and_of_low_rank():
     stacked = cases.clients()
-    residual = aggregation.fedex_lora(stacked, WEIGHTS).residual["block/up"]
-    assert residual.rank == (cases.CLIENTS - 1) * cases.RANK
     a, b = (np.asarray(x, np.float64) for x in stacked["block/up"])
-    p = WEIGHTS / WEIGHTS.sum()
-    mean_a, mean_b = oracles.means(a, b, p)
-    want = sum(w * (x - mean_a) @ (y - mean_b) for w, x, y in zip(p, a, b))
-    cases.close([residual.a @ residual.b], [want], 1e-5)
+    for weights in (WEIGHTS, np.roll(WEIGHTS, 1), np.roll(WEIGHTS, 2), np.ones(3)):
+        residual = aggregation.fedex_lora(stacked, weights).residual["block/up"]
+        assert residual.rank == (cases.CLIENTS - 1) * cases.RANK
+        p = weights / weights.sum()
+        mean_a, mean_b = oracles.means(a, b, p)
+        want = sum(w * (x - mean_a) @ (y - mean_b) for w, x, y in zip(p, a, b))
+        cases.close([residual.a @ residual.b], [want], 1e-5)
     assert aggregation.fedex_lora(cases.clients(count=1), np.ones(1)).residual is None
 
 

@@ -154,6 +154,51 @@ def test_weight_zero_is_absence(pair, held):
     cases.close(cases.product(aggregated, weights), want, 2 * case.tolerance)
 
 
+def holding(stacked, place, size):
+    """With numbers of that size for the client in that place."""
+
+    def disturb(x):
+        x = x.copy()
+        x[place] = size * np.sign(x[place])
+        return x
+
+    return jax.tree.map(disturb, stacked)
+
+
+ABSENT = [(place, np.where(np.arange(3) == place, 0, WEIGHTS)) for place in range(3)]
+
+
+@every
+def test_an_absent_client_may_hold_large_numbers_in_any_place(pair):
+    stacked = clients_of(pair)
+    for place, weights in ABSENT:
+        want = products(pair, holding(stacked, place, 0), weights)
+        for size in (1e6, 1e20, 1e38):
+            disturbed = holding(stacked, place, size)
+            aggregated = cases.bound(pair)(disturbed, weights)
+            cases.close(cases.product(aggregated, weights), want, 1e-6)
+            if pair[0] == "fedsa_lora":
+                own = aggregated.adapters["block/up"].b[place]
+                np.testing.assert_array_equal(own, disturbed["block/up"].b[place])
+
+
+def test_nor_does_it_change_what_is_measured():
+    stacked = cases.clients()
+    for place, weights in ABSENT:
+
+        def measured(size, place=place, weights=weights):
+            disturbed = holding(stacked, place, size)
+            mean = aggregation.fedit(holding(stacked, place, 0), weights)
+            return (
+                aggregation.error(disturbed, weights, mean),
+                aggregation.diagnostics(disturbed, weights, mean),
+                aggregation.gram(disturbed, weights),
+            )
+
+        for size in (1e6, 1e20, 1e38):
+            jax.tree.map(np.testing.assert_array_equal, measured(size), measured(0))
+
+
 @every
 def test_a_single_client_keeps_its_product(pair):
     case = case_of(pair)
@@ -210,6 +255,11 @@ def test_jit_agrees_and_there_a_sick_client_is_absent(pair):
         got = function(sick, WEIGHTS)
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got))
         cases.close(cases.product(got, without), want, 2 * tolerance)
+    for place, weights in ABSENT:
+        zeros = cases.product(function(holding(stacked, place, 0), weights), weights)
+        for size in (1e6, 1e38):
+            got = function(holding(stacked, place, size), weights)
+            cases.close(cases.product(got, weights), zeros, 1e-6)
     nan_weight = np.array([1, np.nan, 2], np.float32)
     cases.close(cases.product(function(stacked, nan_weight), without), want, 2 * tolerance)
     nobody = function(stacked, np.full(3, np.nan, np.float32))

@@ -114,6 +114,21 @@ def test_two_of_ten_cannot_carry_the_server_away(served, name, rule, factor):
     assert distance(change(served, name, rule, uploads), truth) < 0.65
 
 
+@pytest.mark.parametrize("factor", [1e6, 1e10])
+def test_nor_can_they_from_any_place_in_the_cohort(served, factor):
+    """FedEx-LoRA subtracts one client's factors from all others': not those of a hostile one."""
+    server, _ = served("fedex_lora", None)
+    start, changes, _ = uploads_of("fedex_lora", server)
+    cohort = attacked(start, changes, factor), EVERYBODY
+    plain = change(served, "fedex_lora", "geometric_median", *cohort)
+    truth = change(served, "fedex_lora", None, cohort[0], HONEST)
+    assert distance(plain, truth) < 0.1
+    for shift in range(1, COUNT):
+        rolled = jax.tree.map(lambda x, n=shift: jnp.roll(x, n, axis=0), cohort)
+        other = change(served, "fedex_lora", "geometric_median", *rolled)
+        assert distance(other, plain) < 1e-3, shift
+
+
 @pytest.mark.parametrize(("name", "rule"), PAIRS)
 def test_of_clients_that_agree_it_is_the_method(served, name, rule):
     server, _ = served(name, None)
