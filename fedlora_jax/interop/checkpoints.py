@@ -67,16 +67,16 @@ def combine(
 
     Args:
       sources: One checkpoint a client, all for the same backbone and layers; ranks may differ.
-      weights: One a client, e.g. its number of examples.
+      weights: One a client, e.g. its number of examples; of a client of weight 0 nothing counts.
       method: Name of an aggregation function that needs no more than adapters and weights.
       options: Its hyperparameters.
       rescale: Accept clients of different scales, such as one alpha for all ranks, and fold their
         ratios into the factors, so that products stay what they were.
 
     Raises:
-      ValueError: If checkpoints do not belong together (it names the difference), the method or an
-        option is unknown, or the method needs what checkpoints do not have, such as one `a` for
-        all (`ffa_lora`, `fedsvd`, `rolora`).
+      ValueError: If checkpoints do not belong together (it names the difference), something in one
+        of a weight above 0 is not finite, the method or an option is unknown, or the method needs
+        what checkpoints do not have, such as one `a` for all (`ffa_lora`, `fedsvd`, `rolora`).
     """
     function = _function(method, options or {})
     if len(sources) != len(weights):
@@ -91,7 +91,12 @@ def combine(
     adapters = _whole(aggregated, method)
     layer_errors = aggregation.error(stacked, shares, aggregated, per_kernel=True)
     layer_errors = {name: float(layer_errors[name]) for name in adapters}
-    saved = _mean([client.saved for client in clients], weights)
+    # Not even NaN of a client of weight 0 counts.
+    present = [client for client, weight in enumerate(weights) if weight > 0]
+    weights, trees = [weights[k] for k in present], [trees[k] for k in present]
+    for k in present:
+        _check_finite(sources[k], clients[k].saved)
+    saved = _mean([clients[k].saved for k in present], weights)
     return Combined(
         Checkpoint(adapters, scale, saved, clients[0].config),
         _total(layer_errors, trees, weights),
@@ -238,6 +243,15 @@ def _whole(aggregated: Aggregated, method: str) -> Adapters:
         raise ValueError(f"{method} leaves each client with adapters of its own: nothing to write")
     trees = [tree for tree in aggregated if tree is not None]
     return {name: lowrank.concatenate([tree[name] for tree in trees]) for name in trees[0]}
+
+
+def _check_finite(source: PathLike, saved: Mapping[str, jax.Array]) -> None:
+    for name, value in saved.items():
+        if not np.all(np.isfinite(np.asarray(value))):
+            raise ValueError(
+                f"saved parameter {name} of {source} is not finite. Give the client weight 0 to "
+                "leave it out"
+            )
 
 
 def _mean(trees: Sequence[dict[str, jax.Array]], weights: Sequence[float]) -> dict[str, jax.Array]:

@@ -103,6 +103,22 @@ def test_rescale_keeps_the_products(tmp_path):
         np.testing.assert_allclose(2.0 * product(factors), product(trees[1][name]), rtol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "classifier"])
+def test_who_has_weight_0_does_not_count(two, part):
+    sources, trees = two
+    file = sources[1] / peft.WEIGHTS_FILE
+    values = {name: tensor.read() for name, tensor in open_tensors(file).items()}
+    write_safetensors(file, {n: np.nan * v if part in n else v for n, v in values.items()})
+    combined = checkpoints.combine(sources, [2, 0], "flora")
+    np.testing.assert_array_equal(combined.checkpoint.saved["classifier.weight"], np.zeros((2, 6)))
+    for name, factors in combined.checkpoint.adapters.items():
+        np.testing.assert_allclose(product(factors), product(trees[0][name]), rtol=1e-4, atol=1e-5)
+    assert combined.error < 1e-6
+    place = "classifier.weight of .*two is not finite" if part == "classifier" else "client 1"
+    with pytest.raises(ValueError, match=place):
+        checkpoints.combine(sources, [2, 1], "flora")
+
+
 def test_methods_and_options(two, monkeypatch):
     sources, _ = two
 
