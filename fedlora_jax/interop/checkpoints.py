@@ -32,6 +32,11 @@ from fedlora_jax.models.pretrained.files import (
 )
 from fedlora_jax.names import lookup
 
+# Types that are numbers as they are: those of one byte are multiplied by something when used.
+_FLOATS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, jnp.bfloat16)}
+# Saved modules may hold counters and positions, too.
+_NUMBERS = _FLOATS | {np.dtype(kind) for kind in (np.int64, np.int32)}
+
 # How many layers an error lists.
 _LISTED = 4
 
@@ -275,20 +280,28 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
       out: A directory, made if it is not there.
 
     Raises:
-      ValueError: If the backbone has no such layer, it has other dimensions, or lies in `out`.
+      ValueError: If the backbone has no such layer, it has other dimensions or is quantised, is in
+        files of another kind, or lies in `out`. Nothing is written then.
     """
     source, out = pretrained.locate(base), Path(out)
     check_out(out, [source])
-    tensors, files = open_tensors(source), files_of(source)
+    files = files_of(source)
+    if files[0].suffix != ".safetensors":
+        raise ValueError(f"{files[0]}: only .safetensors files can be merged into")
+    tensors = open_tensors(source)
     changed = {
         _name_in(tensors, name): (name, factors) for name, factors in checkpoint.adapters.items()
     }
+    for name in changed:
+        _check_type(name, tensors[name], _FLOATS)
     transposed = not checkpoint.config.get("fan_in_fan_out")
     merged = {
         theirs: _merged(tensors[theirs], name, factors, checkpoint.scale, transposed)
         for theirs, (name, factors) in changed.items()
     }
     saved = {name: np.asarray(value) for name, value in checkpoint.saved.items()}
+    for name in saved.keys() & tensors.keys():
+        _check_type(name, tensors[name], _NUMBERS)
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
         new = merged | saved
@@ -306,6 +319,15 @@ def _name_in(tensors: Mapping[str, StoredTensor], module: str) -> str:
         if f"{name}.weight" in tensors:
             return f"{name}.weight"
     raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")
+
+
+def _check_type(name: str, tensor: StoredTensor, kinds: set[np.dtype]) -> None:
+    if tensor.dtype not in kinds:
+        expected = ", ".join(sorted(kind.name for kind in kinds))
+        raise ValueError(
+            f"the backbone's {name} is of {tensor.dtype.name}, expected one of {expected}: nothing "
+            "can be merged into quantised weights"
+        )
 
 
 def _merged(

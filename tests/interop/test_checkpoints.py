@@ -182,6 +182,28 @@ def test_merge_into_another_backbone(two, tmp_path):
         checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
 
 
+@pytest.mark.parametrize("dtype", [np.int8, jnp.float8_e4m3fn])
+def test_merge_refuses_quantised_layers(two, tmp_path, dtype):
+    checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
+    tensors = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    tensors["classifier.weight"] = np.zeros((2, 6))
+    for name in ("model.down.weight", "classifier.weight"):
+        write_safetensors(tmp_path / "x.safetensors", tensors | {name: tensors[name].astype(dtype)})
+        with pytest.raises(ValueError, match=f"{name} is of {np.dtype(dtype).name}.*quantised"):
+            checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.gguf"])
+def test_merge_refuses_files_of_other_kinds(two, tmp_path, name):
+    checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, **{f"{n}.weight": np.zeros((o, i)) for n, (i, o) in LAYERS.items()})
+    with pytest.raises(ValueError, match=f"{name}: only .safetensors files can be merged into"):
+        checkpoints.merge(tmp_path / name, checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("method", ["ffa_lora", "rolora", "fedsvd"])
 def test_methods_with_a_common_factor_refuse_clients_that_have_none(two, method):
     sources, trees = two
