@@ -289,36 +289,48 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
     if files[0].suffix != ".safetensors":
         raise ValueError(f"{files[0]}: only .safetensors files can be merged into")
     tensors = open_tensors(source)
-    changed = {
-        _name_in(tensors, name): (name, factors) for name, factors in checkpoint.adapters.items()
-    }
-    for name in changed:
-        _check_type(name, tensors[name], _FLOATS)
-    transposed = not checkpoint.config.get("fan_in_fan_out")
-    merged = {
-        theirs: _merged(tensors[theirs], name, factors, checkpoint.scale, transposed)
-        for theirs, (name, factors) in changed.items()
-    }
-    saved = {name: np.asarray(value) for name, value in checkpoint.saved.items()}
-    for name in saved.keys() & tensors.keys():
-        _check_type(name, tensors[name], _NUMBERS)
+    new = _merged_layers(tensors, checkpoint) | _saved(tensors, checkpoint.saved)
+    added = {name: value for name, value in new.items() if name not in tensors}
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
-        new = merged | saved
-        content: dict[str, Any] = {
-            name: new.get(name, tensor) for name, tensor in open_tensors(path).items()
-        }
-        if path == files[-1]:
-            content |= {name: value for name, value in saved.items() if name not in tensors}
-        write_safetensors(out / path.name, content)
-    _copy_the_rest(source, out, files[-1].name, saved)
+        content = {name: new.get(name, tensor) for name, tensor in open_tensors(path).items()}
+        write_safetensors(out / path.name, content | (added if path == files[-1] else {}))
+    _copy_the_rest(source, out, dict.fromkeys(added, files[-1].name))
 
 
-def _name_in(tensors: Mapping[str, StoredTensor], module: str) -> str:
-    for name in (module, *naming.aliases(module)):
-        if f"{name}.weight" in tensors:
-            return f"{name}.weight"
-    raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")
+def _merged_layers(
+    tensors: Mapping[str, StoredTensor], checkpoint: Checkpoint
+) -> dict[str, StoredTensor | np.ndarray]:
+    """The adapted layers under the backbone's names."""
+    transposed = not checkpoint.config.get("fan_in_fan_out")
+    merged: dict[str, StoredTensor | np.ndarray] = {}
+    for module, factors in checkpoint.adapters.items():
+        name = _name_in(tensors, f"{module}.weight")
+        if name is None:
+            raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")
+        _check_type(name, tensors[name], _FLOATS)
+        merged[name] = _merged(tensors[name], module, factors, checkpoint.scale, transposed)
+    return merged
+
+
+def _saved(
+    tensors: Mapping[str, StoredTensor], saved: Mapping[str, Any]
+) -> dict[str, StoredTensor | np.ndarray]:
+    """Parameters trained as a whole under the backbone's names; new ones keep theirs."""
+    result: dict[str, StoredTensor | np.ndarray] = {}
+    for theirs, value in saved.items():
+        name = _name_in(tensors, theirs) or theirs
+        if name in tensors:
+            _check_type(name, tensors[name], _NUMBERS)
+        result[name] = np.asarray(value)
+    return result
+
+
+def _name_in(tensors: Mapping[str, StoredTensor], name: str) -> str | None:
+    """What the backbone calls that parameter; None if it has none."""
+    module, dot, leaf = name.rpartition(".")
+    names = [name, *(f"{alias}{dot}{leaf}" for alias in naming.aliases(module))]
+    return next((name for name in names if name in tensors), None)
 
 
 def _check_type(name: str, tensor: StoredTensor, kinds: set[np.dtype]) -> None:
@@ -350,8 +362,8 @@ def _merged(
     return StoredTensor(tensor.shape, tensor.dtype, read_into)
 
 
-def _copy_the_rest(source: Path, out: Path, last: str, saved: Mapping[str, Any]) -> None:
-    """Configuration, tokenizer, and the index, in which saved parameters lie in the last shard."""
+def _copy_the_rest(source: Path, out: Path, added: Mapping[str, str]) -> None:
+    """Configuration, tokenizer, and the index; `added` is from new parameters to their shard."""
     if not source.is_dir():
         return
     for path in source.iterdir():
@@ -359,5 +371,5 @@ def _copy_the_rest(source: Path, out: Path, last: str, saved: Mapping[str, Any])
             shutil.copy(path, out / path.name)
     for path in out.glob("*.safetensors.index.json"):
         index = read_object(path, "an index of shards")
-        index["weight_map"] = dict.fromkeys(saved, last) | index["weight_map"]
+        index["weight_map"] |= added
         path.write_text(json.dumps(index, indent=2))

@@ -182,6 +182,31 @@ def test_merge_into_another_backbone(two, tmp_path):
         checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "saved, stored, expected",
+    [
+        ("pooler.dense", "bert.pooler.dense", "bert.pooler.dense"),
+        ("classifier", "head", "head"),
+        # New layers: RoBERTa's head does not replace its pooler, nor a classifier `lm_head`.
+        ("classifier.dense", "pooler.dense", "classifier.dense"),
+        ("classifier", "lm_head", "classifier"),
+    ],
+)
+def test_merge_finds_saved_modules_as_it_finds_layers(tmp_path, saved, stored, expected):
+    head = {f"{saved}.weight": np.full((6, 6), 2.0), f"{saved}.bias": np.ones(6)}
+    client(tmp_path / "one", 0, head=head)
+    checkpoint = checkpoints.combine([tmp_path / "one"], [1], "fedit").checkpoint
+    base = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    base |= {f"{stored}.weight": np.zeros((6, 6)), f"{stored}.bias": np.zeros(6)}
+    write_safetensors(tmp_path / "base.safetensors", base)
+    checkpoints.merge(tmp_path / "base.safetensors", checkpoint, tmp_path / "out")
+    merged = {name: tensor.read() for name, tensor in open_tensors(tmp_path / "out").items()}
+    wanted = base | {f"{expected}.{name.rpartition('.')[2]}": v for name, v in head.items()}
+    assert merged.keys() == wanted.keys()
+    for name in wanted.keys() - {f"{layer}.weight" for layer in LAYERS}:
+        np.testing.assert_array_equal(merged[name], wanted[name])
+
+
 @pytest.mark.parametrize("dtype", [np.int8, jnp.float8_e4m3fn])
 def test_merge_refuses_quantised_layers(two, tmp_path, dtype):
     checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
