@@ -1,7 +1,9 @@
 """A server's step on adapter checkpoints that were trained elsewhere, without their backbone."""
 
+import collections
 import inspect
 import json
+import math
 import os
 import shutil
 import warnings
@@ -271,8 +273,9 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
     """Writes a backbone with the adapters merged in, tensor by tensor, in the files it came in.
 
     Works on any safetensors checkpoint whose names are those of the adapters, or others that
-    `naming` knows for the same layers; shards, their index, the configuration and the
-    tokenizer stay as they are.
+    `naming` knows for the same layers; types, shards, their index, the configuration and the
+    tokenizer stay as they are. Saved parameters that the backbone lacks are added to the last
+    shard, in the type that most of its floats have.
 
     Args:
       base: The backbone: a file, a directory, or a name on the hub.
@@ -316,14 +319,30 @@ def _merged_layers(
 def _saved(
     tensors: Mapping[str, StoredTensor], saved: Mapping[str, Any]
 ) -> dict[str, StoredTensor | np.ndarray]:
-    """Parameters trained as a whole under the backbone's names; new ones keep theirs."""
+    """Parameters trained as a whole under the backbone's names and in its types.
+
+    New ones keep their names, and have the type that most of the backbone's floats have.
+    """
+    usual = _usual_type(tensors)
     result: dict[str, StoredTensor | np.ndarray] = {}
     for theirs, value in saved.items():
-        name = _name_in(tensors, theirs) or theirs
-        if name in tensors:
-            _check_type(name, tensors[name], _NUMBERS)
-        result[name] = np.asarray(value)
+        name = _name_in(tensors, theirs)
+        if name is None:
+            result[theirs] = np.asarray(value).astype(usual)
+            continue
+        _check_type(name, tensors[name], _NUMBERS)
+        kind = tensors[name].dtype
+        value = np.asarray(value)
+        result[name] = (value if kind in _FLOATS else np.rint(value)).astype(kind)
     return result
+
+
+def _usual_type(tensors: Mapping[str, StoredTensor]) -> np.dtype:
+    entries: collections.Counter[np.dtype] = collections.Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in _FLOATS:
+            entries[tensor.dtype] += math.prod(tensor.shape)
+    return entries.most_common(1)[0][0]
 
 
 def _name_in(tensors: Mapping[str, StoredTensor], name: str) -> str | None:
@@ -367,7 +386,7 @@ def _copy_the_rest(source: Path, out: Path, added: Mapping[str, str]) -> None:
     if not source.is_dir():
         return
     for path in source.iterdir():
-        if path.suffix in (".json", ".txt", ".model") and path.is_file():
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and path.is_file():
             shutil.copy(path, out / path.name)
     for path in out.glob("*.safetensors.index.json"):
         index = read_object(path, "an index of shards")

@@ -207,6 +207,26 @@ def test_merge_finds_saved_modules_as_it_finds_layers(tmp_path, saved, stored, e
         np.testing.assert_array_equal(merged[name], wanted[name])
 
 
+def test_merge_keeps_types_and_copies_the_chat_template(two, tmp_path):
+    checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
+    saved = {name: jnp.full((2, 6), 0.1) for name in ("norm.weight", "new.weight")}
+    saved["norm.counter"] = jnp.array(2.6)
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    tensors = {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
+    tensors |= {"norm.weight": np.zeros((2, 6), np.float16), "norm.counter": np.array(0)}
+    write_safetensors(base / "model.safetensors", tensors)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    checkpoints.merge(base, checkpoint._replace(saved=saved), tmp_path / "out")
+    merged = open_tensors(tmp_path / "out")
+    kept = {name: tensor.dtype for name, tensor in merged.items()}
+    assert kept == {name: v.dtype for name, v in tensors.items()} | {"new.weight": jnp.bfloat16}
+    np.testing.assert_allclose(merged["norm.weight"].read(), 0.1, rtol=1e-3)
+    assert merged["norm.counter"].read() == 3
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
 @pytest.mark.parametrize("dtype", [np.int8, jnp.float8_e4m3fn])
 def test_merge_refuses_quantised_layers(two, tmp_path, dtype):
     checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
