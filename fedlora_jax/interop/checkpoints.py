@@ -1,7 +1,9 @@
 """A server's step on adapter checkpoints that were trained elsewhere, without their backbone."""
 
+import collections
 import inspect
 import json
+import math
 import os
 import shutil
 import warnings
@@ -31,6 +33,11 @@ from fedlora_jax.models.pretrained.files import (
     write_safetensors,
 )
 from fedlora_jax.names import lookup
+
+# Types that are numbers as they are: those of one byte are multiplied by something when used.
+_FLOATS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, jnp.bfloat16)}
+# Saved modules may hold counters and positions, too.
+_NUMBERS = _FLOATS | {np.dtype(kind) for kind in (np.int64, np.int32)}
 
 # How many layers an error lists.
 _LISTED = 4
@@ -67,16 +74,16 @@ def combine(
 
     Args:
       sources: One checkpoint a client, all for the same backbone and layers; ranks may differ.
-      weights: One a client, e.g. its number of examples.
+      weights: One a client, e.g. its number of examples; of a client of weight 0 nothing counts.
       method: Name of an aggregation function that needs no more than adapters and weights.
       options: Its hyperparameters.
       rescale: Accept clients of different scales, such as one alpha for all ranks, and fold their
         ratios into the factors, so that products stay what they were.
 
     Raises:
-      ValueError: If checkpoints do not belong together (it names the difference), the method or an
-        option is unknown, or the method needs what checkpoints do not have, such as one `a` for
-        all (`ffa_lora`, `fedsvd`, `rolora`).
+      ValueError: If checkpoints do not belong together (it names the difference), something in one
+        of a weight above 0 is not finite, the method or an option is unknown, or the method needs
+        what checkpoints do not have, such as one `a` for all (`ffa_lora`, `fedsvd`, `rolora`).
     """
     function = _function(method, options or {})
     if len(sources) != len(weights):
@@ -91,7 +98,12 @@ def combine(
     adapters = _whole(aggregated, method)
     layer_errors = aggregation.error(stacked, shares, aggregated, per_kernel=True)
     layer_errors = {name: float(layer_errors[name]) for name in adapters}
-    saved = _mean([client.saved for client in clients], weights)
+    # Not even NaN of a client of weight 0 counts.
+    present = [client for client, weight in enumerate(weights) if weight > 0]
+    weights, trees = [weights[k] for k in present], [trees[k] for k in present]
+    for k in present:
+        _check_finite(sources[k], clients[k].saved)
+    saved = _mean([clients[k].saved for k in present], weights)
     return Combined(
         Checkpoint(adapters, scale, saved, clients[0].config),
         _total(layer_errors, trees, weights),
@@ -240,6 +252,15 @@ def _whole(aggregated: Aggregated, method: str) -> Adapters:
     return {name: lowrank.concatenate([tree[name] for tree in trees]) for name in trees[0]}
 
 
+def _check_finite(source: PathLike, saved: Mapping[str, jax.Array]) -> None:
+    for name, value in saved.items():
+        if not np.all(np.isfinite(np.asarray(value))):
+            raise ValueError(
+                f"saved parameter {name} of {source} is not finite. Give the client weight 0 to "
+                "leave it out"
+            )
+
+
 def _mean(trees: Sequence[dict[str, jax.Array]], weights: Sequence[float]) -> dict[str, jax.Array]:
     shares = np.asarray(weights, np.float64) / np.sum(weights)
     return {
@@ -252,8 +273,9 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
     """Writes a backbone with the adapters merged in, tensor by tensor, in the files it came in.
 
     Works on any safetensors checkpoint whose names are those of the adapters, or others that
-    `naming` knows for the same layers; shards, their index, the configuration and the
-    tokenizer stay as they are.
+    `naming` knows for the same layers; types, shards, their index, the configuration and the
+    tokenizer stay as they are. Saved parameters that the backbone lacks are added to the last
+    shard, in the type that most of its floats have.
 
     Args:
       base: The backbone: a file, a directory, or a name on the hub.
@@ -261,37 +283,82 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
       out: A directory, made if it is not there.
 
     Raises:
-      ValueError: If the backbone has no such layer, it has other dimensions, or lies in `out`.
+      ValueError: If the backbone has no such layer, it has other dimensions or is quantised, is in
+        files of another kind, or lies in `out`. Nothing is written then.
     """
     source, out = pretrained.locate(base), Path(out)
     check_out(out, [source])
-    tensors, files = open_tensors(source), files_of(source)
-    changed = {
-        _name_in(tensors, name): (name, factors) for name, factors in checkpoint.adapters.items()
-    }
-    transposed = not checkpoint.config.get("fan_in_fan_out")
-    merged = {
-        theirs: _merged(tensors[theirs], name, factors, checkpoint.scale, transposed)
-        for theirs, (name, factors) in changed.items()
-    }
-    saved = {name: np.asarray(value) for name, value in checkpoint.saved.items()}
+    files = files_of(source)
+    if files[0].suffix != ".safetensors":
+        raise ValueError(f"{files[0]}: only .safetensors files can be merged into")
+    tensors = open_tensors(source)
+    new = _merged_layers(tensors, checkpoint) | _saved(tensors, checkpoint.saved)
+    added = {name: value for name, value in new.items() if name not in tensors}
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
-        new = merged | saved
-        content: dict[str, Any] = {
-            name: new.get(name, tensor) for name, tensor in open_tensors(path).items()
-        }
-        if path == files[-1]:
-            content |= {name: value for name, value in saved.items() if name not in tensors}
-        write_safetensors(out / path.name, content)
-    _copy_the_rest(source, out, files[-1].name, saved)
+        content = {name: new.get(name, tensor) for name, tensor in open_tensors(path).items()}
+        write_safetensors(out / path.name, content | (added if path == files[-1] else {}))
+    _copy_the_rest(source, out, dict.fromkeys(added, files[-1].name))
 
 
-def _name_in(tensors: Mapping[str, StoredTensor], module: str) -> str:
-    for name in (module, *naming.aliases(module)):
-        if f"{name}.weight" in tensors:
-            return f"{name}.weight"
-    raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")
+def _merged_layers(
+    tensors: Mapping[str, StoredTensor], checkpoint: Checkpoint
+) -> dict[str, StoredTensor | np.ndarray]:
+    """The adapted layers under the backbone's names."""
+    transposed = not checkpoint.config.get("fan_in_fan_out")
+    merged: dict[str, StoredTensor | np.ndarray] = {}
+    for module, factors in checkpoint.adapters.items():
+        name = _name_in(tensors, f"{module}.weight")
+        if name is None:
+            raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")
+        _check_type(name, tensors[name], _FLOATS)
+        merged[name] = _merged(tensors[name], module, factors, checkpoint.scale, transposed)
+    return merged
+
+
+def _saved(
+    tensors: Mapping[str, StoredTensor], saved: Mapping[str, Any]
+) -> dict[str, StoredTensor | np.ndarray]:
+    """Parameters trained as a whole under the backbone's names and in its types.
+
+    New ones keep their names, and have the type that most of the backbone's floats have.
+    """
+    usual = _usual_type(tensors)
+    result: dict[str, StoredTensor | np.ndarray] = {}
+    for theirs, value in saved.items():
+        name = _name_in(tensors, theirs)
+        if name is None:
+            result[theirs] = np.asarray(value).astype(usual)
+            continue
+        _check_type(name, tensors[name], _NUMBERS)
+        kind = tensors[name].dtype
+        value = np.asarray(value)
+        result[name] = (value if kind in _FLOATS else np.rint(value)).astype(kind)
+    return result
+
+
+def _usual_type(tensors: Mapping[str, StoredTensor]) -> np.dtype:
+    entries: collections.Counter[np.dtype] = collections.Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in _FLOATS:
+            entries[tensor.dtype] += math.prod(tensor.shape)
+    return entries.most_common(1)[0][0]
+
+
+def _name_in(tensors: Mapping[str, StoredTensor], name: str) -> str | None:
+    """What the backbone calls that parameter; None if it has none."""
+    module, dot, leaf = name.rpartition(".")
+    names = [name, *(f"{alias}{dot}{leaf}" for alias in naming.aliases(module))]
+    return next((name for name in names if name in tensors), None)
+
+
+def _check_type(name: str, tensor: StoredTensor, kinds: set[np.dtype]) -> None:
+    if tensor.dtype not in kinds:
+        expected = ", ".join(sorted(kind.name for kind in kinds))
+        raise ValueError(
+            f"the backbone's {name} is of {tensor.dtype.name}, expected one of {expected}: nothing "
+            "can be merged into quantised weights"
+        )
 
 
 def _merged(
@@ -314,14 +381,14 @@ def _merged(
     return StoredTensor(tensor.shape, tensor.dtype, read_into)
 
 
-def _copy_the_rest(source: Path, out: Path, last: str, saved: Mapping[str, Any]) -> None:
-    """Configuration, tokenizer, and the index, in which saved parameters lie in the last shard."""
+def _copy_the_rest(source: Path, out: Path, added: Mapping[str, str]) -> None:
+    """Configuration, tokenizer, and the index; `added` is from new parameters to their shard."""
     if not source.is_dir():
         return
     for path in source.iterdir():
-        if path.suffix in (".json", ".txt", ".model") and path.is_file():
+        if path.suffix in (".json", ".txt", ".model", ".jinja") and path.is_file():
             shutil.copy(path, out / path.name)
     for path in out.glob("*.safetensors.index.json"):
         index = read_object(path, "an index of shards")
-        index["weight_map"] = dict.fromkeys(saved, last) | index["weight_map"]
+        index["weight_map"] |= added
         path.write_text(json.dumps(index, indent=2))

@@ -93,8 +93,8 @@ def load(
     Raises:
       FileNotFoundError: If a file is not there.
       ValueError: If it is not a LoRA checkpoint, uses a variant that is not LoRA (DoRA, embedding
-        adapters, convolutions), belongs to weights that PEFT changed (PiSSA, OLoRA, ...), or does
-        not belong to the backbone; it names what does not fit.
+        adapters, convolutions, trained biases), belongs to weights that PEFT changed (PiSSA, OLoRA,
+        ...), or does not belong to the backbone; it names what does not fit.
     """
     directory = pretrained.locate(source)
     config = read_config(directory)
@@ -125,6 +125,11 @@ def read_config(directory: PathLike) -> dict[str, Any]:
     used = [name for name in _UNSUPPORTED if config.get(name)]
     if used:
         raise ValueError(f"{path}: {', '.join(used)} is set; only plain LoRA can be read")
+    if (bias := config.get("bias") or "none") != "none":
+        raise ValueError(
+            f"{path}: bias is {bias!r}, so biases of the backbone were trained as well; only plain "
+            "LoRA, with 'none', can be read"
+        )
     _check_start(path, config.get("init_lora_weights", True))
     with reading(path, "a configuration of LoRA"):
         _check_numbers(config)

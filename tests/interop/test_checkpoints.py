@@ -103,6 +103,22 @@ def test_rescale_keeps_the_products(tmp_path):
         np.testing.assert_allclose(2.0 * product(factors), product(trees[1][name]), rtol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["lora_A", "classifier"])
+def test_who_has_weight_0_does_not_count(two, part):
+    sources, trees = two
+    file = sources[1] / peft.WEIGHTS_FILE
+    values = {name: tensor.read() for name, tensor in open_tensors(file).items()}
+    write_safetensors(file, {n: np.nan * v if part in n else v for n, v in values.items()})
+    combined = checkpoints.combine(sources, [2, 0], "flora")
+    np.testing.assert_array_equal(combined.checkpoint.saved["classifier.weight"], np.zeros((2, 6)))
+    for name, factors in combined.checkpoint.adapters.items():
+        np.testing.assert_allclose(product(factors), product(trees[0][name]), rtol=1e-4, atol=1e-5)
+    assert combined.error < 1e-6
+    place = "classifier.weight of .*two is not finite" if part == "classifier" else "client 1"
+    with pytest.raises(ValueError, match=place):
+        checkpoints.combine(sources, [2, 1], "flora")
+
+
 def test_methods_and_options(two, monkeypatch):
     sources, _ = two
 
@@ -164,6 +180,73 @@ def test_merge_into_another_backbone(two, tmp_path):
     write_safetensors(tmp_path / "x.safetensors", wrong)
     with pytest.raises(ValueError, match=r"for a weight \[6, 7\], the backbone has \[2, 2\]"):
         checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "saved, stored, expected",
+    [
+        ("pooler.dense", "bert.pooler.dense", "bert.pooler.dense"),
+        ("classifier", "head", "head"),
+        # New layers: RoBERTa's head does not replace its pooler, nor a classifier `lm_head`.
+        ("classifier.dense", "pooler.dense", "classifier.dense"),
+        ("classifier", "lm_head", "classifier"),
+    ],
+)
+def test_merge_finds_saved_modules_as_it_finds_layers(tmp_path, saved, stored, expected):
+    head = {f"{saved}.weight": np.full((6, 6), 2.0), f"{saved}.bias": np.ones(6)}
+    client(tmp_path / "one", 0, head=head)
+    checkpoint = checkpoints.combine([tmp_path / "one"], [1], "fedit").checkpoint
+    base = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    base |= {f"{stored}.weight": np.zeros((6, 6)), f"{stored}.bias": np.zeros(6)}
+    write_safetensors(tmp_path / "base.safetensors", base)
+    checkpoints.merge(tmp_path / "base.safetensors", checkpoint, tmp_path / "out")
+    merged = {name: tensor.read() for name, tensor in open_tensors(tmp_path / "out").items()}
+    wanted = base | {f"{expected}.{name.rpartition('.')[2]}": v for name, v in head.items()}
+    assert merged.keys() == wanted.keys()
+    for name in wanted.keys() - {f"{layer}.weight" for layer in LAYERS}:
+        np.testing.assert_array_equal(merged[name], wanted[name])
+
+
+def test_merge_keeps_types_and_copies_the_chat_template(two, tmp_path):
+    checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
+    saved = {name: jnp.full((2, 6), 0.1) for name in ("norm.weight", "new.weight")}
+    saved["norm.counter"] = jnp.array(2.6)
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    tensors = {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
+    tensors |= {"norm.weight": np.zeros((2, 6), np.float16), "norm.counter": np.array(0)}
+    write_safetensors(base / "model.safetensors", tensors)
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    checkpoints.merge(base, checkpoint._replace(saved=saved), tmp_path / "out")
+    merged = open_tensors(tmp_path / "out")
+    kept = {name: tensor.dtype for name, tensor in merged.items()}
+    assert kept == {name: v.dtype for name, v in tensors.items()} | {"new.weight": jnp.bfloat16}
+    np.testing.assert_allclose(merged["norm.weight"].read(), 0.1, rtol=1e-3)
+    assert merged["norm.counter"].read() == 3
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+@pytest.mark.parametrize("dtype", [np.int8, jnp.float8_e4m3fn])
+def test_merge_refuses_quantised_layers(two, tmp_path, dtype):
+    checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
+    tensors = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    tensors["classifier.weight"] = np.zeros((2, 6))
+    for name in ("model.down.weight", "classifier.weight"):
+        write_safetensors(tmp_path / "x.safetensors", tensors | {name: tensors[name].astype(dtype)})
+        with pytest.raises(ValueError, match=f"{name} is of {np.dtype(dtype).name}.*quantised"):
+            checkpoints.merge(tmp_path / "x.safetensors", checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.gguf"])
+def test_merge_refuses_files_of_other_kinds(two, tmp_path, name):
+    checkpoint = checkpoints.combine(two[0], [1, 1], "fedit").checkpoint
+    with (tmp_path / name).open("wb") as file:
+        np.savez(file, **{f"{n}.weight": np.zeros((o, i)) for n, (i, o) in LAYERS.items()})
+    with pytest.raises(ValueError, match=f"{name}: only .safetensors files can be merged into"):
+        checkpoints.merge(tmp_path / name, checkpoint, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", ["ffa_lora", "rolora", "fedsvd"])

@@ -160,6 +160,7 @@ def test_errors(tmp_path):
     for tensors, config, message in (
         (pair(LAYER), {"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         (pair(LAYER), {"use_dora": True}, "use_dora is set"),
+        (pair(LAYER), {"bias": "lora_only"}, "bias is 'lora_only'.*only plain LoRA, with 'none'"),
         (pair(LAYER), {"alora_invocation_tokens": [5]}, "alora_invocation_tokens is set"),
         (pair(LAYER), {"layer_replication": [[0, 1], [0, 1]]}, "layer_replication is set"),
         (pair(LAYER), {"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight"),

@@ -278,6 +278,10 @@ _FORMATS: dict[type[nn.Module], tuple[Format, ...]] = {
     Llama: (_LLAMA,),
 }
 
+# Formats in which a module of ours is the same layer of theirs: BERT's pooler and the first layer
+# of RoBERTa's head are not.
+_FAMILIES = (_FORMATS[ViT], _FORMATS[Mixer], (_BERT,), (_ROBERTA,), (_LLAMA,))
+
 # What a leaf of ours is called in a torch checkpoint, and what it was called in the first ones.
 OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -352,13 +356,13 @@ def parameter(form: Format, path: str) -> Row | None:
 
 
 def aliases(name: str) -> Iterator[str]:
-    """Other names of a torch module in all formats that know it, bare encoders included."""
-    every = [form for group in _FORMATS.values() for form in group if form.torch]
-    every += [bare(form) for form in every if form.prefix]
-    for form in every:
-        for row in to_ours(form, name):
-            if row.part is None:
-                for other in every:
-                    match = to_theirs(other, row.ours)
-                    if match and match.part is None:
-                        yield match.theirs
+    """Other names of a torch module in the formats of its family, bare encoders included."""
+    for family in _FAMILIES:
+        every = [form for form in family if form.torch]
+        every += [bare(form) for form in every if form.prefix]
+        known = [row for form in every for row in to_ours(form, name) if row.part is None]
+        for row in known:
+            for other in every:
+                match = to_theirs(other, row.ours)
+                if match and match.part is None:
+                    yield match.theirs
