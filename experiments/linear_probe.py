@@ -20,6 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from experiments.shared.apps import run
 from fedlora_jax import experiment
 from fedlora_jax.experiment import Setting
+from fedlora_jax.experiment.setting import is_streamed
 from fedlora_jax.lora import Params
 
 _BATCH = 64
@@ -29,10 +30,12 @@ def main(config: ConfigDict) -> None:
     """Fits the probe and prints its accuracy.
 
     Raises:
-      ValueError: If the task has no classes, before any work.
+      ValueError: If the task has no classes, or images stay in their files; before any work.
     """
     if config.task != "classification":
         raise ValueError(f"the probe wants a classification task, config.task is {config.task}")
+    if is_streamed(config):
+        raise ValueError("the probe wants all images in memory: set config.data.streaming=False")
     setting = experiment.prepare(config)
     accuracy, chosen = probe(setting)
     print(
@@ -43,8 +46,6 @@ def main(config: ConfigDict) -> None:
 
 def probe(setting: Setting) -> tuple[float, float]:
     """Test accuracy of a logistic regression on frozen features, and its C."""
-    if setting.stored is not None:
-        raise ValueError("the probe wants all images in memory: set config.data.streaming=False")
     train, test = (features(setting, split) for split in (setting.train, setting.test))
     scaler = StandardScaler().fit(train)
     grid = {"C": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]}

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import python_stdlib_smollm2
+from configs import digits, python_stdlib_smollm2
 from experiments import linear_probe
 from fedlora_jax.experiment import Setting
 from fedlora_jax.federated.task import classification
@@ -34,4 +34,12 @@ def test_what_has_no_classes_is_refused_before_any_work(task, monkeypatch):
     config = python_stdlib_smollm2.get_config()
     config.task = task
     with pytest.raises(ValueError, match=f"wants a classification task, config.task is {task}"):
+        linear_probe.main(config)
+
+
+def test_images_that_stay_in_their_files_are_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(linear_probe.experiment, "prepare", None)
+    config = digits.get_config()
+    config.data.streaming = True
+    with pytest.raises(ValueError, match="all images in memory: set config.data.streaming=False"):
         linear_probe.main(config)
