@@ -149,8 +149,7 @@ def _language(config: ml_collections.ConfigDict, written: Encoder) -> Recipe:
     wording: Any = config.data.template
     if wording == CHAT:
         language = read_language(config.data.tokenizer)
-        # 2: tools and documents are None in a template, and tojson has options.
-        wording = [CHAT, 2, language.template and language.template.text, language.special]
+        wording = [CHAT, language.template and language.template.text, language.special]
     return {"tokenizer": _digest(written.tokenizer), "end": written.end, "template": wording}
 
 
