@@ -92,8 +92,8 @@ class Adapter(NamedTuple):
                     f"{self.source} is for another model: its adapter of {path!r} is for a kernel "
                     f"{found}, the layer has {[shape.d_in, shape.d_out]}"
                 )
-        known = traverse_util.flatten_dict(dict(params), sep="/")
-        for path, array in traverse_util.flatten_dict(dict(saved), sep="/").items():
+        known = _by_path(params)
+        for path, array in _by_path(saved).items():
             kept = lookup(known, path, f"parameter in {self.source}:")
             if array.shape != kept.shape:
                 raise ValueError(
@@ -103,13 +103,16 @@ class Adapter(NamedTuple):
 
     def check_head(self, head: Params, saved: Params) -> None:
         """Raises ValueError if the adapter lacks what was trained with it."""
-        paths = (traverse_util.flatten_dict(dict(tree), sep="/").keys() for tree in (head, saved))
-        missing = sorted(set.difference(*map(set, paths)))
+        missing = sorted(_by_path(head).keys() - _by_path(saved).keys())
         if self.source is not None and missing:
             raise ValueError(
                 f"{self.source} has no {', '.join(missing)}: by config.lora.head these are trained "
                 "with the adapters, which are worth nothing beside untrained ones"
             )
+
+
+def _by_path(params: Params) -> dict[str, jax.Array]:
+    return traverse_util.flatten_dict(dict(params), sep="/")
 
 
 def of_run(
