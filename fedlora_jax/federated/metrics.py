@@ -41,6 +41,9 @@ def equally(values: jax.Array) -> Weighted:
 def by_example(what: str, found: Any, size: int) -> Weighted:
     """What a loss or a measure gave for so many examples, if it is as `Weighted` says.
 
+    Both are of float32 or wider, whatever they were, for sums over many examples; where the weight
+    is 0 the value is too, even if it was NaN.
+
     Raises:
       ValueError: If it is something else, such as a mean over the batch, or values alone.
     """
@@ -51,7 +54,8 @@ def by_example(what: str, found: Any, size: int) -> Weighted:
             f"[{size}] each; got {jax.tree.map(jnp.shape, found)}. Of values [{size}] that count "
             "equally `metrics.equally` makes one"
         )
-    return Weighted(*found)
+    value, weight = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in found)
+    return Weighted(jnp.where(weight != 0, value, jnp.zeros_like(value)), weight)
 
 
 class Metric(NamedTuple):
@@ -177,6 +181,8 @@ def _pearson(
     labels: np.ndarray, predictions: np.ndarray, weights: np.ndarray, every: np.ndarray
 ) -> float:
     """NaN where labels or predictions are all equal."""
+    # NumPy's covariance knows no bfloat16.
+    labels, predictions = np.asarray(labels, np.float64), np.asarray(predictions, np.float64)
     # Their weighted mean is so up to rounding alone, and rounding correlates.
     if not (np.ptp(labels) and np.ptp(predictions)):
         return float("nan")

@@ -228,6 +228,40 @@ def test_a_metric_not_by_example_is_refused(world, held_out):
         evaluate(task, method, world.federation(method), held_out)
 
 
+@pytest.mark.parametrize("name", ["fedit", "local"])
+@pytest.mark.parametrize("kind", ["bfloat16", "bool", "int8"])
+def test_a_measure_of_any_type_is_summed_in_full(world, name, kind):
+    """Over more examples than these types count to, a fifth of which count 0 and have NaN."""
+    count, method = 1000, method_of(name)
+    kept, hit = np.arange(count) % 5 > 0, np.arange(count) % 3 == 0
+    value = np.where(kept, hit, np.nan) if kind == "bfloat16" else hit
+    examples = {
+        "x": np.zeros((count, 6), np.float32),
+        "value": jnp.asarray(value).astype(kind),
+        "weight": jnp.asarray(kept).astype(kind),
+    }
+    measure = lambda given, batch: Weighted(batch["value"], batch["weight"])  # noqa: E731
+    task = world.task._replace(metrics=(metrics.Metric("own", "", True, measure),))
+    zero = np.zeros(count, int)
+    found = evaluate(
+        task,
+        method,
+        world.federation(method),
+        hold_out(examples, zero, zero, [(np.zeros(1, int),) * 2] * 7),
+    )
+    mean = hit[kept].mean()
+    assert found.domains["own"][0] == pytest.approx(mean, rel=1e-5)
+    np.testing.assert_allclose(found.clients["own"], mean, rtol=1e-5)
+
+
+def test_correlations_of_predictions_in_bfloat16():
+    labels = np.arange(5)
+    guess = np.asarray(jnp.array([0.5, 0.0, 2.0, 3.0, 2.5], jnp.bfloat16))
+    score = metrics.get("pearson").score
+    expected = stats.pearsonr(labels, guess.astype(float)).statistic
+    assert score(labels, guess, np.ones(5), labels) == pytest.approx(expected)
+
+
 def test_numbers_in_words():
     clients = {"perplexity": np.array([np.nan, 2.0])}
     found = evaluation.Evaluation(
