@@ -147,7 +147,8 @@ def in_words(
 def _quantiles_of_known(values: np.ndarray) -> np.ndarray:
     known = values[~np.isnan(values)]
     wanted = list(_QUANTILES.values())
-    return np.quantile(known, wanted) if len(known) else np.full(len(wanted), np.nan)
+    with np.errstate(invalid="ignore"):  # Between two infinite ones.
+        return np.quantile(known, wanted) if len(known) else np.full(len(wanted), np.nan)
 
 
 def _jsonable(values: np.ndarray) -> Any:

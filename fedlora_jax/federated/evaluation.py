@@ -266,7 +266,9 @@ def make_evaluate(
         found = run(frozen, server.scale, server.trainable, test.examples)
         totals, weights = {}, {}
         for name, (value, weight) in found.values.items():
-            totals[name] = jax.ops.segment_sum(value * weight, test.cells, len(test.domains))
+            totals[name] = jax.ops.segment_sum(
+                _weighed(value, weight), test.cells, len(test.domains)
+            )
             weights[name] = jax.ops.segment_sum(weight, test.cells, len(test.domains))
         return _OfServer(totals, weights, found.predictions)
 
@@ -284,7 +286,7 @@ def make_evaluate(
                 counted = jnp.where(own >= 0, weight, 0.0)
                 domains[name] = _mean_by_domain(value, counted, of_domain, num_domains)
                 mine = shares * counted
-                means[name] = _ratio(jnp.sum(mine * value), jnp.sum(mine))
+                means[name] = _ratio(jnp.sum(_weighed(value, mine)), jnp.sum(mine))
             return _OfPanel(domains, means, found.predictions)
 
         members = (clients, test.panel.examples, test.panel.shares)
@@ -401,11 +403,20 @@ def _in_batches(
     return jax.tree.map(lambda x: x.reshape(batches * size, *x.shape[2:])[:count], found)
 
 
+def _weighed(values: jax.Array, weights: jax.Array) -> jax.Array:
+    """What examples add to a sum: nothing if they do not count, whatever their value.
+
+    NaN says that there was nothing to judge: one that a model gives is infinite instead.
+    """
+    values = jnp.where(jnp.isnan(values), jnp.inf, values)
+    return jnp.where(weights > 0, values * weights, jnp.zeros_like(values))
+
+
 def _mean_by_domain(
     values: jax.Array, weights: jax.Array, domains: jax.Array, num_domains: int
 ) -> jax.Array:
     """Weighted mean of the values of each domain, `[D]`; NaN for a domain without any."""
-    total = jax.ops.segment_sum(values * weights, domains, num_domains)
+    total = jax.ops.segment_sum(_weighed(values, weights), domains, num_domains)
     return _ratio(total, jax.ops.segment_sum(weights, domains, num_domains))
 
 

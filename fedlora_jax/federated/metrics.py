@@ -41,8 +41,7 @@ def equally(values: jax.Array) -> Weighted:
 def by_example(what: str, found: Any, size: int) -> Weighted:
     """What a loss or a measure gave for so many examples, if it is as `Weighted` says.
 
-    Both are of float32 or wider, whatever they were, for sums over many examples; where the weight
-    is 0 the value is too, even if it was NaN.
+    Both are of float32 or wider, whatever they were, for sums over many examples.
 
     Raises:
       ValueError: If it is something else, such as a mean over the batch, or values alone.
@@ -54,8 +53,7 @@ def by_example(what: str, found: Any, size: int) -> Weighted:
             f"[{size}] each; got {jax.tree.map(jnp.shape, found)}. Of values [{size}] that count "
             "equally `metrics.equally` makes one"
         )
-    value, weight = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in found)
-    return Weighted(jnp.where(weight != 0, value, jnp.zeros_like(value)), weight)
+    return Weighted(*(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in found))
 
 
 class Metric(NamedTuple):

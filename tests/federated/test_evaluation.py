@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 
 from fedlora_jax.experiment.measure import in_words
 from fedlora_jax.federated import evaluation, metrics, placement
-from fedlora_jax.federated.task import Weighted, metrics_of, outputs
+from fedlora_jax.federated.task import Weighted, equally, metrics_of, outputs
 from tests.world import method_of
 
 DOMAINS = np.repeat([0, 1, 2], 8)
@@ -252,6 +252,27 @@ def test_a_measure_of_any_type_is_summed_in_full(world, name, kind):
     mean = hit[kept].mean()
     assert found.domains["own"][0] == pytest.approx(mean, rel=1e-5)
     np.testing.assert_allclose(found.clients["own"], mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fedit", "local"])
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_seen_by_those_whom_it_concerns(world, name, broken):
+    """Of eight examples in two domains and of two kinds one of the second domain, the last."""
+    domains, kinds = np.repeat([0, 1], 4), np.tile([0, 1], 4)
+    examples = {"x": np.zeros((8, 6), np.float32), "value": np.r_[np.ones(7), broken]}
+    measure = lambda given, batch: equally(batch["value"])  # noqa: E731
+    task = world.task._replace(metrics=(metrics.Metric("own", "", False, measure),))
+    one = np.ones(1, int)
+    # Of the first domain alone; of the second, and of the kind that is broken or not; of both.
+    clients = [(0 * one, one), (one, 0 * one), (one, one), *[(domains, kinds)] * 4]
+    method = method_of(name)
+    test = hold_out(examples, domains, kinds, clients)
+    found = evaluate(task, method, world.federation(method), test)
+    np.testing.assert_allclose(found.clients["own"], [1, 1, *[np.inf] * 5])
+    row = in_words(task.metrics, found, ["a", "b", "c"])
+    assert row["domain_own"] == {"a": 1, "b": None, "c": None}
+    assert row["own"] is None and row["personal_own"] is None
+    assert row["quantiles_own"]["10%"] == 1
 
 
 def test_correlations_of_predictions_in_bfloat16():
