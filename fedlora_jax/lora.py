@@ -1,4 +1,4 @@
-"""LoRA adapters on any Linen model, which does not know of them.
+"""LoRA adapters on Linen models, which do not know of them.
 
 An adapter tree here is a dict from module path (`'block_0/attention/query'`) to `Factors`. `apply`
 intercepts the call of each adapted `nn.Dense` or `nn.DenseGeneral` and adds `scale * (x a) b` to
@@ -94,7 +94,9 @@ def kernel_shapes(params: Params) -> dict[str, KernelShape]:
         else:
             split = kernel.ndim - 1 if len(path) > 1 and path[-2] == "out" else 1
         shape = KernelShape(kernel.shape[:split], kernel.shape[split:])
-        if kernel.ndim < 4 or (bias is not None and bias.ndim > 1 and bias.shape == shape.outputs):
+        if bias is not None and bias.shape != shape.outputs:
+            continue  # Stacked, as under nn.scan.
+        if kernel.ndim < 4 or (bias is not None and bias.ndim > 1):
             shapes["/".join(path[:-1])] = shape
     return shapes
 
@@ -232,6 +234,9 @@ def apply(
     hand, for speed: there are derivatives of any order in reverse mode, and forward mode over it,
     as of `jax.jvp(jax.grad(f), ...)` or `jax.hessian(f)`; `jax.jvp(f, ...)` alone JAX refuses.
 
+    A layer's kernel must be the parameter itself. Where it is made of it, as under `nn.WeightNorm`,
+    the change is added to what it is made into; that of `merge` would be normalised with the rest.
+
     Args:
       model: Any Linen module.
       params: Its parameters, or variables with a collection `params`; frozen as far as this
@@ -365,11 +370,13 @@ def _low_rank(
         if found != (shape.d_in, shape.d_out):
             raise ValueError(
                 f"the adapter of {path!r} is for a kernel {list(found)}, the layer has "
-                f"[{shape.d_in}, {shape.d_out}]"
+                f"[{shape.d_in}, {shape.d_out}]. Layers stacked by nn.scan or nn.vmap cannot be "
+                "adapted"
             )
     factors = lowrank.concatenate(terms)
     # Scaled while it is small: not the change, nor in the backward pass what comes back to it.
-    a = jnp.asarray(scale, jnp.float32) * factors.a
+    a = lowrank.wide(factors.a)
+    a = jnp.asarray(scale, a.dtype) * a
     flat = x.reshape(-1, shape.d_in)
     operands = flat, a.astype(x.dtype), factors.b.astype(x.dtype)
     change = _product(*(_batching.varying_as(each, *operands) for each in operands))
@@ -411,7 +418,7 @@ _product.defvjp(_product_forward, _product_backward)
 def merge(params: Params, adapters: Adapters, *, scale: float | jax.Array) -> dict[str, Any]:
     """The parameters with `kernel + scale * a b` in place of each adapted kernel.
 
-    Product and sum are taken in float32, whatever the factors are stored in, and stored in the type
+    Product and sum are taken in float32, or wider if kernel or factors are, and stored in the type
     of the kernel: to merge again and again, or little, `widen` the kernels first.
 
     Args:
@@ -428,10 +435,9 @@ def merge(params: Params, adapters: Adapters, *, scale: float | jax.Array) -> di
     shapes = kernel_shapes(params)
 
     def merged(path: str, kernel: jax.Array) -> jax.Array:
-        factors = lowrank.wide(adapters[path])
-        change = lowrank.matmul(*factors)
-        change = scale * change.astype(jnp.float32).reshape(kernel.shape)
-        return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+        wide, factors = lowrank.wide((kernel, adapters[path]))
+        change = scale * lowrank.matmul(*factors).reshape(kernel.shape)
+        return (wide + change).astype(kernel.dtype)
 
     for path, factors in adapters.items():
         if path not in shapes:
@@ -455,9 +461,7 @@ def widen(params: Params, paths: Iterable[str]) -> dict[str, Any]:
       params: The parameters of the model, or variables with a collection `params`.
       paths: Of modules with a kernel.
     """
-    return map_kernels(
-        params, paths, lambda _, x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    )
+    return map_kernels(params, paths, lambda _, kernel: lowrank.wide(kernel))
 
 
 def map_kernels(

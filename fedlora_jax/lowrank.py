@@ -70,6 +70,7 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, jnp.sqrt(jnp.where(x > 0, x, 1)), 0)
 
 
+@_linalg.numpy_promotion()
 def wide(arrays: Any) -> Any:
     """A tree of arrays in float32, or wider if one of them is."""
     dtype = jnp.promote_types(jnp.result_type(*jax.tree.leaves(arrays)), jnp.float32)
@@ -82,8 +83,10 @@ def transpose(factors: Factors) -> Factors:
 
 
 def scaled(factors: Factors, weight: jax.Array | float) -> Factors:
-    """`weight * a @ b`, with the weight on `b`. `weight` has the batch axes of `factors`."""
-    return Factors(factors.a, jnp.asarray(weight)[..., None, None] * factors.b)
+    """`weight * a @ b`, with the weight on `b`: one, or with the batch axes of `factors`."""
+    if jnp.ndim(weight):
+        weight = jnp.asarray(weight)[..., None, None]
+    return Factors(factors.a, weight * factors.b)
 
 
 def pad(factors: Factors, rank: int) -> Factors:

@@ -247,8 +247,9 @@ def test_kernels_of_more_than_three_axes_are_taken_where_the_bias_tells_the_spli
         "conv": (3, 3, 6, 8),
         "bare": (6, 3, 2, 4),
         "local": (5, 5, 9, 8),
+        "scanned": (3, 6, 8),
     }
-    biases = {"qkv": (3, 2, 4), "conv": (8,), "local": (5, 5, 8)}
+    biases = {"qkv": (3, 2, 4), "conv": (8,), "local": (5, 5, 8), "scanned": (3, 8)}
     params = {path: {"kernel": jnp.zeros(shape)} for path, shape in kernels.items()}
     for path, shape in biases.items():
         params[path]["bias"] = jnp.zeros(shape)
@@ -359,6 +360,21 @@ def test_factors_of_bfloat16_are_multiplied_in_float32(setup):
     np.testing.assert_allclose(got, SCALE * a @ b, rtol=1e-5, atol=1e-5)
     stored = lora.merge(jax.tree.map(lambda x: x.astype(jnp.bfloat16), zero), half, scale=SCALE)
     assert stored["hidden"]["kernel"].dtype == jnp.bfloat16
+
+
+def test_float64_is_not_rounded_on_the_way():
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = ((5, 6), (6, 4), (6, 2), (2, 4))
+        x, kernel, a, b = (
+            jax.random.normal(key, s, float) for key, s in zip(keys, shapes, strict=True)
+        )
+        model, adapters = nn.Dense(4, use_bias=False), {"": Factors(a, b)}
+        got = lora.apply(model, {"kernel": kernel}, adapters, x, scale=0.1)
+        merged = lora.merge({"kernel": kernel}, adapters, scale=0.1)["kernel"]
+        x, kernel, a, b = map(np.asarray, (x, kernel, a, b))
+        np.testing.assert_allclose(merged, kernel + 0.1 * a @ b, rtol=1e-13)
+        np.testing.assert_allclose(got, x @ (kernel + 0.1 * a @ b), rtol=1e-13)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedlora_jax import lowrank
 from fedlora_jax.names import lookup
 
 Batch: TypeAlias = Mapping[str, jax.Array]
@@ -53,7 +54,7 @@ def by_example(what: str, found: Any, size: int) -> Weighted:
             f"[{size}] each; got {jax.tree.map(jnp.shape, found)}. Of values [{size}] that count "
             "equally `metrics.equally` makes one"
         )
-    return Weighted(*(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in found))
+    return Weighted(*map(lowrank.wide, found))
 
 
 class Metric(NamedTuple):
@@ -195,7 +196,8 @@ def _spearman(
     """Pearson's of the ranks, which are those of SciPy; weights count in the correlation alone."""
     from scipy.stats import rankdata
 
-    return _pearson(rankdata(labels), rankdata(predictions), weights, every)
+    labels, predictions = (rankdata(np.asarray(x, np.float64)) for x in (labels, predictions))
+    return _pearson(labels, predictions, weights, every)
 
 
 _SHARE: dict[str, Any] = {"factor": 100.0, "digits": 1, "bounds": (0.0, 1.0)}

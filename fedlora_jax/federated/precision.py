@@ -6,19 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fedlora_jax import lora
+from fedlora_jax import lora, lowrank
 from fedlora_jax.federated.outline import PyTree, outline
 from fedlora_jax.methods import Method, Server
 
 
-def with_wide_head(server: Server) -> Server:
-    """The server with its head, which is trained, in float32 or wider."""
-
-    def wide(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-    head = jax.tree.map(wide, server.trainable.head)
-    return server._replace(trainable=server.trainable._replace(head=head))
+def with_wide_trainable(server: Server) -> Server:
+    """The server with what is trained, adapters and head, in float32 or wider."""
+    return server._replace(trainable=jax.tree.map(lowrank.wide, server.trainable))
 
 
 def with_wide_kernels(method: Method, server: Server, client: PyTree, rank: jax.Array) -> Server:

@@ -135,8 +135,8 @@ def create(
 ) -> Federation:
     """The state before the first round, with the same initial state for each client.
 
-    What learns is float32 in it, whatever the backbone is stored in: the head, and the adapted
-    kernels if the method merges into them. With a backbone in bfloat16 that is 4 bytes an entry
+    What learns is float32 in it, whatever it is stored in: adapters, head, and the adapted kernels
+    if the method merges into them. With a backbone in bfloat16 that is 4 bytes an entry
     instead of 2, of adapted kernels and of merging methods alone; all else stays as it is. With
     arithmetic in bfloat16, adapted kernels in float32 are also moved off its grid, so that what is
     merged is seen, see `precision.off_the_grid`.
@@ -190,7 +190,7 @@ def first_states(
             f"is adapted, or trained whole in the head, not both. Layers: {', '.join(shapes)}"
         )
     full = max(factors.rank for factors in server.trainable.adapters.values())
-    server, client = method.init(key, precision.with_wide_head(server))
+    server, client = method.init(key, precision.with_wide_trainable(server))
     server = precision.with_wide_kernels(method, server, client, jnp.int32(full))
     return precision.off_the_grid(key, server, dtype), client
 
@@ -547,7 +547,7 @@ def make_round(recipe: Recipe) -> RoundFunction:
     """Builds the jitted round, `run_round` without its last result.
 
     It compiles once for all rounds, seeds and learning rates, for the backend that is the default
-    now.
+    now. It may be a part of other programs: of `jax.lax.scan` over rounds, of another `jax.jit`.
 
     Raises:
       ValueError: If a number in the recipe's `training` is out of its bounds, or there are neither
@@ -555,7 +555,6 @@ def make_round(recipe: Recipe) -> RoundFunction:
     """
     _check(recipe.training)
 
-    @functools.partial(jax.jit, compiler_options=_compiler_options())
     def round_function(
         federation: Federation,
         data: ClientData,
@@ -565,7 +564,30 @@ def make_round(recipe: Recipe) -> RoundFunction:
     ) -> tuple[Federation, RoundMetrics]:
         return run_round(recipe, federation, data, cohort, seed, learning_rate)[:2]
 
-    return round_function
+    return _Jitted(round_function)
+
+
+class _Jitted:
+    """`jax.jit` with the options of a round, which JAX takes for a whole program alone.
+
+    Where the round is a part of another program, that one's are in force.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self._whole: Any = jax.jit(function, compiler_options=_compiler_options())
+        self._part = jax.jit(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What is made within a trace is of it, whether it is of the arguments or not.
+        leaves = jax.tree.leaves((args, kwargs, jnp.zeros(())))
+        part = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        return (self._part if part else self._whole)(*args, **kwargs)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        return self._whole.lower(*args)
+
+    def num_programs(self) -> int:
+        return self._whole._cache_size()
 
 
 class CohortRound:
@@ -575,7 +597,7 @@ class CohortRound:
     a new array, and most of a backbone would be copied in every round.
     """
 
-    def __init__(self, changes: Any):
+    def __init__(self, changes: _Jitted):
         self._changes = changes
 
     def __call__(
@@ -602,7 +624,7 @@ class CohortRound:
 
     def num_programs(self) -> int:
         """How many programs have been compiled."""
-        return self._changes._cache_size()
+        return self._changes.num_programs()
 
 
 def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRound:
@@ -617,7 +639,6 @@ def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRoun
     """
     _check(recipe.training)
 
-    @functools.partial(jax.jit, compiler_options=_compiler_options())
     def round_function(
         server: Server,
         states: PyTree,
@@ -646,7 +667,7 @@ def make_cohort_round(recipe: Recipe, *, mesh: Mesh | None = None) -> CohortRoun
             held(metrics, placement.everywhere(mesh)),
         )
 
-    return CohortRound(round_function)
+    return CohortRound(_Jitted(round_function))
 
 
 def _check(training: LocalTraining) -> None:

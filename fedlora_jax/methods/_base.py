@@ -332,8 +332,9 @@ def mean(stacked: PyTree, weights: jax.Array) -> PyTree:
     shares = aggregation.shares(weights)
 
     def average(x: jax.Array) -> jax.Array:
-        here = shares.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.sum(jnp.where(here > 0, x.astype(jnp.float32) * here, 0), axis=0).astype(x.dtype)
+        wide = lowrank.wide(x)
+        here = shares.astype(wide.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.sum(jnp.where(here > 0, wide * here, 0), axis=0).astype(x.dtype)
 
     return jax.tree.map(average, stacked)
 

@@ -92,7 +92,7 @@ def private(
 
         def change(sent: jax.Array, own: jax.Array) -> jax.Array:
             present = (weights > 0).reshape(-1, *[1] * own.ndim)
-            return jnp.where(present, sent - own, 0)
+            return jnp.where(present, sent - own[None], 0)
 
         changes = jax.tree.map(change, uploads, known.trainable)
         # Products of fewer digits, as accelerators have them, would round changes above the clip.

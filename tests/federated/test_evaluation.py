@@ -278,9 +278,10 @@ def test_a_value_that_is_not_finite_is_seen_by_those_whom_it_concerns(world, nam
 def test_correlations_of_predictions_in_bfloat16():
     labels = np.arange(5)
     guess = np.asarray(jnp.array([0.5, 0.0, 2.0, 3.0, 2.5], jnp.bfloat16))
-    score = metrics.get("pearson").score
-    expected = stats.pearsonr(labels, guess.astype(float)).statistic
-    assert score(labels, guess, np.ones(5), labels) == pytest.approx(expected)
+    for name, statistic in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        expected = statistic(labels, guess.astype(float)).statistic
+        found = metrics.get(name).score(labels, guess, np.ones(5), labels)
+        assert found == pytest.approx(expected)
 
 
 def test_numbers_in_words():

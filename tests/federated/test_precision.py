@@ -27,11 +27,10 @@ def stored(tree, dtype):
 
 @pytest.fixture(scope="module")
 def half(world):
-    """The world with all it can have in bfloat16: arithmetic, backbone, and head as it is read."""
-    trainable = world.server.trainable
+    """The world with all in bfloat16: arithmetic, and backbone, adapters and head as given."""
     server = world.server._replace(
         backbone=stored(world.server.backbone, jnp.bfloat16),
-        trainable=trainable._replace(head=stored(trainable.head, jnp.bfloat16)),
+        trainable=stored(world.server.trainable, jnp.bfloat16),
     )
     task = classification(Net(jnp.bfloat16), lambda batch: (batch["x"],))
     return world._replace(server=server, task=task)
@@ -40,10 +39,9 @@ def half(world):
 @pytest.fixture(scope="module")
 def whole(world, half):
     """The same numbers, stored and computed with in float32."""
-    trainable = half.server.trainable
     server = half.server._replace(
         backbone=stored(half.server.backbone, jnp.float32),
-        trainable=trainable._replace(head=stored(trainable.head, jnp.float32)),
+        trainable=stored(half.server.trainable, jnp.float32),
     )
     return world._replace(server=server)
 

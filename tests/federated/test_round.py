@@ -145,6 +145,35 @@ def test_chunks_bound_the_memory(world):
     assert needed[1] < needed[0] / 2
 
 
+def test_rounds_may_be_a_part_of_other_programs(world):
+    """A scan over them with gradients through it, within another jit, and of constants alone."""
+    method = method_of("fedit")
+    one_round = make_round(Recipe(world.task, method, world.training))
+    federation = last = world.federation(method)
+    rates = (0.1, 0.2)
+
+    def loss(factor):
+        def step(state, rate):
+            state, metrics = one_round(state, world.data, COHORT, world.seed, factor * rate)
+            return state, metrics.loss
+
+        after, losses = jax.lax.scan(step, federation, jnp.array(rates))
+        return losses[-1], after
+
+    for rate in rates:
+        last, metrics = one_round(last, world.data, COHORT, world.seed, rate)
+    one = jnp.float32(1)
+    (found, after), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(one)
+    assert_close(after, last)
+    assert found == pytest.approx(float(metrics.loss), rel=1e-5)
+    step = 0.02
+    higher, lower = (float(loss(one + change)[0]) for change in (step, -step))
+    assert slope == pytest.approx((higher - lower) / (2 * step), rel=0.02)
+    constant = jax.jit(lambda: one_round(federation, world.data, COHORT, world.seed, rates[0]))
+    again = one_round(*constant()[:1], world.data, COHORT, world.seed, rates[1])[0]
+    assert_close(again, last)
+
+
 @pytest.mark.parametrize("make", [make_round, make_cohort_round])
 def test_batches_of_nothing_are_refused(world, make):
     training = world.training._replace(batch_size=0)

@@ -58,7 +58,7 @@ def world_shares():
 @pytest.mark.parametrize("combination", COMBINE)
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_combines_or_says_why_not(world, name, combination):
-    """Also in a project that forbids itself promotion of types, which optax's Adam needs."""
+    """Also where promotion of axes is forbidden, and that of types, which optax's Adam needs."""
     method = methods.get(name)()
     reason = method.refuses.get(combination)
     if reason:
@@ -70,7 +70,7 @@ def test_every_method_combines_or_says_why_not(world, name, combination):
     step = functools.partial(run_round, Recipe(world.task, method, world.training))
     arguments = (federation, world.data, COHORT, world.seed, jnp.float32(0.1))
     promotion = "standard" if combination == "server_optimizer" else "strict"
-    with jax.numpy_dtype_promotion(promotion):
+    with jax.numpy_dtype_promotion(promotion), jax.numpy_rank_promotion("raise"):
         after, _, _ = jax.eval_shape(step, *arguments)
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), federation, after)
     assert all(jax.tree.leaves(same))
