@@ -15,8 +15,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from experiments.shared import clients, plots, report
-from experiments.shared.apps import run
-from fedlora_jax import experiment
+from experiments.shared.apps import check_seed, run
+from fedlora_jax import bounds, experiment
 from fedlora_jax.data import partition
 from fedlora_jax.experiment import partitions
 
@@ -27,7 +27,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is writt
 _SEEDS = flags.DEFINE_integer(
     "seeds",
     None,
-    "Number of seeds: 0, 1, ..., each in WORKDIR/seed_N; by default the seed of the configuration.",
+    "Number of seeds: 0, 1, ..., each in WORKDIR/seed_N; a --config.seed must be one of them. By "
+    "default that of the configuration alone.",
     lower_bound=1,
 )
 
@@ -35,6 +36,9 @@ _SEEDS = flags.DEFINE_integer(
 def main() -> None:
     """Splits the training examples under each seed."""
     config, workdir = _CONFIG.value.copy_and_resolve_references(), Path(_WORKDIR.value)
+    bounds.check_config(config.to_dict())
+    if _SEEDS.value is not None:
+        check_seed(config, _SEEDS.value)
     partition.check_options(config.data.partition, config.data.partition_options)
     train, domains = experiment.training_examples(config)
     if _SEEDS.value is None:

@@ -333,10 +333,12 @@ class _Runs:
         return experiment.with_step(self._programs[stepping], config)
 
     def _value(self, config: ConfigDict, workdir: Path, rounds: int) -> float | None:
-        # Without a mark, a run that diverged would be tried again each time.
+        # Without a mark, the round that diverged would be tried again each time. Of those before it
+        # a search that is run again judges as the first one did.
         mark = workdir / "diverged.json"
         text = config.to_json(indent=2, sort_keys=True) + "\n"
-        if mark.exists() and mark.read_text() == text:
+        marked = mark.exists() and mark.read_text() == text
+        if marked and len(records.read_metrics(workdir)) < rounds:
             return None
         finished = itertools.count(1)
 

@@ -199,6 +199,8 @@ def check(config: ConfigDict, name: str, settings: Sequence[Dials]) -> None:
 
     What can be too much is the rank, what can be too few is clients.
     """
+    configured.optimizer(config.local)
+    configured.schedule(config)
     rank, clients = max(x.rank for x in settings), min(x.clients for x in settings)
     for dials in (settings[0]._replace(clients=clients), settings[0]._replace(rank=rank)):
         jax.eval_shape(functools.partial(_federation, config, name, dials))

@@ -50,14 +50,15 @@ class Chosen(NamedTuple):
 def check_config(workdir: Path, config: ConfigDict) -> None:
     """Writes what decides a run into the work directory, or compares it with what is there.
 
-    More settings, seeds and points of the grid may join runs that are there.
+    More settings, seeds and points of the grid may join runs that are there. Without any the
+    configuration that is there binds nobody.
 
     Raises:
       ValueError: If something differs; it names the fields.
     """
     mine = {name: json.loads(config.to_json())[name] for name in _DECIDING}
     path = workdir / records.CONFIG
-    if not path.exists():
+    if not path.exists() or not (workdir / RUNS).exists():
         records.write_sealed(path, mine)
         return
     theirs = records.read_sealed(path)

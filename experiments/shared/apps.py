@@ -402,6 +402,12 @@ def check_asked(config: ConfigDict, names: Sequence[str], num_seeds: int) -> Non
             f"config.method is {config.method!r}, but --methods names {', '.join(names)}: "
             "--methods says what this program runs; name it there, or leave it out of --config"
         )
+    check_seed(config, num_seeds)
+
+
+def check_seed(config: ConfigDict, num_seeds: int) -> None:
+    """Raises ValueError if `--config` asks for a seed that is none of `--seeds`: 0, 1, ..."""
+    flag = flags.FLAGS["config"]
     if "seed" in config_flags.get_override_values(flag) and config.seed >= num_seeds:
         seeds = "seed 0" if num_seeds == 1 else f"seeds 0 to {num_seeds - 1}"
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from fedlora_jax import _batching, _linalg, bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, einsum, matmul
-from fedlora_jax.names import lookup
+from fedlora_jax.names import check_choices
 
 Similarity = Literal["cosine", "feature_cosine", "frobenius"]
 Solver = Literal["sgd", "closed_form"]
@@ -112,22 +112,16 @@ def lora_fair(
       Bian et al., *LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization
       Refinement*, ICCV 2025, arXiv:2411.14961, equations 8 and 9. The closed form is ours.
     """
-    choices = {
-        "similarity": (similarity, Similarity),
-        "solver": (solver, Solver),
-        "correction_init": (correction_init, CorrectionInit),
-        "correct": (correct, Side),
-        "units": (units, Units),
-    }
-    for option, (value, kind) in choices.items():
-        lookup(dict.fromkeys(get_args(kind)), value, option)
+    check_options(
+        similarity=similarity,
+        solver=solver,
+        regularization=regularization,
+        learning_rate=learning_rate,
+        correction_init=correction_init,
+        correct=correct,
+        units=units,
+    )
     _base.check_static("lora_fair", steps=steps)
-    bounds.check("lora_fair", regularization=regularization, learning_rate=learning_rate)
-    if solver == "closed_form" and similarity != "frobenius":
-        raise ValueError(
-            f"solver='closed_form' solves similarity='frobenius', not {similarity!r}: "
-            "a cosine leaves the length of the product free and has no closed form"
-        )
     return _base.run(
         _lora_fair,
         stacked,
@@ -143,6 +137,19 @@ def lora_fair(
         correct=correct,
         relative=units == "relative",
     )
+
+
+def check_options(
+    *, similarity: Similarity = "cosine", solver: Solver = "sgd", **others: Any
+) -> None:
+    """Raises ValueError on options of `lora_fair` that are wrong by themselves or together."""
+    check_choices(lora_fair, similarity=similarity, solver=solver, **others)
+    bounds.check("lora_fair", **others)
+    if solver == "closed_form" and similarity != "frobenius":
+        raise ValueError(
+            f"solver='closed_form' solves similarity='frobenius', not {similarity!r}: "
+            "a cosine leaves the length of the product free and has no closed form"
+        )
 
 
 def _lora_fair(

@@ -8,6 +8,7 @@ from fedlora_jax import aggregation, bounds
 from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.lora import Adapters
 from fedlora_jax.methods._base import OTHER_BASIS, READS_EACH_CLIENT, Method, Server, averaging
+from fedlora_jax.names import check_choices
 
 
 def flexlora(**hyperparameters: Any) -> Method:
@@ -20,6 +21,7 @@ def flexlora(**hyperparameters: Any) -> Method:
       Bai et al., *Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
       Client Resources*, NeurIPS 2024, arXiv:2402.11505.
     """
+    check_choices(aggregation.flexlora, **hyperparameters)
     bounds.check("flexlora", **hyperparameters)
 
     def aggregate(stacked: Adapters, weights: jax.Array, server: Server) -> Aggregated:

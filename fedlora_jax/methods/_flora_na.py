@@ -4,6 +4,7 @@ from typing import Any
 
 from fedlora_jax import aggregation, bounds
 from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
+from fedlora_jax.names import check_choices
 
 
 def flora_na(**hyperparameters: Any) -> Method:
@@ -15,6 +16,7 @@ def flora_na(**hyperparameters: Any) -> Method:
     References:
       *FLoRA-NA*, arXiv:2509.26399.
     """
+    check_choices(aggregation.flora_na, **hyperparameters)
     bounds.check("flora_na", **hyperparameters)
     return averaging(
         lambda stacked, weights, server: aggregation.flora_na(stacked, weights, **hyperparameters),

@@ -18,6 +18,7 @@ from fedlora_jax.methods._base import (
     averaging,
     stacked_layers,
 )
+from fedlora_jax.names import check_choices
 
 
 def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) -> Method:
@@ -42,6 +43,7 @@ def hetlora(*, per: Per = "client", pruning: float = 1e-3, decay: float = 0.99) 
       Cho et al., *Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models*,
       EMNLP 2024, arXiv:2401.06432.
     """
+    check_choices(aggregation.hetlora, per=per)
     bounds.check("hetlora", pruning=pruning, decay=decay)
     method = averaging(
         lambda stacked, weights, server: aggregation.hetlora(stacked, weights, per=per),

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from fedlora_jax import aggregation, bounds
+from fedlora_jax import aggregation
+from fedlora_jax.aggregation._lora_fair import check_options
 from fedlora_jax.methods._base import READS_EACH_CLIENT, Method, averaging
 
 
@@ -17,7 +18,7 @@ def lora_fair(**hyperparameters: Any) -> Method:
     References:
       Bian et al., *LoRA-FAIR*, ICCV 2025, arXiv:2411.14961.
     """
-    bounds.check("lora_fair", **hyperparameters)
+    check_options(**hyperparameters)
     return averaging(
         lambda stacked, weights, server: aggregation.lora_fair(stacked, weights, **hyperparameters),
         refuses={"privacy": READS_EACH_CLIENT, "robust_entries": READS_EACH_CLIENT},

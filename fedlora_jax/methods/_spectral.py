@@ -15,6 +15,7 @@ from fedlora_jax.methods._base import (
     Server,
     averaging,
 )
+from fedlora_jax.names import check_choices
 
 
 def spectral(*, selection: Selection = "energy", threshold: float = 0.99) -> Method:
@@ -27,6 +28,7 @@ def spectral(*, selection: Selection = "energy", threshold: float = 0.99) -> Met
     References:
       *FLoRIST*, arXiv:2506.09199.
     """
+    check_choices(aggregation.spectral, selection=selection)
     bounds.check("spectral", threshold=threshold)
     method = averaging(
         lambda stacked, weights, server: aggregation.spectral(

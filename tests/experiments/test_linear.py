@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -200,14 +201,25 @@ def test_what_is_not_as_written_is_named(fake, tmp_path):
         ({"dials.local_steps": (4, 0)}, "config.dials.local_steps must be at least 1, got 0"),
         ({"dials.momentum": (1.0,)}, "config.dials.momentum must be at least 0 and below 1"),
         ({"problem.noise": -1.0}, "config.problem.noise must be at least 0, got -1.0"),
+        ({"local.optimizer": "adm"}, "unknown optimizer 'adm'. Did you mean 'adamw'"),
+        ({"local.schedule": "cosin"}, "unknown schedule 'cosin'. Did you mean 'cosine'"),
     ],
 )
-def test_numbers_without_sense_are_refused_before_any_work(fake, tmp_path, values, message):
+def test_what_makes_no_sense_is_refused_before_any_work(fake, tmp_path, values, message):
     config = small()
     config.update_from_flattened_dict(values)
     with pytest.raises(ValueError, match=message):
         study.run_study(config, tmp_path, ["fedit"])
     assert not fake.ran and not list(tmp_path.iterdir())
+
+
+def test_a_configuration_without_a_run_does_not_keep_others_out(fake, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of memory"):
+        patch.setattr(fake, "outcomes", Mock(side_effect=RuntimeError("out of memory")))
+        study.run_study(small(rounds=1000), tmp_path, ["fedit"])
+    study.run_study(small(), tmp_path, ["fedit"])
+    with pytest.raises(ValueError, match="config.rounds is 3 there, 1000 here"):
+        study.run_study(small(rounds=1000), tmp_path, ["fedit"])
 
 
 def test_no_dial_has_to_be_turned(fake, tmp_path):

@@ -44,6 +44,22 @@ def test_the_command_writes_a_table_a_plot_and_what_a_run_reads(program, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"seed_0", "seed_1"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.seed=2", "--seeds=2"], "config.seed is 2, but --seeds=2 runs the seeds 0 to 1"),
+        (["--config.seed=-1"], "config.seed must be from 0 to "),
+    ],
+)
+def test_a_seed_that_makes_no_sense_is_refused_before_any_work(
+    program, tmp_path, arguments, message
+):
+    code, _, err = program.run(
+        "partition", f"--config={program.config}", f"--workdir={tmp_path}", *arguments
+    )
+    assert code == 1 and message in err and not list(tmp_path.iterdir())
+
+
 def test_table_of_few_clients_and_of_many():
     head, rows = clients.table(overview())
     assert head == ["client", "domain", "examples", "label entropy nats", "distance to all"]

@@ -4,14 +4,16 @@ import itertools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
 from configs import digits
 from experiments import tune
 from experiments.tune import Point
 from fedlora_jax import experiment
-from fedlora_jax.experiment import loop
+from fedlora_jax.experiment import loop, records
 from fedlora_jax.federated import metrics
 
 
@@ -97,6 +99,30 @@ def test_search_keeps_the_best_that_do_not_diverge(name):
     assert [p for p, r in calls if r == 18] == [points[-2], points[-3]]
     assert found[points[-1]] == {2: [sign * 9 - 2, sign * 9 + 2], 6: None}
     assert tune.choose({"fedit": found}, metric, 18) == {"fedit": points[-2]}
+
+
+def test_a_search_run_again_finds_what_a_run_had_reached_before_it_diverged(tmp_path, monkeypatch):
+    """Without trying the round again in which it did."""
+    asked = []
+
+    def run(config, setting, program, workdir, advance, until):
+        asked.append(until)
+        workdir.mkdir(parents=True, exist_ok=True)
+        rows = [{"round": index, "accuracy": 0.5 + index / 10} for index in range(2)]
+        (workdir / records.METRICS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if until > 2:
+            raise FloatingPointError
+        return rows
+
+    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(tune._Runs, "_program", lambda *_: None)
+    setting = SimpleNamespace(task=SimpleNamespace(metrics=(metrics.get("accuracy"),)))
+    grid = tune._grid(digits.get_config(), "fedit", [0.1], [1.0])
+    for _ in range(2):
+        runs = tune._Runs(grid, setting, tmp_path, 1, tqdm(disable=True), lambda: None)
+        found = [runs.to(Point(0.1, 1.0), rounds) for rounds in (1, 2, 4)]
+        assert found == [[0.5], [0.6], None]
+    assert asked == [1, 2, 4, 1, 2]
 
 
 def test_choice_where_lower_is_better():

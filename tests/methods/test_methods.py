@@ -571,6 +571,21 @@ def test_defaults_of_every_method_make_it():
         methods.get(name)(**methods.defaults(name))
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, key) for name in ALL for key, x in methods.defaults(name).items() if type(x) is str],
+)
+def test_an_unknown_value_is_refused_when_a_method_is_made(name, option):
+    with pytest.raises(ValueError, match="'zzz'. Valid names: "):
+        methods.get(name)(**{option: "zzz"})
+
+
+def test_a_solver_that_does_not_fit_is_refused_when_a_method_is_made():
+    with pytest.raises(ValueError, match="solves similarity='frobenius', not 'cosine'"):
+        methods.lora_fair(solver="closed_form")
+    methods.lora_fair(solver="closed_form", similarity="frobenius")
+
+
 def test_unknown_method_names_the_nearest():
     with pytest.raises(ValueError, match="'lora_fair'"):
         methods.get("lorafair")
