@@ -306,8 +306,9 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
 
     Raises:
       ValueError: If it holds a run of another configuration; it names the fields.
-      Damaged: If its configuration is not what was written.
+      Damaged: If its configuration is not what was written, or is gone.
     """
+    records.check_not_gone(workdir / records.CONFIG)
     if not (workdir / records.CONFIG).exists():
         return None
     theirs = records.read_sealed(workdir / records.CONFIG)
