@@ -6,9 +6,10 @@
         --methods=all --seeds=5 --learning_rates=runs/tuned/learning_rates.json
 
 Prints tables; leaves `report.md` with plots in the work directory, and a directory for each
-method and seed as `experiments.train` does. A method that diverges under a seed is given up: the
-report says so, and has the others. Run again after a kill, it goes on from the last
-finished round. Run twice at the same time, the two share the runs that are left.
+method and seed as `experiments.train` does. A method that diverges under a seed is given up, and
+one of which a run fails otherwise is left out: the report says so, and has the others. Run again
+after a kill, or when what failed is mended, it goes on from the last finished round. Run twice at
+the same time, the two share the runs that are left.
 """
 
 import functools
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from experiments.shared import report
 from experiments.shared.apps import (
     check_asked,
+    is_of_one_run,
     method_names,
     progress_bar,
     read_learning_rates,
@@ -89,12 +91,13 @@ def compare(
       server_steps: The server's step size of those methods that do not have the configuration's.
 
     Returns:
-      The metrics by method and seed, without methods that diverged.
+      The metrics by method and seed, without methods that diverged or of which a run failed.
 
     Raises:
       ValueError: Before any work, if a configuration makes no sense, or the directory of a method
-        and a seed holds a run of another one.
-      FloatingPointError: If a method diverged, after all others have run and all is written.
+        and a seed holds a run of another one. If a run failed otherwise than by diverging, after
+        all others have run and all is written.
+      FloatingPointError: If methods diverged, and no run failed otherwise; likewise.
     """
     configs = {name: config.copy_and_resolve_references() for name in learning_rates}
     for name, mine in configs.items():
@@ -116,6 +119,7 @@ def compare(
         lambda name: experiment.compile_program(configs[name], setting)
     )
     diverged: dict[str, str] = {}
+    failed: dict[tuple[str, int], str] = {}
     with progress_bar(len(jobs) * config.rounds) as bar, whole_rounds(bar) as advance:
 
         def train(job: tuple[str, int]) -> Rounds:
@@ -129,8 +133,13 @@ def compare(
             directory = _directory(workdir, name, seed)
             try:
                 rounds = experiment.run(mine, setting, program(name), directory, advance, say)
-            except FloatingPointError as error:
-                diverged[name] = f"under seed {seed}, {error}"
+            except (FloatingPointError, ValueError, OSError) as error:
+                if isinstance(error, FloatingPointError):
+                    diverged[name] = f"under seed {seed}, {error}"
+                elif is_of_one_run(error, first=job == jobs[0]):
+                    failed[job] = str(error)
+                else:
+                    raise
                 bar.update(config.rounds - (bar.n - before))
                 return []
             if bar.disable and hosts.is_first():
@@ -139,15 +148,17 @@ def compare(
             return rounds
 
         found = shared_work(jobs, train)
-    kept = [name for name in configs if name not in diverged]
+    out = {*diverged, *(name for name, _ in failed)}
+    kept = [name for name in configs if name not in out]
     runs = {name: [found[name, seed] for seed in range(num_seeds)] for name in kept}
     if runs and hosts.is_first():
         first = _directory(workdir, next(iter(runs)), 0)
         steps = {name: report.step_of(configs[name]) for name in kept}
-        study = (config, setting, workdir, runs, learning_rates, untouched, diverged)
+        study = (config, setting, workdir, runs, learning_rates, untouched, diverged, failed)
         report.finish(*study, first=first, steps=steps)
-    if diverged:
-        raise FloatingPointError(report.diverged_methods(diverged))
+    if out:
+        kind = ValueError if failed else FloatingPointError
+        raise kind(report.left_out(diverged, failed))
     return runs
 
 

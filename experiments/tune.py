@@ -10,8 +10,8 @@ judged on the validation split. `--halving=3` spends less, by successive halving
 few rounds, the best third of them for three times as many, and so on to all rounds, each from where
 it was. It is off by default, because large server steps fall behind first and end ahead. Of the
 points that got so far the one with the best headline metric, mean over seeds, is chosen. A point at
-which all clients of a round diverge is out, and the next best takes its place. A method that has no
-server's step is tuned without.
+which all clients of a round diverge is out, and the next best takes its place. A method of which a
+run fails otherwise is left out. A method that has no server's step is tuned without.
 
 Leaves `learning_rates.json`, and `report.md` with a plot, in the work directory; both say what was
 spent. Run again after a kill, it goes on from the last finished round.
@@ -33,6 +33,7 @@ from experiments.shared.apps import (
     check_asked,
     command,
     has_step,
+    is_of_one_run,
     method_names,
     progress_bar,
     run,
@@ -193,8 +194,10 @@ def tune(
 
     Raises:
       ValueError: Before any work, if the configuration has no validation split, or the directory of
-        a run holds one of another configuration.
-      FloatingPointError: If every point diverged for a method, after all has been written.
+        a run holds one of another configuration. If a run failed otherwise than by diverging, after
+        all other methods have run and all is written.
+      FloatingPointError: If every point diverged for a method, and no run failed otherwise;
+        likewise.
     """
     config = judged_on_validation(config)
     grids = {name: _grid(config, name, rates, steps) for name in names}
@@ -203,26 +206,42 @@ def tune(
     locks.check_writable(workdir)
     setting = experiment.prepare(next(iter(grids[names[0]].values())))
     metric, found, spent = setting.task.metrics[0], {}, {}
+    failed: dict[str, str] = {}
     total = sum(_rounds(plan(len(grid), config.rounds, halving)) for grid in grids.values())
     with progress_bar(num_seeds * total) as bar, whole_rounds(bar) as advance:
         for name, grid in grids.items():
             rungs = plan(len(grid), config.rounds, halving)
             runs = _Runs(grid, setting, workdir / name, num_seeds, bar, advance)
             before = bar.n
-            found[name] = search(list(grid), rungs, runs.to, metric)
+            try:
+                values, taken = search(list(grid), rungs, runs.to, metric), runs.spent()
+                found[name], spent[name] = values, taken
+            except (ValueError, OSError) as error:
+                if not is_of_one_run(error, first=name == names[0]):
+                    raise
+                failed[name] = str(error)
             bar.update(num_seeds * _rounds(rungs) - (bar.n - before))  # Of points given up.
-            spent[name] = runs.spent()
+    if not found:
+        raise ValueError(_told_of(failed))
     chosen = choose(found, metric, config.rounds)
     with locks.held(workdir, workdir / ".lock", wait=True):
-        path = write(workdir, found, chosen, spent, metric, config.rounds)
+        path = write(workdir, found, chosen, spent, metric, config.rounds, failed)
     print(f"\n{render(found, chosen, metric)}\n\n{told(spent)}\n\nReport with plot: {path}")
-    failed = [name for name in names if name not in chosen]
-    if failed:
-        raise FloatingPointError(
-            f"training diverged at every point of the grid for {', '.join(failed)}, which "
+    said = [_told_of(failed)] if failed else []
+    if diverged := [name for name in found if name not in chosen]:
+        said.append(
+            f"training diverged at every point of the grid for {', '.join(diverged)}, which "
             f"{workdir / 'learning_rates.json'} therefore lacks; try smaller learning rates"
         )
+    if said:
+        raise (ValueError if failed else FloatingPointError)("\n".join(said))
     return chosen
+
+
+def _told_of(failed: Mapping[str, str]) -> str:
+    """Of which methods runs failed, and why, a line each."""
+    each = [f"{name}: {why}" for name, why in failed.items()]
+    return "\n".join([f"runs failed for {', '.join(failed)}", *each])
 
 
 def judged_on_validation(config: ConfigDict) -> ConfigDict:
@@ -443,6 +462,7 @@ def write(
     spent: Mapping[str, Spent],
     metric: Metric,
     rounds: int,
+    failed: Mapping[str, str],
 ) -> Path:
     """Writes `learning_rates.json` and `report.md`; returns the path of the latter."""
     record = {
@@ -469,6 +489,7 @@ def write(
             seeds=seeds,
             s="s" * (seeds != 1),
         ),
+        *([f"Left out: {_told_of(failed)}"] if failed else []),
         told(spent),
         plots.save(workdir, {"learning_rates": _plot(found, metric)}),
     ]

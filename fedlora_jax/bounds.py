@@ -166,6 +166,8 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "learning_rate": _POSITIVE,
         "seed": _SEED,
     },
+    # Of `experiment.run`.
+    "run": {"until": _MAYBE_COUNT},
     "training": {"steps": _ANY_COUNT, "epochs": _ANY_COUNT, "batch_size": _COUNT},
     # Of adapters: `lora.init`, and those of PEFT in and out.
     "adapters": {"rank": _COUNT, "scale": _POSITIVE, "r": _COUNT, "lora_alpha": _POSITIVE},

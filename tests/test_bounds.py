@@ -57,7 +57,7 @@ def test_every_number_of_a_configuration_has_a_bound_that_it_keeps(config):
 
 def test_every_bound_is_of_something_there_is():
     known = {*methods.REGISTRY, *partition.names(), "config", "model", "pretrain", "training"}
-    known |= {"adapters", "fedprox", "private", "server_step", "epsilon", "faults", "robust"}
+    known |= {"adapters", "fedprox", "private", "server_step", "epsilon", "faults", "robust", "run"}
     assert set(bounds.BOUNDS) <= known
 
 

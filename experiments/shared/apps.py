@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from fedlora_jax import bounds, locks, methods
+from fedlora_jax.checksums import Damaged
 from fedlora_jax.experiment import hosts
 from fedlora_jax.names import lookup
 
@@ -306,6 +307,20 @@ def shared_work(jobs: Iterable[Job], do: Callable[[Job], Done]) -> dict[Job, Don
             time.sleep(_PAUSE)
         left = held
     return {job: found[job] for job in jobs}
+
+
+def is_of_one_run(error: ValueError | OSError, *, first: bool) -> bool:
+    """Whether other runs can go on after an error of one.
+
+    Args:
+      error: What the run raised.
+      first: Whether it was the first of all. What that refuses may be wrong with all, and is said
+        before anything trains; damage, and what the disk refuses, is its own.
+    """
+    # Other hosts would wait in vain for one that goes on with another run.
+    if isinstance(error, locks.Held) or hosts.are_several():
+        return False
+    return not first or isinstance(error, Damaged | OSError)
 
 
 def keep_compiled(wanted: str | None) -> None:

@@ -53,6 +53,7 @@ class Study(NamedTuple):
         head, which says nothing before it is trained.
       steps: The server's step size of each method that has another than 1.
       diverged: Methods that are left out because training diverged, and where it did.
+      failed: Why other methods are left out, by method and seed.
     """
 
     command: str
@@ -63,12 +64,19 @@ class Study(NamedTuple):
     untouched: Mapping[str, Any] | None = None
     steps: Mapping[str, float] = MappingProxyType({})
     diverged: Mapping[str, str] = MappingProxyType({})
+    failed: Mapping[tuple[str, int], str] = MappingProxyType({})
 
 
-def diverged_methods(diverged: Mapping[str, str]) -> str:
-    """Says which methods diverged, and where, a line each."""
-    each = [f"{method}: {why}" for method, why in diverged.items()]
-    return "\n".join([f"training diverged for {', '.join(diverged)}", *each])
+def left_out(diverged: Mapping[str, str], failed: Mapping[tuple[str, int], str]) -> str:
+    """Says which methods diverged, and of which runs failed otherwise, a line each."""
+    lines = []
+    if diverged:
+        lines.append(f"training diverged for {', '.join(diverged)}")
+        lines += [f"{method}: {why}" for method, why in diverged.items()]
+    if failed:
+        lines.append(f"runs failed for {', '.join(dict.fromkeys(method for method, _ in failed))}")
+        lines += [f"{method}: under seed {seed}, {why}" for (method, seed), why in failed.items()]
+    return "\n".join(lines)
 
 
 def table(
@@ -261,7 +269,8 @@ def finish(
     runs: Runs,
     learning_rates: Mapping[str, float],
     untouched: Mapping[str, Any] | None = None,
-    diverged: Mapping[str, str] | None = None,
+    diverged: Mapping[str, str] = MappingProxyType({}),
+    failed: Mapping[tuple[str, int], str] = MappingProxyType({}),
     *,
     first: Path,
     steps: Mapping[str, float] = MappingProxyType({}),
@@ -276,6 +285,7 @@ def finish(
       learning_rates: That of each method.
       untouched: The metrics of the model before any training.
       diverged: Methods that are left out because training diverged, and where it did.
+      failed: Why other methods are left out, by method and seed.
       first: The work directory of the first run.
       steps: The server's step size of each method that has another than 1.
     """
@@ -290,7 +300,8 @@ def finish(
         setting.task.metrics[0],
         untouched,
         steps,
-        diverged or {},
+        diverged,
+        failed,
     )
     path = write(workdir, runs, study)
     print(f"\n{summary(runs, study)}\n\nReport with plots: {path}")
@@ -328,8 +339,8 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
             f"Of {', '.join(silent)} the {metric.words} after the last round is no number under "
             "some seed: nothing is compared with it."
         )
-    if study.diverged:
-        parts.append(f"Left out: {diverged_methods(study.diverged)}")
+    if study.diverged or study.failed:
+        parts.append(f"Left out: {left_out(study.diverged, study.failed)}")
     if reference:
         parts += [
             f"## Against {reference}",

@@ -206,9 +206,14 @@ def of_run(
 
     Raises:
       ValueError: If a round cannot fit the memory there is.
+      Damaged: If the number is not what was written, or is gone from a run of which rounds are
+        finished.
     """
     wanted, record = parse(config.clients_per_chunk), workdir / RECORD
-    begun = _read(record) if wanted == "auto" else None
+    begun = None
+    if wanted == "auto":
+        records.check_not_gone(record)
+        begun = _read(record)
     if begun is None:
         choice = choose(config, make, arguments, trial, cohort_size)
     else:

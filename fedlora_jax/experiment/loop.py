@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fedlora_jax import locks
+from fedlora_jax import bounds, locks
 from fedlora_jax.experiment import chunking, hosts, partitions, records, resuming
 from fedlora_jax.experiment.checkpoints import Checkpoints
 from fedlora_jax.experiment.client_store import ClientStore
@@ -66,21 +66,22 @@ def run(
       advance: Called after each finished round, and once for each round found finished.
       announce: Called before the first round, if any is to be run, with a line that says how many
         clients train at once and what memory that needs.
-      until: How many rounds are to be finished, as if killed then; all of the configuration by
-        default. A run with more of them finished stays as it is.
+      until: How many rounds are to be finished, as if killed then, at least 1; all of the
+        configuration by default. A run with more of them finished stays as it is.
 
     Returns:
       The metrics of all rounds.
 
     Raises:
-      ValueError: If `workdir` holds a run of another configuration or a partition of other data, or
-        if a round cannot fit the memory.
-      Damaged: If what is needed to go on is not what was written, and nothing else has it.
+      ValueError: If a number is out of its bounds, `workdir` holds a run of another configuration
+        or a partition of other data, or a round cannot fit the memory.
+      Damaged: If what is needed to go on is gone or not what was written, and nothing else has it.
       Held: If another process runs in `workdir`.
       OSError: If nothing can be written there.
       FloatingPointError: If no client of a round sent finite values; the last good state is kept.
     """
     check(config)
+    bounds.check("run", until=until)
     rounds = min(until or config.rounds, config.rounds)
     found = partitions.of_run(config, setting.train, workdir)
     start = first_state(config, setting, program.method, found.parts, program.mesh)
@@ -306,8 +307,9 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
 
     Raises:
       ValueError: If it holds a run of another configuration; it names the fields.
-      Damaged: If its configuration is not what was written.
+      Damaged: If its configuration is not what was written, or is gone.
     """
+    records.check_not_gone(workdir / records.CONFIG)
     if not (workdir / records.CONFIG).exists():
         return None
     theirs = records.read_sealed(workdir / records.CONFIG)

@@ -102,9 +102,11 @@ def of_run(config: ml_collections.ConfigDict, train: Examples, workdir: Path) ->
     """The partition in a work directory, or one drawn from `config.seed` if there is none.
 
     Raises:
-      ValueError: If there is one of other data, options or another seed.
+      ValueError: If there is one of other data, options or another seed, or it was changed.
+      Damaged: If it is gone, and rounds of the run are finished.
     """
     path, origin = workdir / PARTITION, _origin(config, train)
+    records.check_not_gone(path)
     if not path.exists():
         return Partition(origin, draw(config, train, config.seed))
     content = partition.load(path)

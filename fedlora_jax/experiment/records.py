@@ -20,6 +20,7 @@ from flax import traverse_util
 
 from fedlora_jax import checksums
 from fedlora_jax.checksums import Damaged
+from fedlora_jax.experiment import checkpoints
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.methods import Trainable
 
@@ -293,6 +294,22 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def check_not_gone(path: Path) -> None:
+    """Checks that a file which a run writes before its first round is there after it.
+
+    Raises:
+      Damaged: If rounds of the run are finished, and the file is not there.
+    """
+    workdir = path.parent
+    # Looked at before the file: another process may begin the run meanwhile.
+    begun = _lines(workdir / METRICS) or _lines(workdir / BACKUP) or checkpoints.finished(workdir)
+    if begun and not path.exists():
+        raise Damaged(
+            f"{path} is gone, and rounds of its run are finished. Bring it back from a copy; or, "
+            "to begin anew, choose another work directory or remove this one"
+        )
 
 
 def differences(mine: Any, theirs: Any, path: str) -> list[str]:

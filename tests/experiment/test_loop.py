@@ -92,6 +92,13 @@ def test_more_rounds_go_on_with_a_finished_run(run, make, tmp_path):
         run(short, tmp_path / "grown")
 
 
+@pytest.mark.parametrize("until", [0, -1])
+def test_no_rounds_cannot_be_asked_for(run, make, tmp_path, until):
+    with pytest.raises(ValueError, match=f"run: until must be at least 1, got {until}"):
+        run(make(rounds=2), tmp_path / "run", until=until)
+    assert not (tmp_path / "run").exists()
+
+
 def ending(after):
     """An `advance` that ends a run after so many rounds, as a signal would."""
     finished = itertools.count(1)

@@ -177,6 +177,33 @@ def test_every_bit_of_a_small_record_is_seen(world, whole, copy, name):
     assert seen > len(places) / 2
 
 
+@pytest.mark.parametrize("name", ["config.json", "partition.json", chunking.RECORD])
+def test_a_small_record_that_is_gone_is_missed(world, copy, name):
+    """Without it the run would go on, of another configuration too."""
+    (copy / name).unlink()
+    before = (copy / "metrics.jsonl").read_bytes()
+    with pytest.raises(Damaged, match=f"{copy / name} is gone, .* from a copy; or, to begin anew"):
+        run(world, copy, ROUNDS + 1)
+    assert not (copy / name).exists() and (copy / "metrics.jsonl").read_bytes() == before
+    if name == "config.json":
+        with pytest.raises(Damaged, match="is gone"):
+            experiment.check_workdir(world[0], copy)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "metrics.backup", "checkpoints/3/_METADATA"])
+def test_a_record_is_missed_as_soon_as_a_round_is_finished(tmp_path, left):
+    path = tmp_path / left
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent == tmp_path:  # As a kill leaves it, before a line is whole.
+        path.write_text('{"round": ')
+        records.check_not_gone(tmp_path / "config.json")
+    path.write_text('{"round": 0}\n')
+    with pytest.raises(Damaged, match="config.json is gone"):
+        records.check_not_gone(tmp_path / "config.json")
+    (tmp_path / "config.json").touch()
+    records.check_not_gone(tmp_path / "config.json")
+
+
 def test_every_bit_of_the_adapters_is_seen(world, whole, copy):
     path = copy / "adapters.npz"
     expected, sound, seen = records.load_trainable(path), path.read_bytes(), 0

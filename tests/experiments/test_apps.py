@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from configs import digits, linear
 from experiments.shared import apps
 from fedlora_jax import locks
+from fedlora_jax.checksums import Damaged
 from tests.experiments.commands import ROOT
 
 CONFIG = f"--config={digits.__file__}"
@@ -210,6 +211,21 @@ with apps.progress_bar(1) as bar, apps.whole_rounds(bar):
             assert process.poll() == status
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("error", "goes_on"),
+    [
+        (ValueError("rank 40 is impossible"), [False, True]),
+        (Damaged("no checkpoint can be used"), [True, True]),
+        (OSError("the disk is full"), [True, True]),
+        (locks.Held("in use"), [False, False]),
+    ],
+)
+def test_of_an_error_of_one_run_others_go_on(error, goes_on, monkeypatch):
+    assert [apps.is_of_one_run(error, first=first) for first in (True, False)] == goes_on
+    monkeypatch.setattr(apps.hosts, "are_several", lambda: True)
+    assert not apps.is_of_one_run(error, first=False)
 
 
 def test_work_that_another_process_does_comes_last(monkeypatch):

@@ -1,11 +1,15 @@
 """`experiments.compare` and `experiments.train` from the outside."""
 
 import json
+import re
+import shutil
 import signal
 import time
 
 import numpy as np
 import pytest
+
+from tests.damage import cut
 
 METHODS = "--methods=fedit,local"
 
@@ -159,6 +163,7 @@ def test_mistakes_end_with_a_message(program, tmp_path, arguments, message):
     assert code != 0
     assert message in err, err
     assert err.startswith("error: ") and "Traceback" not in err
+    assert "runs failed" not in err and not list(tmp_path.glob("**/metrics.jsonl"))
 
 
 def test_a_method_that_diverges_is_left_out_and_reported(program, tmp_path):
@@ -174,3 +179,26 @@ def test_a_method_that_diverges_is_left_out_and_reported(program, tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "| local" in report and "Left out: training diverged for fedit" in report
     assert len((tmp_path / "local" / "seed_0" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_runs_that_fail_are_reported_when_all_others_have_run(program, unbroken, tmp_path):
+    workdir = tmp_path / "runs"
+    shutil.copytree(unbroken[0], workdir)
+    for path in (workdir / "fedit" / "seed_0" / "checkpoints").glob("*/checksums.json"):
+        cut(path)
+    for name in ("fedit", "local"):
+        shutil.rmtree(workdir / name / "seed_1")
+    (workdir / "fedit" / "seed_1").touch()
+    (workdir / "report.md").unlink()
+    code, _, err = program.run(
+        "compare", f"--config={program.config}", f"--workdir={workdir}", METHODS, "--seeds=2"
+    )
+    assert code == 1 and "Traceback" not in err
+    said = "runs failed for fedit\nfedit: under seed 0, no checkpoint of .* can be used: .*\n"
+    said += "fedit: under seed 1, cannot write in .*/fedit/seed_1: it is no directory"
+    assert re.search(f"error: {said}", err)
+    report = (workdir / "report.md").read_text()
+    assert "| local" in report and "| fedit" not in report
+    assert re.search(f"Left out: {said}", report)
+    run = "local/seed_1/metrics.jsonl"
+    assert metrics(workdir)[run] == metrics(unbroken[0])[run]

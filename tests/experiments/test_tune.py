@@ -13,6 +13,7 @@ from configs import digits
 from experiments import tune
 from experiments.tune import Point
 from fedlora_jax import experiment
+from fedlora_jax.checksums import Damaged
 from fedlora_jax.experiment import loop, records
 from fedlora_jax.federated import metrics
 
@@ -165,6 +166,29 @@ def test_a_directory_of_another_run_is_found_before_any_training(tmp_path, monke
     loop._claim(point, directory)
     with pytest.raises(ValueError, match=f"{directory} holds a run of .*config.rounds is 5 there"):
         tune.tune(config, tmp_path, ["fedit", "local"], [0.01, 0.02], [1.0], 2, 1)
+
+
+def test_a_method_of_which_a_run_fails_is_left_out(tmp_path, monkeypatch):
+    def to(runs, point, rounds):
+        name = next(iter(runs._grid.values())).method
+        if name in failing:
+            raise failing[name]
+        return [point.rate]
+
+    monkeypatch.setattr(tune._Runs, "to", to)
+    task = SimpleNamespace(metrics=[metrics.get("accuracy")])
+    monkeypatch.setattr(experiment, "prepare", lambda _: SimpleNamespace(task=task))
+    arguments = (digits.get_config(), tmp_path, ["fedit", "local"], [0.1, 0.2], [1.0], 1, 1)
+    failing = {"fedit": Damaged("no checkpoint can be used")}
+    with pytest.raises(ValueError, match="^runs failed for fedit\nfedit: no checkpoint"):
+        tune.tune(*arguments)
+    found = json.loads((tmp_path / "learning_rates.json").read_text())
+    assert found["learning_rates"] == {"local": 0.2}
+    assert "Left out: runs failed for fedit" in (tmp_path / "report.md").read_text()
+    # What may be wrong with all of them, before anything has trained.
+    failing = {"fedit": ValueError("rank 40 is impossible")}
+    with pytest.raises(ValueError, match="^rank 40 is impossible"):
+        tune.tune(*arguments)
 
 
 def state(workdir: Path) -> dict[str, int]:
