@@ -572,9 +572,10 @@ def encode_prompted(
     """
     texts = _rendered(examples, names, template)
     encode = encoder.pieces if template.written_out else encoder.documents
-    before = [prompt for prompt, _ in texts]
-    answers = encoder.continuations(before, [answer for _, answer in texts])
-    return encode(before), [[*_without_end(ids, encoder), encoder.end] if ids else ids for ids in answers]
+    prompts = [prompt for prompt, _ in texts]
+    answers = encoder.continuations(prompts, [answer for _, answer in texts])
+    ended = [[*_without_end(ids, encoder), encoder.end] if ids else ids for ids in answers]
+    return encode(prompts), ended
 
 
 def encode_whole(
