@@ -66,7 +66,8 @@ def count(
       made: From `messages`.
       round_index: The round.
       rank: The client's; by default that of the server's adapters. What is stacked from a cohort is
-        counted as if all in it had this rank, so that the mean over a cohort is right.
+        counted as if all in it had this rank, so that the mean over a cohort is right. Any other
+        residual is counted whole.
       absent: Rounds since the client last took part, without this one.
     """
     known, upload, aggregated = server, made.upload, made.aggregated
@@ -75,6 +76,8 @@ def count(
         known, upload, aggregated = _narrow((server, upload, aggregated), rank, full)
         if method.whole_adapters:
             known = known._replace(trainable=server.trainable)
+        if aggregated is not None and not method.stacked_residual:
+            aggregated = aggregated._replace(residual=made.aggregated.residual)
     missed = _bytes(method.missed(known, aggregated, round_index, absent)) if absent else 0
     return MessageBytes(
         up=_bytes(method.sent(upload, round_index)),

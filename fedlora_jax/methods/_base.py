@@ -142,6 +142,9 @@ class Method(NamedTuple):
       free_basis: Whether nothing but the product of the server's adapters matters from round to
         round, so that `transforms.ordered` may give them another basis.
       whole_adapters: Whether each client is sent the server's adapters whole, whatever its rank.
+      stacked_residual: Whether what is merged are the clients' own factors, side by side, so that
+        there is less of it the smaller their ranks are. If not, each client is sent all of it,
+        whatever its rank.
       diagnosed: Whether a round describes the clients' updates, by `aggregation.diagnostics`.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
@@ -161,6 +164,7 @@ class Method(NamedTuple):
     equal_weights: bool = False
     free_basis: bool = False
     whole_adapters: bool = False
+    stacked_residual: bool = False
     diagnosed: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 
