@@ -25,7 +25,7 @@ _LEGEND = {
     "the clients' updates.",
     "MB up": "MB: megabytes that the whole cohort sends and receives in a round.",
     "MB catch-up": "Catch-up: what clients that skipped rounds must be sent in addition, because "
-    "those rounds changed the backbone.",
+    "those rounds changed the backbone, or what else they hold.",
     "epsilon": "Epsilon: of differential privacy, over all rounds.",
     "s / round": "Seconds: median over all rounds, without evaluation. Errors and megabytes are "
     "means over rounds and seeds.",

@@ -60,7 +60,10 @@ def load(
         elsewhere than the others.
     """
     found = _files(Path(root))
-    results = (_read(file, size) for file in _of_split(split, found, held_out))
+    results = (
+        file if isinstance(file, BadRecord) else _read(file, size)
+        for file in _of_split(split, found, held_out)
+    )
     files, images = [], []
     for file, image in bad_records.good(results, on_bad_record):
         files.append(file)
@@ -84,11 +87,11 @@ def stored(
 
     Raises:
       FileNotFoundError: As `load`.
-      ValueError: If there is no such split, or nothing in it, or a file lies elsewhere than the
-        others.
+      ValueError: If there is no such split, or nothing in it, or a file cannot be read or lies
+        elsewhere than the others.
     """
     found = _files(Path(root))
-    files = list(_of_split(split, found, held_out))
+    files = list(bad_records.good(_of_split(split, found, held_out), "stop"))
 
     def image(index: int) -> np.ndarray:
         result = _read(files[index], size)
@@ -99,9 +102,17 @@ def stored(
     return Stored(_columns(files, found, split, root), image)
 
 
-def _of_split(split: str, found: Sequence[_File], held_out: Mapping[str, float]) -> Iterator[_File]:
+def _of_split(
+    split: str, found: Sequence[_File], held_out: Mapping[str, float]
+) -> Iterator[_File | BadRecord]:
+    """The files of a split, and in each split what cannot be read, such as a link to nothing."""
     lookup(dict.fromkeys(["federated", *held_out]), split, "split")
-    return (file for file in found if split_by(_sha256(file.path), held_out) == split)
+    for file in found:
+        content = _sha256(file.path)
+        if isinstance(content, BadRecord):
+            yield content
+        elif split_by(content, held_out) == split:
+            yield file
 
 
 def _columns(
@@ -143,16 +154,20 @@ def digest(root: str | os.PathLike[str]) -> str:
     root = Path(root).expanduser()
     for file in _files(root):
         found.update(f"{file.path.relative_to(root).as_posix()}\0".encode())
-        found.update(_sha256(file.path))
+        content = _sha256(file.path)
+        found.update(b"" if isinstance(content, BadRecord) else content)
     return found.hexdigest()[:12]
 
 
-def _sha256(path: Path) -> bytes:
+def _sha256(path: Path) -> bytes | BadRecord:
     """Of what is in a file, which is read once as long as it does not change."""
-    now = path.stat()
-    if time.time_ns() - now.st_mtime_ns < _MOMENT:
-        return hashlib.sha256(path.read_bytes()).digest()
-    return _sha256_of(str(path), now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+    try:
+        now = path.stat()
+        if time.time_ns() - now.st_mtime_ns < _MOMENT:
+            return hashlib.sha256(path.read_bytes()).digest()
+        return _sha256_of(str(path), now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
+    except OSError as error:
+        return BadRecord(f"{path} cannot be read: {error.strerror}")
 
 
 @functools.lru_cache(maxsize=1 << 20)

@@ -17,6 +17,8 @@ from fedlora_jax.data.bad_records import read_each
 from fedlora_jax.foreign import reading
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Of characters, for `csv`, which takes 128 KiB otherwise: whole documents are longer.
+_LONGEST_FIELD = 2**31 - 1
 
 
 class Record(NamedTuple):
@@ -163,6 +165,7 @@ def _table(
 
 def _rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         line = 1
         try:

@@ -119,6 +119,22 @@ class Encoder(NamedTuple):
         """Ids of what stands within a text, or has all its special tokens written out."""
         return self._encode(texts, False)
 
+    def continuations(self, before: Sequence[str], texts: Sequence[str]) -> list[list[int]]:
+        """Ids of what follows other texts: of the two as one text, those behind the first.
+
+        Where a token of the one text has parts of both (`:)`), the second is encoded behind a line
+        break. Tokenizers that put no space before a text, as byte-level ones, need none of it.
+        """
+        if not _puts_space(self.tokenizer):
+            return self.pieces(texts)
+        wholes = self.pieces([first + text for first, text in zip(before, texts, strict=True)])
+        rests = map(_behind, self.pieces(before), wholes)
+        return [rest or self._within(text) for rest, text in zip(rests, texts, strict=True)]
+
+    def _within(self, text: str) -> list[int]:
+        line_break, whole, alone = self.pieces(["\n", "\n" + text, text])
+        return _behind(line_break, whole) or alone
+
     def _encode(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         return [
             encoding.ids
@@ -127,6 +143,21 @@ class Encoder(NamedTuple):
                 list(texts[start : start + AT_ONCE]), add_special_tokens=special
             )
         ]
+
+
+def _puts_space(tokenizer: Any) -> bool:
+    """Whether it begins a text with a space, as SentencePiece's do: `Paris` is `▁Paris`."""
+    text = "a"
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    if tokenizer.pre_tokenizer is not None:
+        text = "".join(piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    return text != "a"
+
+
+def _behind(first: list[int], whole: list[int]) -> list[int]:
+    """What is behind the first ids; nothing if the whole does not begin with them."""
+    return whole[len(first) :] if whole[: len(first)] == first else []
 
 
 def read_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -531,7 +562,8 @@ def encode_prompted(
     template: Template,
     encoder: Encoder,
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and answers as token ids, each encoded by itself, as a model is asked.
+    """Prompts and answers as token ids: prompts by themselves, as a model is asked, answers as they
+    are written behind them.
 
     An answer ends with the end-of-text token, whatever the template writes after it.
 
@@ -540,9 +572,10 @@ def encode_prompted(
     """
     texts = _rendered(examples, names, template)
     encode = encoder.pieces if template.written_out else encoder.documents
-    answers = encoder.pieces([answer for _, answer in texts])
-    prompts = encode([prompt for prompt, _ in texts])
-    return prompts, [[*_without_end(ids, encoder), encoder.end] if ids else ids for ids in answers]
+    prompts = [prompt for prompt, _ in texts]
+    answers = encoder.continuations(prompts, [answer for _, answer in texts])
+    ended = [[*_without_end(ids, encoder), encoder.end] if ids else ids for ids in answers]
+    return encode(prompts), ended
 
 
 def encode_whole(

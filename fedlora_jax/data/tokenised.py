@@ -19,7 +19,7 @@ import numpy as np
 from fedlora_jax.data.text import Texts
 
 # To be counted up when the same text becomes other ids, or a file has another form.
-_FORMAT = 2
+_FORMAT = 3
 _ABOUT = "about"
 _DAMAGE = (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedlora_jax import lora, lowrank
+from fedlora_jax.aggregation import Aggregated
 from fedlora_jax.federated.outline import outline
 from fedlora_jax.lowrank import Factors
 from fedlora_jax.methods import Method, Server
@@ -21,7 +22,8 @@ class MessageBytes(NamedTuple):
       up: What it sends.
       down: What it receives.
       catch_up: What it receives besides, because it was absent before: the residuals that the
-        backbone has absorbed meanwhile, or the whole adapted kernels where these are smaller.
+        backbone has absorbed meanwhile, or the whole adapted kernels where these are smaller; and
+        what else has changed of what it holds.
     """
 
     up: float
@@ -66,7 +68,8 @@ def count(
       made: From `messages`.
       round_index: The round.
       rank: The client's; by default that of the server's adapters. What is stacked from a cohort is
-        counted as if all in it had this rank, so that the mean over a cohort is right.
+        counted as if all in it had this rank, so that the mean over a cohort is right. Any other
+        residual is counted whole.
       absent: Rounds since the client last took part, without this one.
     """
     known, upload, aggregated = server, made.upload, made.aggregated
@@ -75,12 +78,22 @@ def count(
         known, upload, aggregated = _narrow((server, upload, aggregated), rank, full)
         if method.whole_adapters:
             known = known._replace(trainable=server.trainable)
-    missed = _bytes(method.missed(known, aggregated, round_index, absent)) if absent else 0
+        if aggregated is not None and not method.stacked_residual:
+            aggregated = aggregated._replace(residual=made.aggregated.residual)
     return MessageBytes(
         up=_bytes(method.sent(upload, round_index)),
         down=_bytes(method.received(known, aggregated, round_index)),
-        catch_up=min(missed, _bytes(_adapted_kernels(server))) if missed else 0,
+        catch_up=_catch_up(method, known, aggregated, round_index, absent) if absent else 0,
     )
+
+
+def _catch_up(
+    method: Method, server: Server, aggregated: Aggregated | None, round_index: int, absent: int
+) -> int:
+    missed = _bytes(method.missed(server, aggregated, round_index, absent))
+    if missed:
+        missed = min(missed, _bytes(_adapted_kernels(server)))
+    return missed + _bytes(method.outdated(server, aggregated, round_index))
 
 
 def absences(last: np.ndarray, cohort: np.ndarray, round_index: int) -> np.ndarray:

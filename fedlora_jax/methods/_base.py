@@ -130,8 +130,11 @@ class Method(NamedTuple):
       sent: `(upload, round) -> pytree` of those arrays of an upload that cross in that round, an
         int; `aggregate` depends on no others.
       received: `(server, aggregated, round) -> pytree` of the arrays that each client then gets.
-      missed: `(server, aggregated, round, absent) -> pytree` of the arrays that a client gets
-        besides in a round before which it was absent for so many rounds, an int >= 1.
+      missed: `(server, aggregated, round, absent) -> pytree` of what the backbone has absorbed
+        while a client was absent for so many rounds, an int >= 1. It gets that besides, or the
+        adapted kernels where these are smaller.
+      outdated: `(server, aggregated, round) -> pytree` of the arrays that a client that was absent
+        gets besides once, however long it was, and whether or not it gets the kernels.
       unmoved: `(server) -> upload` of a client that has learned nothing, as a robust rule knows it.
       penalty: `(server, client, start, trainable) -> []`, added to a client's loss; None for none.
       personal: `(server, client) -> Trainable`, a client's own model, if the method keeps one.
@@ -142,6 +145,9 @@ class Method(NamedTuple):
       free_basis: Whether nothing but the product of the server's adapters matters from round to
         round, so that `transforms.ordered` may give them another basis.
       whole_adapters: Whether each client is sent the server's adapters whole, whatever its rank.
+      stacked_residual: Whether what is merged are the clients' own factors, side by side, so that
+        there is less of it the smaller their ranks are. If not, each client is sent all of it,
+        whatever its rank.
       diagnosed: Whether a round describes the clients' updates, by `aggregation.diagnostics`.
       refuses: Names from `COMBINATIONS` of what makes no sense with the method, and why.
     """
@@ -153,6 +159,7 @@ class Method(NamedTuple):
     sent: Callable[[PyTree, int], PyTree]
     received: Callable[[Server, Aggregated | None, int], PyTree]
     missed: Callable[[Server, Aggregated | None, int, int], PyTree] = lambda *_: ()
+    outdated: Callable[[Server, Aggregated | None, int], PyTree] = lambda *_: ()
     unmoved: Callable[[Server], PyTree] = lambda server: server.trainable
     penalty: Callable[[Server, PyTree, Start, Trainable], jax.Array] | None = None
     personal: Callable[[Server, PyTree], Trainable] | None = None
@@ -161,6 +168,7 @@ class Method(NamedTuple):
     equal_weights: bool = False
     free_basis: bool = False
     whole_adapters: bool = False
+    stacked_residual: bool = False
     diagnosed: bool = False
     refuses: Mapping[str, str] = MappingProxyType({})
 

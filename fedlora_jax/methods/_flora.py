@@ -37,7 +37,7 @@ def flora() -> Method:
             "robust_entries": READS_EACH_CLIENT,
         },
     )
-    return method._replace(init=_without_adapters, start=start)
+    return method._replace(init=_without_adapters, start=start, stacked_residual=True)
 
 
 def _without_adapters(key: jax.Array, server: Server) -> tuple[Server, tuple[()]]:

@@ -34,9 +34,10 @@ def random_basis_lora() -> Method:
     and b begins at zero. The mean of the products is :math:`a_t \bar b_t`, **exactly**, and it is
     merged into the backbone, so that the model is of no rank, and nothing is ever dropped. `a_t`
     follows from the seed and the round, so that `b` alone crosses, up and down, and its R makes it
-    as many numbers as both factors of rank r are: FedIT's bytes buy twice the directions. What lies
-    outside of a round's directions has its turn in later ones; in expectation over `a_t` the first
-    step follows the whole gradient, by a share :math:`R / d_{in}` of it.
+    as many numbers as both factors of rank r are: FedIT's bytes buy twice the directions. With
+    unequal ranks a client trains and sends its share of the rows of b, and gets all of the mean.
+    What lies outside of a round's directions has its turn in later ones; in expectation over `a_t`
+    the first step follows the whole gradient, by a share :math:`R / d_{in}` of it.
 
     A method that trains `b` alone is linear in what clients send. A mean that is computed securely
     is all that the server needs, and noise of differential privacy is not multiplied.

@@ -44,7 +44,7 @@ def rolora() -> Method:
     )
     # Whoever was absent has not got the other factor either.
     return method._replace(
-        missed=lambda server, aggregated, round_index, absent: sides(
+        outdated=lambda server, aggregated, round_index: sides(
             server.trainable.adapters, side(round_index + 1)
         )
     )

@@ -35,6 +35,9 @@ def around(method: Method, **functions: Any) -> Method:
             return None
         return lambda server, *rest: function(inner(server), *rest)
 
-    passed_on = ("start", "finish", "received", "missed", "unmoved", "penalty", "personal")
+    passed_on = (
+        *("start", "finish", "received", "missed", "outdated"),
+        *("unmoved", "penalty", "personal"),
+    )
     kept = {name: below(getattr(method, name)) for name in passed_on}
     return method._replace(**{**kept, **functions})

@@ -116,15 +116,13 @@ def scaffold(method: Method) -> Method:
             method.received(control, None, round_index),
         )
 
-    def missed(
-        server: Server, aggregated: Aggregated | None, round_index: int, absent: int
-    ) -> PyTree:
+    def outdated(server: Server, aggregated: Aggregated | None, round_index: int) -> PyTree:
         """Whatever of the server's factors has changed meanwhile, its control variate has too."""
         known = _base.inner(server)
         control = known._replace(trainable=server.memory.own)
         return (
-            method.missed(known, aggregated, round_index, absent),
-            method.missed(control, None, round_index, absent),
+            method.outdated(known, aggregated, round_index),
+            method.outdated(control, None, round_index),
         )
 
     return _base.around(
@@ -139,7 +137,7 @@ def scaffold(method: Method) -> Method:
             method.sent(upload.change, round_index),
         ),
         received=received,
-        missed=missed,
+        outdated=outdated,
         free_basis=False,
         refuses={
             **method.refuses,

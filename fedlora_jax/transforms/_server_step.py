@@ -117,10 +117,8 @@ def server_step(
         )
         return _base.outer(stepped, step._replace(velocity=velocity, head=state)), aggregated
 
-    def missed(
-        server: Server, aggregated: Aggregated | None, round_index: int, absent: int
-    ) -> PyTree:
-        inner = method.missed(_base.inner(server), aggregated, round_index, absent)
+    def outdated(server: Server, aggregated: Aggregated | None, round_index: int) -> PyTree:
+        inner = method.outdated(_base.inner(server), aggregated, round_index)
         # SCAFFOLD asks without an aggregate what comes of its control variates.
         return inner if aggregated is None else (inner, server.memory.own.velocity)
 
@@ -128,7 +126,7 @@ def server_step(
         method,
         init=init,
         aggregate=aggregate,
-        missed=missed,
+        outdated=outdated,
         whole_adapters=True,
         refuses={
             **method.refuses,

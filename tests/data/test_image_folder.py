@@ -125,6 +125,19 @@ def test_errors(tmp_path):
         image_folder.class_names(root)
 
 
+def test_links_to_nothing_are_bad_records(tmp_path):
+    root = write(tmp_path / "x", ("",), count=3)
+    whole = image_folder.digest(root)
+    (root / "red" / "lost.png").symlink_to(tmp_path / "nothing.png")
+    for read in (image_folder.load, image_folder.stored):
+        with pytest.raises(BadRecord, match="lost.png cannot be read: No such file"):
+            read("federated", root, size=8, held_out={})
+    with pytest.warns(UserWarning, match="skipped 1 bad record: .*lost.png"):
+        found = image_folder.load("federated", root, size=8, held_out={}, on_bad_record="skip")
+    assert len(found["label"]) == 6
+    assert image_folder.digest(root) != whole
+
+
 def test_images_of_16_bits_are_turned_upright_and_of_32_are_bad(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 2**16, (8, 8), np.uint16)
     (tmp_path / "a").mkdir()

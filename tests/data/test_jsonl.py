@@ -176,6 +176,14 @@ def test_an_array_and_a_table_are_the_same(tmp_path):
         assert found[0].name == f"{tmp_path / file}{name}"
 
 
+def test_a_text_in_a_table_may_be_long(tmp_path):
+    """Python's own reader of tables takes 128 KiB."""
+    long = "x" * (1 << 18)
+    (tmp_path / "x.csv").write_text(f"prompt,response\na,{long}\n")
+    (found,) = jsonl.read(tmp_path / "x.csv", TEMPLATE)
+    assert found.fields["response"] == long
+
+
 def test_bad_ones_are_skipped_and_counted(tmp_path, encoder):
     long = {"prompt": "p" * 60, "response": "r"}
     lines = [*examples(3), "{", {"prompt": "a"}, {"prompt": " ", "response": "b"}, long]

@@ -164,6 +164,49 @@ def test_a_token_for_the_beginning_is_set_once(encoder):
     assert prompt == plain
 
 
+@pytest.mark.parametrize("before", ["prepend", "first", "always"])
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("to?", " Paris to"),
+        ("to:\n", "Paris"),
+        ("[/a]", "Paris"),
+        ("to:", "\n\nto"),
+        ("<s>to</s>", "Paris"),
+        ("<s>[a] to [/a]", " Paris </s>"),
+    ],
+)
+def test_answers_are_the_tokens_of_the_whole_text(before, prompt, answer):
+    """Nor is there a space before them, which some tokenizers put before all that they encode."""
+    tokenizer = letters.sentence_pieces(before)
+    out = prompt.startswith("<s>")
+    made = text.Template((), lambda _: (prompt, answer), written_out=out)
+    (ids,), (reply,) = text.encode_prompted([{}], ["a"], made, text.Encoder(tokenizer, 2))
+    assert ids == tokenizer.encode(prompt, add_special_tokens=not out).ids
+    whole = tokenizer.encode(prompt + answer, add_special_tokens=not out).ids
+    assert [*ids, *reply] == (whole if whole[-1] == 2 else [*whole, 2])
+
+
+@pytest.mark.parametrize("before", ["prepend", "first", "always"])
+@pytest.mark.parametrize(
+    ("prompt", "answer", "expected"),
+    [
+        ("to: ", "Paris", ["Paris"]),
+        ("to: ", " to", ["▁to"]),
+        ("to:", ") to", [")", "▁to"]),
+        ("?P", "aris", ["a", "r", "i", "s"]),
+        ("to:", "", []),
+    ],
+)
+def test_answers_whose_beginning_is_no_token_of_the_whole_text(before, prompt, answer, expected):
+    """A prompt is what a model is asked, so that no token has parts of both."""
+    tokenizer = letters.sentence_pieces(before)
+    made = text.Template((), lambda _: (prompt, answer))
+    (ids,), (reply,) = text.encode_prompted([{}], ["a"], made, text.Encoder(tokenizer, 2))
+    assert ids == tokenizer.encode(prompt).ids
+    assert [tokenizer.id_to_token(i) for i in reply] == expected + ["</s>"] * bool(answer)
+
+
 def test_values():
     example = {"response": 3.5, "none": None, "blank": " \n", "list": ["a"]}
     assert text.value_of(example, "response", "f:1") == "3.5"

@@ -487,6 +487,20 @@ def test_bytes_of_unequal_ranks(world, name):
     assert sum(x.down for x in each) == 4 * sum(down)
 
 
+@pytest.mark.parametrize("step", [None, 2.0])
+def test_a_merged_mean_is_sent_whole_to_clients_of_small_ranks(world, step):
+    """It is in the backbone on which they all go on, and of the rank of the widest client."""
+    method = method_of("random_basis_lora")
+    if step is not None:
+        method = transforms.server_step(method, rate=step)
+    federation = world.federation(method, RANKS)
+    made = communication.messages(method, federation.server, any_client(federation), len(COHORT))
+    half = max(WIDE.values()) // 2
+    found = communication.count(method, federation.server, made, 0, rank=half, absent=1)
+    sent = WIDE["first"] // 2 * 10 + half * 7
+    assert found == (4 * (sent + HEAD), 4 * (WIDE_B + HEAD), 4 * WIDE_B)
+
+
 DENSE = 6 * 10 + 10 * 7
 RESIDUALS = {
     "fedex_lora": 3 * RANK * (D_IN + D_OUT),
