@@ -348,7 +348,9 @@ def _usual_type(tensors: Mapping[str, StoredTensor]) -> np.dtype:
 def _name_in(tensors: Mapping[str, StoredTensor], name: str) -> str | None:
     """What the backbone calls that parameter; None if it has none."""
     module, dot, leaf = name.rpartition(".")
-    names = [name, *(f"{alias}{dot}{leaf}" for alias in naming.aliases(module))]
+    leaves = [leaf, *(old for old, new in naming.OLD_LEAVES.items() if new == leaf)]
+    modules = [module, *naming.aliases(module)]
+    names = (f"{module}{dot}{leaf}" for module in modules for leaf in leaves)
     return next((name for name in names if name in tensors), None)
 
 

@@ -187,6 +187,11 @@ def test_merge_into_another_backbone(two, tmp_path):
     [
         ("pooler.dense", "bert.pooler.dense", "bert.pooler.dense"),
         ("classifier", "head", "head"),
+        (
+            "vit.layers.1.layernorm_before",
+            "vit.encoder.layer.1.layernorm_before",
+            "vit.encoder.layer.1.layernorm_before",
+        ),
         # New layers: RoBERTa's head does not replace its pooler, nor a classifier `lm_head`.
         ("classifier.dense", "pooler.dense", "classifier.dense"),
         ("classifier", "lm_head", "classifier"),
@@ -205,6 +210,17 @@ def test_merge_finds_saved_modules_as_it_finds_layers(tmp_path, saved, stored, e
     assert merged.keys() == wanted.keys()
     for name in wanted.keys() - {f"{layer}.weight" for layer in LAYERS}:
         np.testing.assert_array_equal(merged[name], wanted[name])
+
+
+def test_merge_finds_a_norm_by_the_names_of_old_leaves(tmp_path):
+    client(tmp_path / "one", 0, head={"bert.embeddings.LayerNorm.weight": np.full(6, 2.0)})
+    base = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    base["embeddings.LayerNorm.gamma"] = np.ones(6)
+    write_safetensors(tmp_path / "base.safetensors", base)
+    checkpoints.merge(tmp_path / "base.safetensors", peft.load(tmp_path / "one"), tmp_path / "out")
+    merged = open_tensors(tmp_path / "out")
+    assert merged.keys() == base.keys()
+    np.testing.assert_array_equal(merged["embeddings.LayerNorm.gamma"].read(), np.full(6, 2.0))
 
 
 def test_merge_keeps_types_and_copies_the_chat_template(two, tmp_path):
