@@ -274,8 +274,8 @@ def save(
       head: Parameters trained as a whole, a part of the backbone's (`lora.split_head`); None for
         none. With torch's names: a flat dict of arrays in torch's layout.
       config: Entries of `adapter_config.json` to be taken over, e.g. `base_model_name_or_path`,
-        `task_type`, or all of a checkpoint that was loaded. Ranks, scales, targets and saved
-        modules are set here.
+        `task_type`, or all of a checkpoint that was loaded. Ranks, scales, targets, saved modules
+        and `init_lora_weights` are set here.
       names: The name of the format to write; by default the first that `naming.formats`
         has for the model, without its prefix if the model has no head.
 
@@ -324,6 +324,8 @@ def _settings(adapters: Adapters, scale: float, config: Mapping[str, Any]) -> di
         "alpha_pattern": {name: alpha(rank) for name, rank in others.items()},
         "target_modules": sorted(ranks),
         "inference_mode": True,
+        # They have begun, and other ways to begin are refused at some ranks.
+        "init_lora_weights": True,
     }
 
 
@@ -354,7 +356,7 @@ def _whole_modules(form: Format, modules: set[str]) -> set[str]:
     result = set(modules)
     for parent in {name.rpartition(".")[0] for name in modules} - {""}:
         children = {row.theirs for row in form.rows if row.theirs.startswith(f"{parent}.")}
-        if children <= modules:
+        if children and children <= modules:
             result = result - children | {parent}
     return result
 

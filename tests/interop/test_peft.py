@@ -101,6 +101,20 @@ def test_the_head(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, head)
 
 
+@pytest.mark.parametrize("names", [None, "transformers 5 ViTForImageClassification"])
+def test_the_norms_of_a_vit(names, tmp_path):
+    model = ViT(num_classes=3, patch_size=8, width=16, depth=1, num_heads=2)
+    adapters = {"block_0/attention/query": factors(16, 2, 16)}
+    norm = {"scale": normal(16), "bias": normal(16)}
+    head = {"norm": norm, "block_0": {"norm1": norm, "norm2": norm}}
+    peft.save(tmp_path, adapters, scale=1.0, model=model, head=head, names=names)
+    jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, head)
+    # Modules within a block are named one by one: a block as a whole has adapted layers, too.
+    saved = {name.removeprefix("base_model.model.") for name in open_tensors(tmp_path)}
+    modules = {name.rpartition(".")[0] for name in saved if "lora_" not in name}
+    assert set(peft.read_config(tmp_path)["modules_to_save"]) == modules
+
+
 def test_saved_embeddings_and_norms(tmp_path):
     adapters = {"block_0/attention/query": factors(16, 2, 16)}
     saved = {
@@ -182,7 +196,11 @@ def test_errors(tmp_path):
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
 def test_adapters_are_read_however_they_began_on_untouched_weights(start, tmp_path):
-    assert peft.load(write(tmp_path, pair(LAYER), init_lora_weights=start)).scale == 3.0
+    checkpoint = peft.load(write(tmp_path, pair(LAYER), init_lora_weights=start))
+    assert checkpoint.scale == 3.0
+    # Some ways to begin are only for some ranks, and what is written has others.
+    peft.save(tmp_path, checkpoint.adapters, scale=3.0, config=checkpoint.config)
+    assert peft.read_config(tmp_path)["init_lora_weights"] is True
 
 
 def test_loaded_adapters_run(tmp_path):

@@ -198,6 +198,8 @@ def test_models_from_configurations():
     ):
         with pytest.raises(ValueError, match=problem):
             pretrained.model_from_config(config | change)
+    with pytest.raises(ValueError, match="roberta as a decoder"):
+        pretrained.model_from_config({"model_type": "roberta", "is_decoder": True})
     timm = pretrained.model_from_config(
         {"architecture": "vit_base_patch16_224", "num_classes": 4}, dtype=jnp.bfloat16
     )
