@@ -12,7 +12,7 @@ into `b`.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +94,8 @@ def load(
       FileNotFoundError: If a file is not there.
       ValueError: If it is not a LoRA checkpoint, uses a variant that is not LoRA (DoRA, embedding
         adapters, convolutions, trained biases), belongs to weights that PEFT changed (PiSSA, OLoRA,
-        ...), or does not belong to the backbone; it names what does not fit.
+        ...), or does not belong to the backbone; it names what does not fit. If the backbone has
+        one table for embeddings and head, and the adapter two.
     """
     directory = pretrained.locate(source)
     config = read_config(directory)
@@ -111,7 +112,10 @@ def load(
     if model is None:
         return Checkpoint(adapters, scale, saved, config)
     form = _format(model, [*adapters, *saved])
-    return Checkpoint(_to_ours(form, adapters), scale, _head_to_ours(form, saved), config)
+    saved = _head_to_ours(form, saved)
+    if getattr(model, "tied", False):
+        saved = _without_tied_head(directory, saved)
+    return Checkpoint(_to_ours(form, adapters), scale, saved, config)
 
 
 def read_config(directory: PathLike) -> dict[str, Any]:
@@ -206,7 +210,15 @@ def _sorted_out(
             )
     if not sides:
         raise ValueError("there is no adapter among the tensors")
+    others = {_without_base_layer(name, sides): tensor for name, tensor in others.items()}
     return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}, others
+
+
+def _without_base_layer(name: str, adapted: Container[str]) -> str:
+    """The parameter's own name: PEFT saves an adapted head as `lm_head.base_layer.weight`."""
+    module, _, leaf = name.rpartition(".")
+    layer = module.removesuffix(".base_layer")
+    return f"{layer}.{leaf}" if layer in adapted else name
 
 
 def _format(model: nn.Module, names: list[str]) -> Format:
@@ -254,6 +266,34 @@ def _head_to_ours(form: Format, saved: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
+def _with_base_layer(name: str, adapted: Container[str]) -> str:
+    """The parameter's name where PEFT wraps its layer in an adapter."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in adapted else name
+
+
+def _with_tied_head(model: nn.Module, head: Params) -> Params:
+    """The head beside embeddings that are one table with it: PEFT trains one alone otherwise."""
+    if not getattr(model, "tied", False) or "embedding" not in head:
+        return head
+    return {**head, "head": {"kernel": head["embedding"]["embedding"].T}}
+
+
+def _without_tied_head(directory: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Parameters for a backbone whose head is its embeddings, too: PEFT saves them as two."""
+    head = saved.get("head", {}).get("kernel")
+    table = saved.get("embedding", {}).get("embedding")
+    if head is None and table is None:
+        return saved
+    if head is None or table is None or not np.array_equal(head.T, table):
+        raise ValueError(
+            f"{directory}: the backbone has one table for both embeddings and head "
+            "(tie_word_embeddings), of which the adapter makes two; "
+            "fedlora_jax.interop.checkpoints.merge writes the backbone with both"
+        )
+    return {name: value for name, value in saved.items() if name != "head"}
+
+
 def save(
     directory: PathLike,
     adapters: Adapters,
@@ -286,22 +326,27 @@ def save(
     bounds.check("adapters", scale=scale)
     if not adapters:
         raise ValueError("there are no adapters to write")
-    whole = set((config or {}).get("modules_to_save") or _modules(head or {}))
+    head = head or {}
     if model is not None:
         form = _format_to_write(model, names)
         adapters = {_their_name(form, path): factors for path, factors in adapters.items()}
-        head = _head_to_theirs(form, head or {})
-        whole = _whole_modules(form, _modules(head))
+        head = _head_to_theirs(form, _with_tied_head(model, head))
+    saved = _modules(head) - adapters.keys()
+    if model is None:
+        whole = set((config or {}).get("modules_to_save") or saved)
+    else:
+        whole = _whole_modules(form, saved)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, factors in adapters.items():
         tensors[f"{_ROOT}{name}.lora_A.weight"] = np.asarray(factors.a).T
         tensors[f"{_ROOT}{name}.lora_B.weight"] = np.asarray(factors.b).T
-    tensors |= {f"{_ROOT}{name}": np.asarray(value) for name, value in (head or {}).items()}
+    for name, value in head.items():
+        tensors[f"{_ROOT}{_with_base_layer(name, adapters)}"] = np.asarray(value)
     write_safetensors(directory / WEIGHTS_FILE, tensors)
     written = {**(config or {}), **_settings(adapters, float(scale), config or {})}
-    written["modules_to_save"] = sorted(whole) if head else None
+    written["modules_to_save"] = sorted(whole) if saved else None
     (directory / CONFIG_FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 

@@ -129,6 +129,39 @@ def test_saved_embeddings_and_norms(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, LLAMA).saved, saved)
 
 
+def test_one_table_for_embeddings_and_logits(tmp_path):
+    """PEFT trains one of the two uses alone, or both as two tables, unless both are saved alike."""
+    model, path = LLAMA.clone(tied=True), "base_model.model."
+    saved = {"embedding": {"embedding": normal(20, 16)}}
+    adapters = {"block_0/attention/query": factors(16, 2, 16)}
+    peft.save(tmp_path, adapters, scale=1.0, model=model, head=saved)
+    assert peft.read_config(tmp_path)["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+    jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, saved)
+    written = {name: tensor.read() for name, tensor in open_tensors(tmp_path).items()}
+    head, table = f"{path}lm_head.weight", f"{path}model.embed_tokens.weight"
+    np.testing.assert_array_equal(written[head], written[table])
+    for change in ({head: -written[head]}, {head: None}, {table: None}):
+        tensors = {name: value for name, value in (written | change).items() if value is not None}
+        write_safetensors(tmp_path / peft.WEIGHTS_FILE, tensors)
+        with pytest.raises(ValueError, match="one table for both.*checkpoints.merge"):
+            peft.load(tmp_path, model)
+        peft.load(tmp_path, LLAMA)
+
+
+def test_the_base_layer_that_peft_saves_with_an_adapted_head(tmp_path):
+    tensors = pair("lm_head", d_out=20) | {"lm_head.base_layer.weight": normal(20, 16)}
+    bare = peft.load(write(tmp_path, tensors))
+    peft.save(tmp_path, bare.adapters, scale=3.0, head=bare.saved, config=bare.config)
+    ours = peft.load(tmp_path, LLAMA)
+    assert ours.adapters.keys() == {"head"}
+    np.testing.assert_array_equal(ours.saved["head"]["kernel"], normal(20, 16).T)
+    for arguments in ({}, {"model": LLAMA}):
+        checkpoint = ours if arguments else bare
+        peft.save(tmp_path, checkpoint.adapters, scale=3.0, head=checkpoint.saved, **arguments)
+        assert open_tensors(tmp_path).keys() == {f"base_model.model.{name}" for name in tensors}
+        assert peft.read_config(tmp_path)["modules_to_save"] is None
+
+
 def test_modules_of_a_classification_head(tmp_path):
     model = Bert(vocab_size=9, width=16, depth=1, num_heads=2, num_classes=3, variant="roberta")
     adapters = {"block_0/attention/query": factors(16, 2, 16)}
