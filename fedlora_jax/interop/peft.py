@@ -62,6 +62,15 @@ _UNTOUCHED = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 
 
+# What a torch leaf with that many axes is with us; a table of embeddings is no kernel.
+_LEAVES = {
+    ("weight", 1): "scale",
+    ("weight", 2): "kernel",
+    ("weight", 4): "kernel",
+    ("bias", 1): "bias",
+}
+
+
 class Checkpoint(NamedTuple):
     """An adapter checkpoint.
 
@@ -255,14 +264,19 @@ def _to_ours(form: Format, adapters: Adapters) -> Adapters:
 def _head_to_ours(form: Format, saved: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
     for name, value in saved.items():
+        if found := naming.to_ours(form, name):
+            flat[found[0].ours] = value
+            continue
         module, _, leaf = name.rpartition(".")
-        (row,) = naming.to_ours(form, module)
-        if leaf == "weight" and value.ndim <= 2:
-            kind = "scale" if value.ndim == 1 else "kernel"
-            leaf = "embedding" if row.ours.endswith("embedding") else kind
-        elif leaf != "bias":
+        rows = naming.to_ours(form, module)
+        if len(rows) != 1 or (leaf, value.ndim) not in _LEAVES:
             raise ValueError(f"saved parameter {name!r} {list(value.shape)} cannot be read")
-        flat[f"{row.ours}/{leaf}"] = value.T if leaf == "kernel" else value
+        path, leaf = rows[0].ours, _LEAVES[leaf, value.ndim]
+        if value.ndim == 2 and path.endswith("embedding"):
+            leaf = "embedding"
+        elif leaf == "kernel":
+            value = value.transpose(naming.KERNEL_AXES[value.ndim])
+        flat[f"{path}/{leaf}"] = value
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -409,7 +423,11 @@ def _whole_modules(form: Format, modules: set[str]) -> set[str]:
 def _head_to_theirs(form: Format, head: Params) -> dict[str, np.ndarray]:
     tensors = {}
     for path, value in traverse_util.flatten_dict(dict(head), sep="/").items():
+        if naming.to_theirs(form, path):
+            raise ValueError(f"{path!r} has no module of its own, and PEFT saves modules")
         module, _, leaf = path.rpartition("/")
-        name = f"{_their_name(form, module)}.{naming.TORCH_LEAVES[leaf]}"
-        tensors[name] = np.asarray(value).T if leaf == "kernel" else np.asarray(value)
+        value = np.asarray(value)
+        if leaf == "kernel":
+            value = value.transpose(np.argsort(naming.KERNEL_AXES[value.ndim]))
+        tensors[f"{_their_name(form, module)}.{naming.TORCH_LEAVES[leaf]}"] = value
     return tensors

@@ -101,6 +101,31 @@ def test_the_head(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, head)
 
 
+def test_the_embeddings_of_a_vit(tmp_path):
+    """The kernel of a convolution has its own order of axes, and some parameters have no module."""
+    model = ViT(num_classes=3, patch_size=8, width=16, depth=1, num_heads=2)
+    kernel, tokens = normal(16, 3, 8, 8), normal(1, 1, 16)
+    tensors = {
+        "vit.embeddings.cls_token": tokens,
+        "vit.embeddings.patch_embeddings.projection.weight": kernel,
+    }
+    query = pair("vit.layers.0.attention.q_proj")
+    saved = peft.load(write(tmp_path, query | tensors), model).saved
+    np.testing.assert_array_equal(saved["class_token"], tokens)
+    ours = saved["patch_embedding"]["kernel"]
+    np.testing.assert_array_equal(ours, np.einsum("oihw->hwio", kernel))
+    adapters = {"block_0/attention/query": factors(16, 2, 16)}
+    with pytest.raises(ValueError, match="class_token.*no module of its own"):
+        peft.save(tmp_path, adapters, scale=1.0, model=model, head=saved)
+    saved.pop("class_token")
+    peft.save(tmp_path, adapters, scale=1.0, model=model, head=saved)
+    name = "base_model.model.vit.embeddings.patch_embeddings.projection.weight"
+    np.testing.assert_array_equal(open_tensors(tmp_path)[name].read(), kernel)
+    fused = pair("blocks.0.attn.proj") | {"blocks.0.attn.qkv.weight": normal(48, 16)}
+    with pytest.raises(ValueError, match=r"'blocks.0.attn.qkv.weight' \[48, 16\] cannot be read"):
+        peft.load(write(tmp_path, fused), model)
+
+
 @pytest.mark.parametrize("names", [None, "transformers 5 ViTForImageClassification"])
 def test_the_norms_of_a_vit(names, tmp_path):
     model = ViT(num_classes=3, patch_size=8, width=16, depth=1, num_heads=2)

@@ -226,15 +226,11 @@ def _best_format(model: nn.Module, wanted: Mapping[str, Any], tensors: Tensors) 
     return max(candidates, key=found)
 
 
-# From torch's order of the axes of a kernel to ours: Dense and Conv.
-_KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
-
-
 def _axes(reading: _Reading) -> tuple[int, ...]:
     rank = len(reading.tensor.shape)
     same = tuple(range(rank))
     is_kernel = reading.torch and reading.path.endswith("/kernel")
-    return _KERNEL_AXES.get(rank, same) if is_kernel else same
+    return naming.KERNEL_AXES.get(rank, same) if is_kernel else same
 
 
 def _rows(reading: _Reading) -> tuple[int, int]:

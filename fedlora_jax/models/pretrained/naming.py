@@ -293,6 +293,9 @@ _FAMILIES = (_FORMATS[ViT], _FORMATS[Mixer], (_BERT,), (_ROBERTA,), (_LLAMA,))
 OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
+# From torch's order of the axes of a kernel to ours: Dense and Conv.
+KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
+
 
 def formats(model: nn.Module) -> tuple[Format, ...]:
     """The kinds of checkpoints that exist for a model, the one that adapters are saved in first.
