@@ -326,7 +326,8 @@ def save(
       scale: The factor s.
       model: The backbone whose paths they have; None if they have torch's module names.
       head: Parameters trained as a whole, a part of the backbone's (`lora.split_head`); None for
-        none. With torch's names: a flat dict of arrays in torch's layout.
+        none. With torch's names: a flat dict of arrays in torch's layout. Embeddings that are the
+        model's head as well are written as both.
       config: Entries of `adapter_config.json` to be taken over, e.g. `base_model_name_or_path`,
         `task_type`, or all of a checkpoint that was loaded. Ranks, scales, targets, saved modules
         and `init_lora_weights` are set here.

@@ -289,7 +289,7 @@ _FORMATS: dict[type[nn.Module], tuple[Format, ...]] = {
 # of RoBERTa's head are not.
 _FAMILIES = (_FORMATS[ViT], _FORMATS[Mixer], (_BERT,), (_ROBERTA,), (_LLAMA,))
 
-# What leaves of norms were called in the first torch checkpoints, and what ours are called in all.
+# What a leaf of ours is called in a torch checkpoint, and what it was called in the first ones.
 OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 
