@@ -27,7 +27,7 @@ from fedlora_jax.models.pretrained import naming
 from fedlora_jax.models.pretrained.files import (
     PathLike,
     StoredTensor,
-    empty,
+    Tensors,
     files_of,
     open_tensors,
     write_safetensors,
@@ -38,6 +38,15 @@ from fedlora_jax.names import lookup
 _FLOATS = {np.dtype(kind) for kind in (np.float64, np.float32, np.float16, jnp.bfloat16)}
 # Saved modules may hold counters and positions, too.
 _NUMBERS = _FLOATS | {np.dtype(kind) for kind in (np.int64, np.int32)}
+
+# What decoders call their table of embeddings, and the head that in some is one with it.
+_TABLES = tuple(
+    f"{name}.weight" for name in ("model.embed_tokens", "embed_tokens", "transformer.wte", "wte")
+)
+_HEAD = "lm_head.weight"
+
+# Types of models whose layers are transformers' `Conv1D`, `[d_in, d_out]`, but for the head.
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 # How many layers an error lists.
 _LISTED = 4
@@ -273,18 +282,21 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
     """Writes a backbone with the adapters merged in, tensor by tensor, in the files it came in.
 
     Works on any safetensors checkpoint whose names are those of the adapters, or others that
-    `naming` knows for the same layers; types, shards, their index, the configuration and the
-    tokenizer stay as they are. Saved parameters that the backbone lacks are added to the last
-    shard, in the type that most of its floats have.
+    `naming` knows for the same layers; types, shards, their index, and of a directory configuration
+    and tokenizer, stay as they are. Saved parameters that the backbone lacks are added to the last
+    shard, in the type that most of its floats have. Embeddings and head that are one table
+    (`tie_word_embeddings`) become two where the adapter has one of them alone, or both unlike: PEFT
+    trains each for itself.
 
     Args:
-      base: The backbone: a file, a directory, or a name on the hub.
+      base: The backbone: a file, the index of its shards, a directory, or a name on the hub.
       checkpoint: Adapters with torch's names.
       out: A directory, made if it is not there.
 
     Raises:
       ValueError: If the backbone has no such layer, it has other dimensions or is quantised, is in
-        files of another kind, or lies in `out`. Nothing is written then.
+        files of another kind, lies in `out`, or is no directory although its configuration has to
+        change. Nothing is written then.
     """
     source, out = pretrained.locate(base), Path(out)
     check_out(out, [source])
@@ -292,52 +304,90 @@ def merge(base: PathLike, checkpoint: Checkpoint, out: PathLike) -> None:
     if files[0].suffix != ".safetensors":
         raise ValueError(f"{files[0]}: only .safetensors files can be merged into")
     tensors = open_tensors(source)
-    new = _merged_layers(tensors, checkpoint) | _saved(tensors, checkpoint.saved)
+    config = _config_of(source)
+    new = _saved(tensors, checkpoint.saved)
+    new |= _merged_layers(tensors | new, checkpoint, config.get("model_type"))
+    untied = _untied_head(tensors, new, config)
+    if untied and not source.is_dir():
+        raise ValueError(
+            f"{source}: the adapter makes two tables of tied embeddings; give the directory of the "
+            "backbone, for tie_word_embeddings in its config.json becomes false"
+        )
+    new |= untied
     added = {name: value for name, value in new.items() if name not in tensors}
     out.mkdir(parents=True, exist_ok=True)
     for path in files:
         content = {name: new.get(name, tensor) for name, tensor in open_tensors(path).items()}
         write_safetensors(out / path.name, content | (added if path == files[-1] else {}))
     _copy_the_rest(source, out, dict.fromkeys(added, files[-1].name))
+    if untied:
+        config["tie_word_embeddings"] = False
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _merged_layers(
-    tensors: Mapping[str, StoredTensor], checkpoint: Checkpoint
-) -> dict[str, StoredTensor | np.ndarray]:
+def _config_of(source: Path) -> dict[str, Any]:
+    """The configuration in, or beside, the backbone; empty if there is none."""
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    return read_object(path, "a configuration of a model") if path.is_file() else {}
+
+
+def _merged_layers(tensors: Tensors, checkpoint: Checkpoint, model_type: str | None) -> Tensors:
     """The adapted layers under the backbone's names."""
-    transposed = not checkpoint.config.get("fan_in_fan_out")
-    merged: dict[str, StoredTensor | np.ndarray] = {}
+    merged: Tensors = {}
     for module, factors in checkpoint.adapters.items():
         name = _name_in(tensors, f"{module}.weight")
         if name is None:
             raise ValueError(f"the backbone has no layer {module!r} to merge the adapter into")
         _check_type(name, tensors[name], _FLOATS)
+        if model_type in _CONV1D:
+            # PEFT's setting is that of the last layer alone. What is square is no head.
+            transposed = list(tensors[name].shape) != _dimensions(factors)
+        else:
+            transposed = not checkpoint.config.get("fan_in_fan_out")
         merged[name] = _merged(tensors[name], module, factors, checkpoint.scale, transposed)
     return merged
 
 
-def _saved(
-    tensors: Mapping[str, StoredTensor], saved: Mapping[str, Any]
-) -> dict[str, StoredTensor | np.ndarray]:
+def _untied_head(tensors: Tensors, new: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """The head of a backbone that has one table for it and embeddings, and is to have two."""
+    table = next((name for name in _TABLES if name in tensors), None)
+    if not config.get("tie_word_embeddings", table is not None and _HEAD not in tensors):
+        return {}
+    if table not in new:
+        return {_HEAD: new[_HEAD]} if _HEAD in new else {}
+    if _HEAD not in new:
+        return {_HEAD: tensors[table]}
+    alike = np.array_equal(new[_HEAD].read(), new[table].read())
+    return {} if alike else {_HEAD: new[_HEAD]}
+
+
+def _saved(tensors: Tensors, saved: Mapping[str, Any]) -> Tensors:
     """Parameters trained as a whole under the backbone's names and in its types.
 
     New ones keep their names, and have the type that most of the backbone's floats have.
     """
     usual = _usual_type(tensors)
-    result: dict[str, StoredTensor | np.ndarray] = {}
+    result: Tensors = {}
     for theirs, value in saved.items():
         name = _name_in(tensors, theirs)
         if name is None:
-            result[theirs] = np.asarray(value).astype(usual)
+            result[theirs] = _stored(np.asarray(value).astype(usual))
             continue
         _check_type(name, tensors[name], _NUMBERS)
         kind = tensors[name].dtype
         value = np.asarray(value)
-        result[name] = (value if kind in _FLOATS else np.rint(value)).astype(kind)
+        result[name] = _stored((value if kind in _FLOATS else np.rint(value)).astype(kind))
     return result
 
 
-def _usual_type(tensors: Mapping[str, StoredTensor]) -> np.dtype:
+def _stored(value: np.ndarray) -> StoredTensor:
+    def read_into(out: np.ndarray, first: int) -> None:
+        out[...] = value[first : first + len(out)] if value.shape else value
+
+    return StoredTensor(value.shape, value.dtype, read_into)
+
+
+def _usual_type(tensors: Tensors) -> np.dtype:
     entries: collections.Counter[np.dtype] = collections.Counter()
     for tensor in tensors.values():
         if tensor.dtype in _FLOATS:
@@ -345,10 +395,12 @@ def _usual_type(tensors: Mapping[str, StoredTensor]) -> np.dtype:
     return entries.most_common(1)[0][0]
 
 
-def _name_in(tensors: Mapping[str, StoredTensor], name: str) -> str | None:
+def _name_in(tensors: Tensors, name: str) -> str | None:
     """What the backbone calls that parameter; None if it has none."""
     module, dot, leaf = name.rpartition(".")
-    names = [name, *(f"{alias}{dot}{leaf}" for alias in naming.aliases(module))]
+    leaves = [leaf, *(old for old, new in naming.OLD_LEAVES.items() if new == leaf)]
+    modules = [module, *naming.aliases(module)]
+    names = (f"{module}{dot}{leaf}" for module in modules for leaf in leaves)
     return next((name for name in names if name in tensors), None)
 
 
@@ -372,8 +424,7 @@ def _merged(
         )
 
     def read_into(out: np.ndarray, first: int) -> None:
-        weight = empty(tensor.shape, np.float32)
-        tensor.read_into(weight, 0)
+        weight = tensor.read(np.float32)
         a, b = np.asarray(factors.a, np.float32), np.asarray(factors.b, np.float32)
         weight += scale * (b.T @ a.T if transposed else a @ b)
         out[...] = weight[first : first + len(out)]
@@ -383,9 +434,7 @@ def _merged(
 
 def _copy_the_rest(source: Path, out: Path, added: Mapping[str, str]) -> None:
     """Configuration, tokenizer, and the index; `added` is from new parameters to their shard."""
-    if not source.is_dir():
-        return
-    for path in source.iterdir():
+    for path in source.iterdir() if source.is_dir() else [source]:
         if path.suffix in (".json", ".txt", ".model", ".jinja") and path.is_file():
             shutil.copy(path, out / path.name)
     for path in out.glob("*.safetensors.index.json"):

@@ -12,7 +12,7 @@ into `b`.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +62,15 @@ _UNTOUCHED = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 
 
+# What a torch leaf with that many axes is with us; a table of embeddings is no kernel.
+_LEAVES = {
+    ("weight", 1): "scale",
+    ("weight", 2): "kernel",
+    ("weight", 4): "kernel",
+    ("bias", 1): "bias",
+}
+
+
 class Checkpoint(NamedTuple):
     """An adapter checkpoint.
 
@@ -94,7 +103,8 @@ def load(
       FileNotFoundError: If a file is not there.
       ValueError: If it is not a LoRA checkpoint, uses a variant that is not LoRA (DoRA, embedding
         adapters, convolutions, trained biases), belongs to weights that PEFT changed (PiSSA, OLoRA,
-        ...), or does not belong to the backbone; it names what does not fit.
+        ...), or does not belong to the backbone; it names what does not fit. If the backbone has
+        one table for embeddings and head, and the adapter two.
     """
     directory = pretrained.locate(source)
     config = read_config(directory)
@@ -111,7 +121,10 @@ def load(
     if model is None:
         return Checkpoint(adapters, scale, saved, config)
     form = _format(model, [*adapters, *saved])
-    return Checkpoint(_to_ours(form, adapters), scale, _head_to_ours(form, saved), config)
+    saved = _head_to_ours(form, saved)
+    if getattr(model, "tied", False):
+        saved = _without_tied_head(directory, saved)
+    return Checkpoint(_to_ours(form, adapters), scale, saved, config)
 
 
 def read_config(directory: PathLike) -> dict[str, Any]:
@@ -206,7 +219,15 @@ def _sorted_out(
             )
     if not sides:
         raise ValueError("there is no adapter among the tensors")
+    others = {_without_base_layer(name, sides): tensor for name, tensor in others.items()}
     return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}, others
+
+
+def _without_base_layer(name: str, adapted: Container[str]) -> str:
+    """The parameter's own name: PEFT saves an adapted head as `lm_head.base_layer.weight`."""
+    module, _, leaf = name.rpartition(".")
+    layer = module.removesuffix(".base_layer")
+    return f"{layer}.{leaf}" if layer in adapted else name
 
 
 def _format(model: nn.Module, names: list[str]) -> Format:
@@ -243,15 +264,48 @@ def _to_ours(form: Format, adapters: Adapters) -> Adapters:
 def _head_to_ours(form: Format, saved: Mapping[str, Any]) -> dict[str, Any]:
     flat = {}
     for name, value in saved.items():
+        if found := naming.to_ours(form, name):
+            flat[found[0].ours] = value
+            continue
         module, _, leaf = name.rpartition(".")
-        (row,) = naming.to_ours(form, module)
-        if leaf == "weight" and value.ndim <= 2:
-            kind = "scale" if value.ndim == 1 else "kernel"
-            leaf = "embedding" if row.ours.endswith("embedding") else kind
-        elif leaf != "bias":
+        rows = naming.to_ours(form, module)
+        if len(rows) != 1 or (leaf, value.ndim) not in _LEAVES:
             raise ValueError(f"saved parameter {name!r} {list(value.shape)} cannot be read")
-        flat[f"{row.ours}/{leaf}"] = value.T if leaf == "kernel" else value
+        path, leaf = rows[0].ours, _LEAVES[leaf, value.ndim]
+        if value.ndim == 2 and path.endswith("embedding"):
+            leaf = "embedding"
+        elif leaf == "kernel":
+            value = value.transpose(naming.KERNEL_AXES[value.ndim])
+        flat[f"{path}/{leaf}"] = value
     return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _with_base_layer(name: str, adapted: Container[str]) -> str:
+    """The parameter's name where PEFT wraps its layer in an adapter."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.base_layer.{leaf}" if module in adapted else name
+
+
+def _with_tied_head(model: nn.Module, head: Params) -> Params:
+    """The head beside embeddings that are one table with it: PEFT trains one alone otherwise."""
+    if not getattr(model, "tied", False) or "embedding" not in head:
+        return head
+    return {**head, "head": {"kernel": head["embedding"]["embedding"].T}}
+
+
+def _without_tied_head(directory: Path, saved: dict[str, Any]) -> dict[str, Any]:
+    """Parameters for a backbone whose head is its embeddings, too: PEFT saves them as two."""
+    head = saved.get("head", {}).get("kernel")
+    table = saved.get("embedding", {}).get("embedding")
+    if head is None and table is None:
+        return saved
+    if head is None or table is None or not np.array_equal(head.T, table):
+        raise ValueError(
+            f"{directory}: the backbone has one table for both embeddings and head "
+            "(tie_word_embeddings), of which the adapter makes two; "
+            "fedlora_jax.interop.checkpoints.merge writes the backbone with both"
+        )
+    return {name: value for name, value in saved.items() if name != "head"}
 
 
 def save(
@@ -272,10 +326,11 @@ def save(
       scale: The factor s.
       model: The backbone whose paths they have; None if they have torch's module names.
       head: Parameters trained as a whole, a part of the backbone's (`lora.split_head`); None for
-        none. With torch's names: a flat dict of arrays in torch's layout.
+        none. With torch's names: a flat dict of arrays in torch's layout. Embeddings that are the
+        model's head as well are written as both.
       config: Entries of `adapter_config.json` to be taken over, e.g. `base_model_name_or_path`,
-        `task_type`, or all of a checkpoint that was loaded. Ranks, scales, targets and saved
-        modules are set here.
+        `task_type`, or all of a checkpoint that was loaded. Ranks, scales, targets, saved modules
+        and `init_lora_weights` are set here.
       names: The name of the format to write; by default the first that `naming.formats`
         has for the model, without its prefix if the model has no head.
 
@@ -286,22 +341,27 @@ def save(
     bounds.check("adapters", scale=scale)
     if not adapters:
         raise ValueError("there are no adapters to write")
-    whole = set((config or {}).get("modules_to_save") or _modules(head or {}))
+    head = head or {}
     if model is not None:
         form = _format_to_write(model, names)
         adapters = {_their_name(form, path): factors for path, factors in adapters.items()}
-        head = _head_to_theirs(form, head or {})
-        whole = _whole_modules(form, _modules(head))
+        head = _head_to_theirs(form, _with_tied_head(model, head))
+    saved = _modules(head) - adapters.keys()
+    if model is None:
+        whole = set((config or {}).get("modules_to_save") or saved)
+    else:
+        whole = _whole_modules(form, saved)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, factors in adapters.items():
         tensors[f"{_ROOT}{name}.lora_A.weight"] = np.asarray(factors.a).T
         tensors[f"{_ROOT}{name}.lora_B.weight"] = np.asarray(factors.b).T
-    tensors |= {f"{_ROOT}{name}": np.asarray(value) for name, value in (head or {}).items()}
+    for name, value in head.items():
+        tensors[f"{_ROOT}{_with_base_layer(name, adapters)}"] = np.asarray(value)
     write_safetensors(directory / WEIGHTS_FILE, tensors)
     written = {**(config or {}), **_settings(adapters, float(scale), config or {})}
-    written["modules_to_save"] = sorted(whole) if head else None
+    written["modules_to_save"] = sorted(whole) if saved else None
     (directory / CONFIG_FILE).write_text(json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 
@@ -324,6 +384,8 @@ def _settings(adapters: Adapters, scale: float, config: Mapping[str, Any]) -> di
         "alpha_pattern": {name: alpha(rank) for name, rank in others.items()},
         "target_modules": sorted(ranks),
         "inference_mode": True,
+        # They have begun, and other ways to begin are refused at some ranks.
+        "init_lora_weights": True,
     }
 
 
@@ -354,7 +416,7 @@ def _whole_modules(form: Format, modules: set[str]) -> set[str]:
     result = set(modules)
     for parent in {name.rpartition(".")[0] for name in modules} - {""}:
         children = {row.theirs for row in form.rows if row.theirs.startswith(f"{parent}.")}
-        if children <= modules:
+        if children and children <= modules:
             result = result - children | {parent}
     return result
 
@@ -362,7 +424,11 @@ def _whole_modules(form: Format, modules: set[str]) -> set[str]:
 def _head_to_theirs(form: Format, head: Params) -> dict[str, np.ndarray]:
     tensors = {}
     for path, value in traverse_util.flatten_dict(dict(head), sep="/").items():
+        if naming.to_theirs(form, path):
+            raise ValueError(f"{path!r} has no module of its own, and PEFT saves modules")
         module, _, leaf = path.rpartition("/")
-        name = f"{_their_name(form, module)}.{naming.TORCH_LEAVES[leaf]}"
-        tensors[name] = np.asarray(value).T if leaf == "kernel" else np.asarray(value)
+        value = np.asarray(value)
+        if leaf == "kernel":
+            value = value.transpose(np.argsort(naming.KERNEL_AXES[value.ndim]))
+        tensors[f"{_their_name(form, module)}.{naming.TORCH_LEAVES[leaf]}"] = value
     return tensors

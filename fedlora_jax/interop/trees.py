@@ -1,6 +1,7 @@
 """Adapter trees in the shapes that qwix and gemma give them, to ours and back.
 
-Ours is a dict from module path to `Factors(a [d_in, r], b [r, d_out])`. Theirs are nested dicts:
+Ours is a dict from module path to `Factors(a [d_in, r], b [r, d_out])`. Theirs are trees of
+any nodes, such as nested dicts or the state of a model of NNX:
 
 * qwix: `{'layer': {'kernel_lora_a': [..., r], 'kernel_lora_b': [r, ...]}}`, beside the frozen
   parameters or without them; its scale is `alpha / rank`.
@@ -13,28 +14,29 @@ must be left out.
 
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
-from flax import traverse_util
+from jax.tree_util import GetAttrKey, keystr
 
 from fedlora_jax.lora import Adapters
 from fedlora_jax.lowrank import Factors
+
+PyTree: TypeAlias = Any
 
 # A pattern of the path of a leaf: what is adapted, then which factor it is.
 _QWIX = re.compile(r"(?P<module>.*)_lora_(?P<side>[ab])")
 _GEMMA = re.compile(r"(?P<module>.*)/lora/(?P<side>[ab])")
 
 
-def from_qwix(tree: Mapping[str, Any]) -> Adapters:
+def from_qwix(tree: PyTree) -> Adapters:
     """The adapters in qwix's parameters; whatever else is in the tree is passed over.
 
     An adapter of the parameter `kernel` is called after its module, as in our trees; of any other
     parameter, after both: `attention/w`.
 
     Args:
-      tree: Nested dicts of arrays, with `..._lora_a [..., r]` and `..._lora_b [r, ...]`.
+      tree: Any tree of arrays, with `..._lora_a [..., r]` and `..._lora_b [r, ...]`.
 
     Raises:
       ValueError: If a factor has no partner, their ranks differ, or there are no adapters.
@@ -42,7 +44,7 @@ def from_qwix(tree: Mapping[str, Any]) -> Adapters:
     return {path.removesuffix("/kernel"): factors for path, factors in _read(tree, _QWIX).items()}
 
 
-def to_qwix(adapters: Adapters, like: Mapping[str, Any]) -> dict[str, Any]:
+def to_qwix(adapters: Adapters, like: PyTree) -> PyTree:
     """The tree `like`, with its adapters replaced: the inverse of `from_qwix`.
 
     Args:
@@ -56,11 +58,11 @@ def to_qwix(adapters: Adapters, like: Mapping[str, Any]) -> dict[str, Any]:
     return _write({names.get(path, path): f for path, f in adapters.items()}, like, _QWIX)
 
 
-def from_gemma(tree: Mapping[str, Any]) -> Adapters:
+def from_gemma(tree: PyTree) -> Adapters:
     """The adapters in gemma's parameters; whatever else is in the tree is passed over.
 
     Args:
-      tree: Nested dicts of arrays, with `.../lora/a [..., r]` and `.../lora/b [r, ...]`.
+      tree: Any tree of arrays, with `.../lora/a [..., r]` and `.../lora/b [r, ...]`.
 
     Raises:
       ValueError: If a factor has no partner, their ranks differ, or there are no adapters.
@@ -68,7 +70,7 @@ def from_gemma(tree: Mapping[str, Any]) -> Adapters:
     return _read(tree, _GEMMA)
 
 
-def to_gemma(adapters: Adapters, like: Mapping[str, Any]) -> dict[str, Any]:
+def to_gemma(adapters: Adapters, like: PyTree) -> PyTree:
     """The tree `like`, with its adapters replaced: the inverse of `from_gemma`.
 
     Args:
@@ -82,10 +84,10 @@ def to_gemma(adapters: Adapters, like: Mapping[str, Any]) -> dict[str, Any]:
     return _write(adapters, like, _GEMMA)
 
 
-def _read(tree: Mapping[str, Any], pattern: re.Pattern[str]) -> Adapters:
+def _read(tree: PyTree, pattern: re.Pattern[str]) -> Adapters:
     sides: dict[str, dict[str, jax.Array]] = {}
-    for path, leaf in _flat(tree).items():
-        if match := pattern.fullmatch(path):
+    for keys, leaf in jax.tree.leaves_with_path(tree):
+        if match := pattern.fullmatch(_name(keys)):
             sides.setdefault(match["module"], {})[match["side"]] = leaf
     if not sides:
         raise ValueError(f"no adapters in the tree: no path matches {pattern.pattern!r}")
@@ -101,14 +103,15 @@ def _flattened(a: jax.Array, b: jax.Array) -> Factors:
     return Factors(a.reshape(-1, rank), b.reshape(rank, -1))
 
 
-def _write(adapters: Adapters, like: Mapping[str, Any], pattern: re.Pattern[str]) -> dict[str, Any]:
+def _write(adapters: Adapters, like: PyTree, pattern: re.Pattern[str]) -> PyTree:
     known = _read(like, pattern)
     if different := sorted(known.keys() ^ adapters.keys()):
         raise ValueError(f"layers adapted on one side only: {', '.join(different)}")
-    flat = _flat(like)
-    for path, leaf in flat.items():
-        if not (match := pattern.fullmatch(path)):
-            continue
+
+    def replaced(keys: tuple[Any, ...], leaf: Any) -> Any:
+        name = _name(keys)
+        if not (match := pattern.fullmatch(name)):
+            return leaf
         factors = adapters[match["module"]]
         shape = (
             (*leaf.shape[:-1], factors.rank)
@@ -117,10 +120,13 @@ def _write(adapters: Adapters, like: Mapping[str, Any], pattern: re.Pattern[str]
         )
         value = getattr(factors, match["side"])
         if value.size != math.prod(shape):
-            raise ValueError(f"{path}: cannot make {list(shape)} of {list(value.shape)}")
-        flat[path] = value.reshape(shape)
-    return traverse_util.unflatten_dict(flat, sep="/")
+            raise ValueError(f"{name}: cannot make {list(shape)} of {list(value.shape)}")
+        return value.reshape(shape)
+
+    return jax.tree.map_with_path(replaced, like)
 
 
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep="/")
+def _name(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf; if it is in a variable of NNX or another box of Flax, that of the box."""
+    boxed = keys[-1:] == (GetAttrKey("value"),)
+    return keystr(keys[:-1] if boxed else keys, simple=True, separator="/")

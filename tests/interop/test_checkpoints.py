@@ -168,6 +168,10 @@ def test_merge(two, tmp_path, transposed):
         expected = kernel + 1.5 * product(checkpoint.adapters[name])
         found = merged[f"{name}.weight"].T if transposed else merged[f"{name}.weight"]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    checkpoints.merge(base / "model.safetensors.index.json", checkpoint, tmp_path / "again")
+    again = open_tensors(tmp_path / "again")
+    assert again.keys() == merged.keys()
+    np.testing.assert_array_equal(again["model.down.weight"].read(), merged["model.down.weight"])
 
 
 def test_merge_into_another_backbone(two, tmp_path):
@@ -187,6 +191,11 @@ def test_merge_into_another_backbone(two, tmp_path):
     [
         ("pooler.dense", "bert.pooler.dense", "bert.pooler.dense"),
         ("classifier", "head", "head"),
+        (
+            "vit.layers.1.layernorm_before",
+            "vit.encoder.layer.1.layernorm_before",
+            "vit.encoder.layer.1.layernorm_before",
+        ),
         # New layers: RoBERTa's head does not replace its pooler, nor a classifier `lm_head`.
         ("classifier.dense", "pooler.dense", "classifier.dense"),
         ("classifier", "lm_head", "classifier"),
@@ -205,6 +214,88 @@ def test_merge_finds_saved_modules_as_it_finds_layers(tmp_path, saved, stored, e
     assert merged.keys() == wanted.keys()
     for name in wanted.keys() - {f"{layer}.weight" for layer in LAYERS}:
         np.testing.assert_array_equal(merged[name], wanted[name])
+
+
+def test_merge_finds_a_norm_by_the_names_of_old_leaves(tmp_path):
+    client(tmp_path / "one", 0, head={"bert.embeddings.LayerNorm.weight": np.full(6, 2.0)})
+    base = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    base["embeddings.LayerNorm.gamma"] = np.ones(6)
+    write_safetensors(tmp_path / "base.safetensors", base)
+    checkpoints.merge(tmp_path / "base.safetensors", peft.load(tmp_path / "one"), tmp_path / "out")
+    merged = open_tensors(tmp_path / "out")
+    assert merged.keys() == base.keys()
+    np.testing.assert_array_equal(merged["embeddings.LayerNorm.gamma"].read(), np.full(6, 2.0))
+
+
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tied_base(path, **config):
+    path.mkdir()
+    tensors = {f"{n}.weight": np.zeros((d_out, d_in)) for n, (d_in, d_out) in LAYERS.items()}
+    write_safetensors(path / "model.safetensors", tensors | {TABLE: np.zeros((4, 6))})
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": True}, {}])
+@pytest.mark.parametrize(
+    "saved, tables, tied",
+    [
+        ({TABLE: 1.0}, {TABLE: 1.0, HEAD: 0.0}, False),
+        ({HEAD: 2.0}, {TABLE: 0.0, HEAD: 2.0}, False),
+        ({TABLE: 1.0, HEAD: 2.0}, {TABLE: 1.0, HEAD: 2.0}, False),
+        ({TABLE: 1.0, HEAD: 1.0}, {TABLE: 1.0, HEAD: 1.0}, True),
+    ],
+)
+def test_merge_unties_embeddings_that_the_adapter_unties(tmp_path, config, saved, tables, tied):
+    """As PEFT's merge does: it trains a saved table apart from the other."""
+    base = tied_base(tmp_path / "base", **config)
+    client(tmp_path / "one", 0, head={name: np.full((4, 6), x) for name, x in saved.items()})
+    checkpoint = peft.load(tmp_path / "one")
+    checkpoints.merge(base, checkpoint, tmp_path / "out")
+    merged = open_tensors(tmp_path / "out")
+    assert {name: merged[name].read()[0, 0] for name in (TABLE, HEAD)} == tables
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == (config if tied else config | {"tie_word_embeddings": False})
+    if not tied:
+        with pytest.raises(ValueError, match="give the directory.*tie_word_embeddings"):
+            checkpoints.merge(base / "model.safetensors", checkpoint, tmp_path / "file")
+        assert not (tmp_path / "file").exists()
+
+
+def test_merge_into_the_base_layer_that_peft_saved(tmp_path):
+    """PEFT saves an adapted head itself, too; that of a backbone of tied embeddings is new."""
+    client(tmp_path / "one", 0, layers={"lm_head": (6, 4)}, head={HEAD: np.ones((4, 6))})
+    checkpoint = peft.load(tmp_path / "one")
+    checkpoints.merge(tied_base(tmp_path / "base"), checkpoint, tmp_path / "out")
+    merged = open_tensors(tmp_path / "out")
+    expected = 1 + 1.5 * product(checkpoint.adapters["lm_head"]).T
+    np.testing.assert_allclose(merged[HEAD].read(), expected, rtol=1e-5)
+    np.testing.assert_array_equal(merged[TABLE].read(), np.zeros((4, 6)))
+
+
+def test_merge_into_conv1d_and_linear_layers(tmp_path):
+    """PEFT's `fan_in_fan_out` is that of the last layer adapted."""
+    layers = {
+        "transformer.h.0.attn.c_proj": (6, 6),
+        "transformer.h.0.c_fc": (6, 8),
+        "lm_head": (6, 4),
+    }
+    client(tmp_path / "one", 0, layers=layers, fan_in_fan_out=False)
+    checkpoint = peft.load(tmp_path / "one")
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    shapes = layers | {"lm_head": (4, 6)}
+    tensors = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    write_safetensors(base / "model.safetensors", tensors)
+    checkpoints.merge(base, checkpoint, tmp_path / "out")
+    merged = open_tensors(tmp_path / "out")
+    for name, factors in checkpoint.adapters.items():
+        expected = 1.5 * product(factors)
+        expected = expected.T if name == "lm_head" else expected
+        np.testing.assert_allclose(merged[f"{name}.weight"].read(), expected, rtol=1e-5)
 
 
 def test_merge_keeps_types_and_copies_the_chat_template(two, tmp_path):

@@ -101,6 +101,45 @@ def test_the_head(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, head)
 
 
+def test_the_embeddings_of_a_vit(tmp_path):
+    """The kernel of a convolution has its own order of axes, and some parameters have no module."""
+    model = ViT(num_classes=3, patch_size=8, width=16, depth=1, num_heads=2)
+    kernel, tokens = normal(16, 3, 8, 8), normal(1, 1, 16)
+    tensors = {
+        "vit.embeddings.cls_token": tokens,
+        "vit.embeddings.patch_embeddings.projection.weight": kernel,
+    }
+    query = pair("vit.layers.0.attention.q_proj")
+    saved = peft.load(write(tmp_path, query | tensors), model).saved
+    np.testing.assert_array_equal(saved["class_token"], tokens)
+    ours = saved["patch_embedding"]["kernel"]
+    np.testing.assert_array_equal(ours, np.einsum("oihw->hwio", kernel))
+    adapters = {"block_0/attention/query": factors(16, 2, 16)}
+    with pytest.raises(ValueError, match="class_token.*no module of its own"):
+        peft.save(tmp_path, adapters, scale=1.0, model=model, head=saved)
+    saved.pop("class_token")
+    peft.save(tmp_path, adapters, scale=1.0, model=model, head=saved)
+    name = "base_model.model.vit.embeddings.patch_embeddings.projection.weight"
+    np.testing.assert_array_equal(open_tensors(tmp_path)[name].read(), kernel)
+    fused = pair("blocks.0.attn.proj") | {"blocks.0.attn.qkv.weight": normal(48, 16)}
+    with pytest.raises(ValueError, match=r"'blocks.0.attn.qkv.weight' \[48, 16\] cannot be read"):
+        peft.load(write(tmp_path, fused), model)
+
+
+@pytest.mark.parametrize("names", [None, "transformers 5 ViTForImageClassification"])
+def test_the_norms_of_a_vit(names, tmp_path):
+    model = ViT(num_classes=3, patch_size=8, width=16, depth=1, num_heads=2)
+    adapters = {"block_0/attention/query": factors(16, 2, 16)}
+    norm = {"scale": normal(16), "bias": normal(16)}
+    head = {"norm": norm, "block_0": {"norm1": norm, "norm2": norm}}
+    peft.save(tmp_path, adapters, scale=1.0, model=model, head=head, names=names)
+    jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, head)
+    # Modules within a block are named one by one: a block as a whole has adapted layers, too.
+    saved = {name.removeprefix("base_model.model.") for name in open_tensors(tmp_path)}
+    modules = {name.rpartition(".")[0] for name in saved if "lora_" not in name}
+    assert set(peft.read_config(tmp_path)["modules_to_save"]) == modules
+
+
 def test_saved_embeddings_and_norms(tmp_path):
     adapters = {"block_0/attention/query": factors(16, 2, 16)}
     saved = {
@@ -113,6 +152,39 @@ def test_saved_embeddings_and_norms(tmp_path):
     assert peft.read_config(tmp_path)["modules_to_save"] == names
     assert open_tensors(tmp_path)["base_model.model.lm_head.weight"].shape == (20, 16)
     jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, LLAMA).saved, saved)
+
+
+def test_one_table_for_embeddings_and_logits(tmp_path):
+    """PEFT trains one of the two uses alone, or both as two tables, unless both are saved alike."""
+    model, path = LLAMA.clone(tied=True), "base_model.model."
+    saved = {"embedding": {"embedding": normal(20, 16)}}
+    adapters = {"block_0/attention/query": factors(16, 2, 16)}
+    peft.save(tmp_path, adapters, scale=1.0, model=model, head=saved)
+    assert peft.read_config(tmp_path)["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+    jax.tree.map(np.testing.assert_array_equal, peft.load(tmp_path, model).saved, saved)
+    written = {name: tensor.read() for name, tensor in open_tensors(tmp_path).items()}
+    head, table = f"{path}lm_head.weight", f"{path}model.embed_tokens.weight"
+    np.testing.assert_array_equal(written[head], written[table])
+    for change in ({head: -written[head]}, {head: None}, {table: None}):
+        tensors = {name: value for name, value in (written | change).items() if value is not None}
+        write_safetensors(tmp_path / peft.WEIGHTS_FILE, tensors)
+        with pytest.raises(ValueError, match="one table for both.*checkpoints.merge"):
+            peft.load(tmp_path, model)
+        peft.load(tmp_path, LLAMA)
+
+
+def test_the_base_layer_that_peft_saves_with_an_adapted_head(tmp_path):
+    tensors = pair("lm_head", d_out=20) | {"lm_head.base_layer.weight": normal(20, 16)}
+    bare = peft.load(write(tmp_path, tensors))
+    peft.save(tmp_path, bare.adapters, scale=3.0, head=bare.saved, config=bare.config)
+    ours = peft.load(tmp_path, LLAMA)
+    assert ours.adapters.keys() == {"head"}
+    np.testing.assert_array_equal(ours.saved["head"]["kernel"], normal(20, 16).T)
+    for arguments in ({}, {"model": LLAMA}):
+        checkpoint = ours if arguments else bare
+        peft.save(tmp_path, checkpoint.adapters, scale=3.0, head=checkpoint.saved, **arguments)
+        assert open_tensors(tmp_path).keys() == {f"base_model.model.{name}" for name in tensors}
+        assert peft.read_config(tmp_path)["modules_to_save"] is None
 
 
 def test_modules_of_a_classification_head(tmp_path):
@@ -182,7 +254,11 @@ def test_errors(tmp_path):
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
 def test_adapters_are_read_however_they_began_on_untouched_weights(start, tmp_path):
-    assert peft.load(write(tmp_path, pair(LAYER), init_lora_weights=start)).scale == 3.0
+    checkpoint = peft.load(write(tmp_path, pair(LAYER), init_lora_weights=start))
+    assert checkpoint.scale == 3.0
+    # Some ways to begin are only for some ranks, and what is written has others.
+    peft.save(tmp_path, checkpoint.adapters, scale=3.0, config=checkpoint.config)
+    assert peft.read_config(tmp_path)["init_lora_weights"] is True
 
 
 def test_loaded_adapters_run(tmp_path):

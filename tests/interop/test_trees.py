@@ -1,9 +1,11 @@
 """Trees of qwix and of gemma, in their shapes."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fedlora_jax.interop import trees
 
@@ -58,6 +60,32 @@ def test_round_trip_and_another_rank(read, write, tree):
     }
     again = read(write(wider, tree))
     jax.tree.map(np.testing.assert_array_equal, again, wider)
+
+
+def in_nnx():
+    """As `nnx.state` of a model gives it."""
+    layer = nnx.Dict(kernel_lora_a=nnx.LoRAParam(normal(6, 2)))
+    layer.kernel_lora_b = nnx.LoRAParam(normal(2, 8))
+    return nnx.state(nnx.List([layer]))
+
+
+@pytest.mark.parametrize(
+    "tree, paths",
+    [
+        ({0: QWIX["mlp"], 1: QWIX["mlp"]}, ["0", "1"]),
+        ({"layers": [QWIX["mlp"]], "other": (QWIX["mlp"],)}, ["layers/0", "other/0"]),
+        ({"net/layer_0": QWIX["mlp"], "dropout": {}, "nothing": None}, ["net/layer_0"]),
+        (flax.core.freeze({"layer": QWIX["mlp"]}), ["layer"]),
+        (in_nnx(), ["0"]),
+    ],
+)
+def test_any_tree(tree, paths):
+    adapters = trees.from_qwix(tree)
+    assert list(adapters) == paths
+    again = trees.to_qwix({path: type(f)(2 * f.a, f.b) for path, f in adapters.items()}, tree)
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+    for path, factors in trees.from_qwix(again).items():
+        np.testing.assert_array_equal(factors.a, 2 * adapters[path].a)
 
 
 def test_errors():

@@ -79,6 +79,20 @@ def test_a_bare_encoder_needs_no_prefix(tmp_path):
     equal(pretrained.load(model, tmp_path, TOKENS), params)
 
 
+def test_a_head_beside_tied_embeddings_is_the_same(tmp_path):
+    model = LLAMA.clone(tied=True)
+    params = initialised(model, TOKENS)
+    table = params["embedding"]["embedding"]
+    for head, same in ((table, True), (-table, False)):
+        tensors = as_torch(model, params) | {"lm_head.weight": np.asarray(head)}
+        write_safetensors(tmp_path / "model.safetensors", tensors)
+        if same:
+            equal(pretrained.load(model, tmp_path, TOKENS), params)
+            continue
+        with pytest.raises(ValueError, match="lm_head.weight is not .*embed_tokens.*tied=False"):
+            pretrained.load(model, tmp_path, TOKENS)
+
+
 def test_storage_types(vit, tmp_path):
     params, tensors = vit
     halves = {name: x.astype(jnp.bfloat16) for name, x in tensors.items()}
@@ -198,6 +212,8 @@ def test_models_from_configurations():
     ):
         with pytest.raises(ValueError, match=problem):
             pretrained.model_from_config(config | change)
+    with pytest.raises(ValueError, match="roberta as a decoder"):
+        pretrained.model_from_config({"model_type": "roberta", "is_decoder": True})
     timm = pretrained.model_from_config(
         {"architecture": "vit_base_patch16_224", "num_classes": 4}, dtype=jnp.bfloat16
     )

@@ -22,6 +22,15 @@ MODELS = {
     "bert": (originals.bert, originals.texts(0), 0),
     "roberta": (originals.roberta, originals.texts(1), 1),
     "llama": (originals.llama, originals.texts(0), None),
+    "llama_tied": (functools.partial(originals.llama, tied=True), originals.texts(0), None),
+}
+# Which modules are trained as a whole where we write.
+HEADS = {
+    "vit": "^(norm|head)$",
+    "bert": "^(block_1/norm2|head)$",
+    "roberta": "^(pooler|head)$",
+    "llama": "^block_0/norm1$",
+    "llama_tied": "^embedding$",
 }
 IMPORTS = {
     "rank_pattern": dict(
@@ -121,11 +130,9 @@ def test_peft_reads_what_we_write(name, rslora, directory, tmp_path):
     model, params = backbone(name, directory / name)
     make, inputs, pad = MODELS[name]
     adapters = random_adapters(params, lora_targets(model), ranks=(3, 2))
-    head = None
-    if name != "llama":
-        backbone_params, head = lora.split_head(params, "^(pooler|head)$" if pad else "^head$")
-        head = jax.tree.map(lambda x: x + 0.1, head)
-        params = lora.join_head(backbone_params, head)
+    backbone_params, head = lora.split_head(params, HEADS[name])
+    head = jax.tree.map(lambda x: x + 0.1, head)
+    params = lora.join_head(backbone_params, head)
     names = "transformers 5 ViTForImageClassification" if name == "vit" else None
     peft.save(
         tmp_path,
@@ -169,17 +176,32 @@ def test_a_bare_tree_round_trips_through_peft(directory, tmp_path):
     assert distance(apply(model, params, ours.adapters, inputs, ours.scale), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "vit"])
-def test_transformers_loads_a_merged_backbone(name, tmp_path):
-    """Of the ViT, transformers 5 names modules otherwise than the files do."""
+@pytest.mark.parametrize(
+    "name, targets, saved",
+    [
+        ("llama", ["q_proj", "lm_head"], None),
+        ("llama_tied", ["q_proj"], ["embed_tokens"]),
+        ("llama_tied", ["q_proj"], ["lm_head"]),
+        # Of the ViT, transformers 5 names modules otherwise than the files do.
+        ("vit", ["q_proj", "v_proj"], ["layernorm_before", "layernorm"]),
+    ],
+)
+def test_transformers_loads_a_merged_backbone(name, targets, saved, tmp_path):
     make, inputs, pad = MODELS[name]
     make().save_pretrained(tmp_path / "base", max_shard_size="20KB")
     for seed in range(2):
         torch.manual_seed(seed)
         config = original_peft.LoraConfig(
-            r=3, lora_alpha=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+            r=3,
+            lora_alpha=4,
+            init_lora_weights=False,
+            target_modules=targets,
+            modules_to_save=saved,
         )
         wrapped = original_peft.get_peft_model(make(), config).eval()
+        with torch.no_grad():
+            for parameter in filter(lambda p: p.requires_grad, wrapped.parameters()):
+                parameter.add_(0.1 * torch.randn_like(parameter))
         wrapped.save_pretrained(tmp_path / f"client_{seed}")
     sources = [tmp_path / "client_0", tmp_path / "client_1"]
     combined = checkpoints.combine(sources, [0, 1], "fedit")
@@ -189,3 +211,5 @@ def test_transformers_loads_a_merged_backbone(name, tmp_path):
     with torch.no_grad():
         expected = originals.forward(wrapped, inputs, pad)
         assert distance(originals.forward(merged, inputs, pad), expected) < TOLERANCE
+    model, params = pretrained.from_pretrained(tmp_path / "merged")
+    assert distance(jax.jit(model.apply)({"params": params}, inputs), expected) < TOLERANCE

@@ -76,6 +76,8 @@ def _vit(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> ViT:
 def _bert(config: Mapping[str, Any], overrides: Mapping[str, Any], variant: str) -> Bert:
     if config.get("position_embedding_type", "absolute") != "absolute":
         raise ValueError(f"{variant} with relative positions; ours are absolute")
+    if config.get("is_decoder"):
+        raise ValueError(f"{variant} as a decoder (is_decoder); ours attends in both directions")
     classifies = any("Classification" in name for name in config.get("architectures") or [])
     fields = {
         "vocab_size": config["vocab_size"],

@@ -134,7 +134,7 @@ def load(
 
     Raises:
       ValueError: If tensors are missing, left over or of another shape; it lists them, with the
-        nearest names.
+        nearest names. If the model's head is its embeddings, but that of the checkpoint is not.
     """
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     flat = {"/".join(path): x.shape for path, x in traverse_util.flatten_dict(shapes).items()}
@@ -206,7 +206,22 @@ def _plan(
     ]
     if missing or misshapen or surplus:
         raise ValueError(_complaint(form, missing, misshapen, surplus))
+    if getattr(model, "tied", False):
+        _check_tied(form, tensors)
     return readings
+
+
+def _check_tied(form: Format, tensors: Tensors) -> None:
+    """Checks that a head which is left aside is the table of embeddings, as it is in the model."""
+    head = naming.parameter(form, "head/kernel")
+    table = naming.parameter(form, "embedding/embedding")
+    if not head or not table or not {head.theirs, table.theirs} <= tensors.keys():
+        return
+    if not np.array_equal(tensors[head.theirs].read(), tensors[table.theirs].read()):
+        raise ValueError(
+            f"{head.theirs} is not {table.theirs}, though both are one table in the model "
+            "(tie_word_embeddings): read it with tied=False"
+        )
 
 
 def _modern(name: str) -> str:
@@ -226,15 +241,11 @@ def _best_format(model: nn.Module, wanted: Mapping[str, Any], tensors: Tensors) 
     return max(candidates, key=found)
 
 
-# From torch's order of the axes of a kernel to ours: Dense and Conv.
-_KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
-
-
 def _axes(reading: _Reading) -> tuple[int, ...]:
     rank = len(reading.tensor.shape)
     same = tuple(range(rank))
     is_kernel = reading.torch and reading.path.endswith("/kernel")
-    return _KERNEL_AXES.get(rank, same) if is_kernel else same
+    return naming.KERNEL_AXES.get(rank, same) if is_kernel else same
 
 
 def _rows(reading: _Reading) -> tuple[int, int]:

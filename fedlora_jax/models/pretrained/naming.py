@@ -59,14 +59,20 @@ def _blocks(ours: str, theirs: str, pairs: Iterable[tuple[str, str]]) -> Iterato
     return (Row(f"{ours}/{mine}", f"{theirs}{other}") for mine, other in pairs)
 
 
+_VIT_OUTSIDE_BLOCKS = (
+    Row("class_token", "vit.embeddings.cls_token"),
+    Row("position_embedding", "vit.embeddings.position_embeddings"),
+    Row("patch_embedding", "vit.embeddings.patch_embeddings.projection"),
+    Row("norm", "vit.layernorm"),
+    Row("head", "classifier"),
+)
+
 _VIT_HUGGING_FACE = Format(
     name="Hugging Face ViTForImageClassification",
     prefix="vit.",
     ignored=r"^(vit\.)?pooler\.",
     rows=(
-        Row("class_token", "vit.embeddings.cls_token"),
-        Row("position_embedding", "vit.embeddings.position_embeddings"),
-        Row("patch_embedding", "vit.embeddings.patch_embeddings.projection"),
+        *_VIT_OUTSIDE_BLOCKS,
         *_blocks(
             "block_{i}",
             "vit.encoder.layer.{i}.",
@@ -81,8 +87,6 @@ _VIT_HUGGING_FACE = Format(
                 ("mlp/fc2", "output.dense"),
             ],
         ),
-        Row("norm", "vit.layernorm"),
-        Row("head", "classifier"),
     ),
 )
 
@@ -91,20 +95,23 @@ _VIT_HUGGING_FACE = Format(
 _VIT_TRANSFORMERS_5 = Format(
     name="transformers 5 ViTForImageClassification",
     prefix="vit.",
+    ignored=_VIT_HUGGING_FACE.ignored,
     rows=(
+        *_VIT_OUTSIDE_BLOCKS,
         *_blocks(
             "block_{i}",
             "vit.layers.{i}.",
             [
+                ("norm1", "layernorm_before"),
                 ("attention/query", "attention.q_proj"),
                 ("attention/key", "attention.k_proj"),
                 ("attention/value", "attention.v_proj"),
                 ("attention/out", "attention.o_proj"),
+                ("norm2", "layernorm_after"),
                 ("mlp/fc1", "mlp.fc1"),
                 ("mlp/fc2", "mlp.fc2"),
             ],
         ),
-        Row("head", "classifier"),
     ),
 )
 
@@ -285,6 +292,9 @@ _FAMILIES = (_FORMATS[ViT], _FORMATS[Mixer], (_BERT,), (_ROBERTA,), (_LLAMA,))
 # What a leaf of ours is called in a torch checkpoint, and what it was called in the first ones.
 OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+
+# From torch's order of the axes of a kernel to ours: Dense and Conv.
+KERNEL_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}
 
 
 def formats(model: nn.Module) -> tuple[Format, ...]:
