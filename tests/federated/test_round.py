@@ -148,7 +148,8 @@ def test_chunks_bound_the_memory(world):
 def test_rounds_may_be_a_part_of_other_programs(world):
     """A scan over them with gradients through it, within another jit, and of constants alone."""
     method = method_of("fedit")
-    one_round = make_round(Recipe(world.task, method, world.training))
+    training = world.training._replace(optimizer=optax.sgd(1.0), steps=2)
+    one_round = make_round(Recipe(world.task, method, training))
     federation = last = world.federation(method)
     rates = (0.1, 0.2)
 
