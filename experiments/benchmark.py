@@ -108,6 +108,12 @@ _CHUNKS = flags.DEFINE_list(
 )
 _FOUR_DEVICES = {"JAX_NUM_CPU_DEVICES": str(mesh.DEVICES), "JAX_PLATFORMS": "cpu"}
 _OF_FOUR_DEVICES = {"device": "cpu", "platform": "cpu"}
+# What measurements read.
+OF_AGGREGATION = (_CLIENTS, _RANK, _LAYERS, _SEED, _REPEATS)
+OF_PROGRAMS = (_BLOCKS, _CLIENTS, _RANK)
+OF_MEMORY = (_BLOCKS, _RANK)
+OF_ROUND = (_CHUNKS, _REPEATS)
+OF_STREAMING = (_CLIENTS, _COHORT, _IMAGES, _ROUNDS, _MEMORY, _FOLDER)
 _OUTPUT = flags.DEFINE_string("output", "experiments/benchmarks", "Directory for the results.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the program itself: what to measure here.")
 
@@ -120,8 +126,7 @@ def worker(task: str, **environment: str) -> dict[str, Any]:
       **environment: Variables of the process, besides those of this one.
     """
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
-    of_streaming = (_COHORT, _IMAGES, _ROUNDS, _MEMORY, _FOLDER)
-    for flag in (_CLIENTS, _RANK, _LAYERS, _BLOCKS, _SEED, _REPEATS, _ENDURED, *of_streaming):
+    for flag in dict.fromkeys((*OF_AGGREGATION, *OF_PROGRAMS, *OF_STREAMING, _ENDURED)):
         command.append(f"--{flag.name}={flag.value}")
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
@@ -130,8 +135,8 @@ def worker(task: str, **environment: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def environment() -> dict[str, Any]:
-    """What a figure depends on."""
+def environment(*read: flags.FlagHolder) -> dict[str, Any]:
+    """What a figure depends on: machine, versions, and the flags that a measurement reads."""
     versions: dict[str, str | None] = {}
     for package in ("jax", "jaxlib", "numpy", "torch", "transformers", "peft"):
         try:
@@ -147,11 +152,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "seed": _SEED.value,
-        "clients": _CLIENTS.value,
-        "rank": _RANK.value,
-        "layers": _LAYERS.value,
-        "blocks": _BLOCKS.value,
+        **{flag.name: flag.value for flag in read},
         "load_average_at_start": round(os.getloadavg()[0], 2),
     }
 
@@ -196,7 +197,11 @@ def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> 
 def aggregation_table() -> None:
     """Measures all rows and the dense code, prints the tables and writes them."""
     rows = rows_of(aggregation.ROWS)
-    results: dict[str, Any] = {"environment": environment(), "ours": {}, "dense": {}}
+    results: dict[str, Any] = {
+        "environment": environment(*OF_AGGREGATION),
+        "ours": {},
+        "dense": {},
+    }
     for row in each("aggregation", results, rows):
         results["ours"][row] = worker(f"row:{row}")
     if _REFERENCE.value:
@@ -211,7 +216,7 @@ def aggregation_table() -> None:
 
 def programs_table() -> None:
     """Measures the program of every method, prints the table and writes it."""
-    results: dict[str, Any] = {"environment": environment(), "methods": {}}
+    results: dict[str, Any] = {"environment": environment(*OF_PROGRAMS), "methods": {}}
     for name in each("programs", results, rows_of(programs.rows())):
         results["methods"][name] = worker(f"program:{name}")
     write("programs", results, programs.page(results))
@@ -219,7 +224,7 @@ def programs_table() -> None:
 
 def memory_table() -> None:
     """Plans the memory of rounds, prints the table and writes it."""
-    results: dict[str, Any] = {"environment": environment(), "rounds": []}
+    results: dict[str, Any] = {"environment": environment(*OF_MEMORY), "rounds": []}
     for count, length in ((1, 128), (4, 128), (1, 512), (4, 512)):
         line: dict[str, Any] = {"clients": count, "length": length}
         results["rounds"].append(line)
@@ -240,7 +245,11 @@ def round_table() -> None:
             "PyTorch out with --noreference"
         )
     chunks = chunk_sizes()
-    results: dict[str, Any] = {"environment": environment(), "cases": {}, "per_client": {}}
+    results: dict[str, Any] = {
+        "environment": environment(*OF_ROUND),
+        "cases": {},
+        "per_client": {},
+    }
     for row in each("round", results, rows):
         if row == "per_client":
             results[row] = rounds.measure_cohorts(_REPEATS.value)
@@ -251,7 +260,7 @@ def round_table() -> None:
 
 def profile_table() -> None:
     """Traces a round of each case, prints the table and writes it."""
-    results: dict[str, Any] = {"environment": environment(), "rows": {}}
+    results: dict[str, Any] = {"environment": environment(_CHUNKS), "rows": {}}
     names = rows_of(rounds.CASES, rounds.default_cases(jax.default_backend()))
     chunks = chunk_sizes()
     rows = [f"{name}:{c}" for name in names for c in rounds.parts_of(rounds.CASES[name], chunks)]
@@ -287,9 +296,13 @@ def streaming_table() -> None:
     if not _FOLDER.value:
         raise app.UsageError("name a directory for the images: --folder=DIR")
     folder, size = Path(_FOLDER.value) / "images", streaming_size()
+    if size.cohort > size.clients:
+        raise app.UsageError(
+            f"--cohort={size.cohort} clients a round, but there are --clients={size.clients}"
+        )
     print(f"writing images to {folder} ...", file=sys.stderr, flush=True)
     streaming.write(folder, size.clients * size.images)
-    made = environment()
+    made = environment(*OF_STREAMING[:-1])
     found = worker("streaming")
     write("streaming", {"environment": made, **found}, streaming.page(made, found))
 

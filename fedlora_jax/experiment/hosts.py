@@ -5,6 +5,7 @@ All of them see one file system. With one host every function here does nothing.
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -22,18 +23,38 @@ def join(coordinator: str, count: int, index: int) -> None:
       index: Which of them this is, from 0.
 
     Raises:
-      ValueError: If there is no such host.
+      ValueError: If there is no such host or address, or no cluster that JAX knows.
     """
     if coordinator == "auto":
-        jax.distributed.initialize()
-    elif index >= count:
-        raise ValueError(f"--host must be less than --num_hosts={count}, got {index}")
+        _join_cluster()
     else:
+        address, _, port = coordinator.rpartition(":")
+        if not address or not port.isdecimal():
+            raise ValueError(f"--coordinator must be address:port, or auto; got {coordinator!r}")
+        if index >= count:
+            raise ValueError(f"--host must be less than --num_hosts={count}, got {index}")
+        # If one does not come, JAX ends this process by a signal, and does not say why.
+        print(
+            f"host {index} of {count}: waiting at {coordinator} for all of them, five minutes at "
+            "most; if it is aborted, one did not come or has another --num_hosts",
+            file=sys.stderr,
+            flush=True,
+        )
         jax.distributed.initialize(coordinator, count, index)
     # The service that has just been started catches the signal, and goes on.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # A first exchange on CPUs fails if another host comes half a minute later; others may wait.
     wait("joined")
+
+
+def _join_cluster() -> None:
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        raise ValueError(
+            f"--coordinator=auto: JAX knows no cluster here ({error}); give --coordinator="
+            "address:port, --num_hosts and --host"
+        ) from error
 
 
 def are_several() -> bool:

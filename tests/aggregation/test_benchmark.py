@@ -28,7 +28,7 @@ def test_a_row(small, row):
 
 def test_the_report(small):
     results = {
-        "environment": benchmark.environment(),
+        "environment": benchmark.environment(*benchmark.OF_AGGREGATION),
         "ours": {"flexlora": aggregation.measure("flexlora", SIZE)},
         "dense": {
             "svd_lowrank": {"best_s": 1.0, "extrapolated": "yes", "kinds": {}},
@@ -44,7 +44,8 @@ def test_the_program_of_a_round(monkeypatch):
     line = programs.measure("fedit", blocks=1, clients=2, rank=2)
     assert line["lines"] > 1000 and line["compile_s"] > 0 and line["peak_bytes"] > 10**8
     assert line["held_bytes"] > 0 and line["working_bytes"] > 0
-    page = programs.page({"environment": benchmark.environment(), "methods": {"fedit": line}})
+    facts = benchmark.environment(*benchmark.OF_PROGRAMS)
+    page = programs.page({"environment": facts, "methods": {"fedit": line}})
     assert "| fedit" in page and str(line["lines"]) in page
 
 

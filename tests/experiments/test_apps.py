@@ -123,6 +123,25 @@ def test_none_of_several_hosts_trains_alone(given, several_hosts, message):
         apps._join(several_hosts)
 
 
+@pytest.mark.parametrize(
+    ("coordinator", "host", "message"),
+    [
+        ("node0", 0, "--coordinator must be address:port, or auto; got 'node0'"),
+        (":1234", 0, "address:port"),
+        ("node0:port", 0, "address:port"),
+        ("node0:1234", 2, "--host must be less than --num_hosts=2, got 2"),
+        ("auto", 0, "knows no cluster here .*defined.*; give --coordinator=address:port"),
+    ],
+)
+def test_what_no_host_can_join_is_said(coordinator, host, message, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(apps.hosts.jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=message):
+        apps.hosts.join(coordinator, 2, host)
+
+
 def test_one_host_needs_no_coordinator():
     apps._join(True)
     apps._join(False)

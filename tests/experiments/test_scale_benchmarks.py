@@ -201,6 +201,13 @@ def test_what_four_cpus_count_says_so_beside_a_gpu(table, monkeypatch):
     assert (facts["device"], facts["platform"]) == ("cpu", "cpu")
 
 
+def test_images_of_fewer_clients_than_a_round_has_are_not_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "_FOLDER", types.SimpleNamespace(value=str(tmp_path)))
+    with pytest.raises(benchmark.app.UsageError, match="--cohort=64 .* --clients=10"):
+        benchmark.streaming_table()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("digits")
 def test_rounds_endure():
     """So few say nothing of the process's memory."""
