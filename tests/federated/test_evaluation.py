@@ -210,6 +210,8 @@ def test_tokens_count_equally_however_they_lie_in_rows():
 def test_metrics_that_do_not_fit_are_refused(world):
     with pytest.raises(ValueError, match="unknown metric of a classification task 'acuracy'.*'acc"):
         metrics_of("classification", ("acuracy",))
+    with pytest.raises(ValueError, match=r"are written as \('accuracy', 'f1'\)"):
+        metrics_of("classification", ("accuracy,f1",))
     with pytest.raises(ValueError, match="metric of a causal_lm task 'accuracy'"):
         metrics_of("causal_lm", ("accuracy",))
     with pytest.raises(ValueError, match="unknown task 'causal'. Did you mean 'causal_lm'"):
