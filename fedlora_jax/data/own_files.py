@@ -110,8 +110,8 @@ def read_splits(
         lookup(dict.fromkeys(SPLITS), name, "split")
     if not files.get("federated"):
         raise ValueError(
-            "there is no file to train on (config.data.files.federated): name it with file=PATH "
-            "behind the configuration, as in --config=configs/NAME.py:file=PATH"
+            "there is no file to train on (config.data.files.federated): name it with file=PATH, "
+            "as in --config=configs/table.py:file=PATH or configs/jsonl.py:file=PATH"
         )
     splits: dict[str, list[Example]] = {
         name: read(files[name], wanted, fields, **options) if files.get(name) else []
