@@ -119,7 +119,7 @@ def compare(
         lambda name: experiment.compile_program(configs[name], setting)
     )
     diverged: dict[str, str] = {}
-    failed: dict[tuple[str, int], str] = {}
+    failed: list[tuple[str, str]] = []
     with progress_bar(len(jobs) * config.rounds) as bar, whole_rounds(bar) as advance:
 
         def train(job: tuple[str, int]) -> Rounds:
@@ -137,7 +137,7 @@ def compare(
                 if isinstance(error, FloatingPointError):
                     diverged[name] = f"under seed {seed}, {error}"
                 elif is_of_one_run(error, first=job == jobs[0]):
-                    failed[job] = str(error)
+                    failed.append((name, f"under seed {seed}, {error}"))
                 else:
                     raise
                 bar.update(config.rounds - (bar.n - before))
@@ -148,7 +148,7 @@ def compare(
             return rounds
 
         found = shared_work(jobs, train)
-    out = {*diverged, *(name for name, _ in failed)}
+    out = diverged.keys() | dict(failed)
     kept = [name for name in configs if name not in out]
     runs = {name: [found[name, seed] for seed in range(num_seeds)] for name in kept}
     if runs and hosts.is_first():

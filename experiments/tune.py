@@ -206,7 +206,7 @@ def tune(
     locks.check_writable(workdir)
     setting = experiment.prepare(next(iter(grids[names[0]].values())))
     metric, found, spent = setting.task.metrics[0], {}, {}
-    failed: dict[str, str] = {}
+    failed: list[tuple[str, str]] = []
     total = sum(_rounds(plan(len(grid), config.rounds, halving)) for grid in grids.values())
     with progress_bar(num_seeds * total) as bar, whole_rounds(bar) as advance:
         for name, grid in grids.items():
@@ -219,15 +219,15 @@ def tune(
             except (ValueError, OSError) as error:
                 if not is_of_one_run(error, first=name == names[0]):
                     raise
-                failed[name] = str(error)
+                failed.append((name, str(error)))
             bar.update(num_seeds * _rounds(rungs) - (bar.n - before))  # Of points given up.
     if not found:
-        raise ValueError(_told_of(failed))
+        raise ValueError(report.left_out({}, failed))
     chosen = choose(found, metric, config.rounds)
     with locks.held(workdir, workdir / ".lock", wait=True):
         path = write(workdir, found, chosen, spent, metric, config.rounds, failed)
     print(f"\n{render(found, chosen, metric)}\n\n{told(spent)}\n\nReport with plot: {path}")
-    said = [_told_of(failed)] if failed else []
+    said = [report.left_out({}, failed)] if failed else []
     if diverged := [name for name in found if name not in chosen]:
         said.append(
             f"training diverged at every point of the grid for {', '.join(diverged)}, which "
@@ -236,12 +236,6 @@ def tune(
     if said:
         raise (ValueError if failed else FloatingPointError)("\n".join(said))
     return chosen
-
-
-def _told_of(failed: Mapping[str, str]) -> str:
-    """Of which methods runs failed, and why, a line each."""
-    each = [f"{name}: {why}" for name, why in failed.items()]
-    return "\n".join([f"runs failed for {', '.join(failed)}", *each])
 
 
 def judged_on_validation(config: ConfigDict) -> ConfigDict:
@@ -462,7 +456,7 @@ def write(
     spent: Mapping[str, Spent],
     metric: Metric,
     rounds: int,
-    failed: Mapping[str, str],
+    failed: Sequence[tuple[str, str]],
 ) -> Path:
     """Writes `learning_rates.json` and `report.md`; returns the path of the latter."""
     record = {
@@ -489,7 +483,7 @@ def write(
             seeds=seeds,
             s="s" * (seeds != 1),
         ),
-        *([f"Left out: {_told_of(failed)}"] if failed else []),
+        *([f"Left out: {report.left_out({}, failed)}"] if failed else []),
         told(spent),
         plots.save(workdir, {"learning_rates": _plot(found, metric)}),
     ]

@@ -8,14 +8,14 @@ Norms, inner products and decompositions are float32 at the least, whatever fact
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
 
 from fedlora_jax import _batching, _linalg
-from fedlora_jax.names import lookup
+from fedlora_jax.names import check_choices
 
 Scalar: TypeAlias = jax.Array
 Split: TypeAlias = Literal["right", "balanced", "left"]
@@ -314,7 +314,7 @@ def truncate(factors: Factors, rank: int, *, split: Split = "right") -> Factors:
       [5. 0. 0. 0.]
     """
     chex.assert_rank([factors.a, factors.b], 2)
-    lookup(dict.fromkeys(get_args(Split)), split, "split")
+    check_choices(truncate, split=split)
     if split == "left":
         return transpose(truncate(transpose(factors), rank))
     best = _truncate(wide(factors), _possible(factors, rank))

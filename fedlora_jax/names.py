@@ -18,9 +18,6 @@ def lookup(table: Mapping[str, T], name: str, kind: str) -> T:
         return table[name]
     nearest = difflib.get_close_matches(str(name), table, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    several = str(name).split(",")
-    if len(several) > 1 and all(part in table for part in several):
-        hint = f" Several are written as {tuple(several)}."
     raise ValueError(f"unknown {kind} {name!r}.{hint} Valid names: {', '.join(sorted(table))}.")
 
 

@@ -53,7 +53,7 @@ class Study(NamedTuple):
         head, which says nothing before it is trained.
       steps: The server's step size of each method that has another than 1.
       diverged: Methods that are left out because training diverged, and where it did.
-      failed: Why other methods are left out, by method and seed.
+      failed: Other methods that are left out, and why, run by run.
     """
 
     command: str
@@ -64,18 +64,18 @@ class Study(NamedTuple):
     untouched: Mapping[str, Any] | None = None
     steps: Mapping[str, float] = MappingProxyType({})
     diverged: Mapping[str, str] = MappingProxyType({})
-    failed: Mapping[tuple[str, int], str] = MappingProxyType({})
+    failed: Sequence[tuple[str, str]] = ()
 
 
-def left_out(diverged: Mapping[str, str], failed: Mapping[tuple[str, int], str]) -> str:
+def left_out(diverged: Mapping[str, str], failed: Sequence[tuple[str, str]]) -> str:
     """Says which methods diverged, and of which runs failed otherwise, a line each."""
     lines = []
     if diverged:
         lines.append(f"training diverged for {', '.join(diverged)}")
         lines += [f"{method}: {why}" for method, why in diverged.items()]
     if failed:
-        lines.append(f"runs failed for {', '.join(dict.fromkeys(method for method, _ in failed))}")
-        lines += [f"{method}: under seed {seed}, {why}" for (method, seed), why in failed.items()]
+        lines.append(f"runs failed for {', '.join(dict(failed))}")
+        lines += [f"{method}: {why}" for method, why in failed]
     return "\n".join(lines)
 
 
@@ -270,7 +270,7 @@ def finish(
     learning_rates: Mapping[str, float],
     untouched: Mapping[str, Any] | None = None,
     diverged: Mapping[str, str] = MappingProxyType({}),
-    failed: Mapping[tuple[str, int], str] = MappingProxyType({}),
+    failed: Sequence[tuple[str, str]] = (),
     *,
     first: Path,
     steps: Mapping[str, float] = MappingProxyType({}),
@@ -285,7 +285,7 @@ def finish(
       learning_rates: That of each method.
       untouched: The metrics of the model before any training.
       diverged: Methods that are left out because training diverged, and where it did.
-      failed: Why other methods are left out, by method and seed.
+      failed: Other methods that are left out, and why, run by run.
       first: The work directory of the first run.
       steps: The server's step size of each method that has another than 1.
     """

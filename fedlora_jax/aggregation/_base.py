@@ -521,8 +521,7 @@ def wide(weights: Weights) -> np.ndarray | jax.Array:
     """
     if all(map(_concrete, jax.tree.leaves(weights))):
         return np.asarray(weights, np.float64)
-    traced = jnp.asarray(weights)
-    return traced.astype(jnp.promote_types(traced.dtype, jnp.float32))
+    return lowrank.wide(jnp.asarray(weights))
 
 
 def normalized(weights: np.ndarray | jax.Array, present: np.ndarray | jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from fedlora_jax import lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, Split
-from fedlora_jax.names import lookup
+from fedlora_jax.names import check_choices
 
 
 def flexlora(
@@ -53,7 +53,7 @@ def flexlora(
       Bai et al., *Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and
       Client Resources*, NeurIPS 2024, arXiv:2402.11505.
     """
-    lookup(dict.fromkeys(("right", "balanced", "left")), split, "split")
+    check_choices(flexlora, split=split)
     _base.check_rank("flexlora", rank, stacked)
     return _base.run(_flexlora, stacked, weights, rank=rank, split=split)
 

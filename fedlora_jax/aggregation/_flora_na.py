@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from fedlora_jax import _batching, _linalg, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors, einsum, matmul
-from fedlora_jax.names import lookup
+from fedlora_jax.names import check_choices
 
 Solver = Literal["als", "gradient"]
 
@@ -79,7 +79,7 @@ def flora_na(
       *FLoRA-NA: Nearly Accurate Aggregation for Federated Low-Rank Adaptation*, arXiv:2509.26399.
       The paper does not state a solver; alternating least squares is ours.
     """
-    lookup(dict.fromkeys(get_args(Solver)), solver, "solver")
+    check_choices(flora_na, solver=solver)
     _base.check_static("flora_na", sweeps=sweeps)
     if not shared:
         return _base.run(_alone, stacked, weights, solver=solver, sweeps=sweeps)

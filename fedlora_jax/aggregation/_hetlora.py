@@ -2,7 +2,7 @@
 
 import math
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.aggregation._fedit import _fedit
 from fedlora_jax.lowrank import Factors
-from fedlora_jax.names import lookup
+from fedlora_jax.names import check_choices
 
 Per = Literal["client", "kernel"]
 
@@ -58,7 +58,7 @@ def hetlora(stacked: PyTree, weights: Weights, *, per: Per = "client") -> Aggreg
       Cho et al., *Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models*,
       EMNLP 2024, arXiv:2401.06432.
     """
-    lookup(dict.fromkeys(get_args(Per)), per, "option of per")
+    check_choices(hetlora, per=per)
     if per == "kernel":
         return _base.run(_alone, stacked, weights)
     sizes, shares = zip(*_base.each_kernel(_sizes, stacked, weights), strict=True)

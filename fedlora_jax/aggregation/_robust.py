@@ -317,7 +317,7 @@ def _parts(
             named |= _layers(name, node, axis=1)
             first |= {} if start is None else _layers(name, start, axis=0)
             continue
-        wide = jnp.asarray(node, jnp.promote_types(jnp.result_type(node), jnp.float32))
+        wide = lowrank.wide(jnp.asarray(node))
         arrays.append(wide if start is None else wide - start)
     return named, arrays, first
 
@@ -386,8 +386,8 @@ def _entrywise(stacked: PyTree, weights: Weights, function: Any) -> PyTree:
     present &= _linalg.finite_rows(jax.tree.leaves(stacked))
 
     def of(x: jax.Array) -> jax.Array:
-        wide = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
-        return jnp.where(jnp.any(present), function(wide, present), 0).astype(x.dtype)
+        found = function(lowrank.wide(x), present)
+        return jnp.where(jnp.any(present), found, 0).astype(x.dtype)
 
     return jax.tree.map(of, jax.tree.map(jnp.asarray, stacked))
 

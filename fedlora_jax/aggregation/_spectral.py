@@ -1,6 +1,6 @@
 """Spectral selection: keep the singular directions of the mean product that carry signal."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from fedlora_jax import bounds, lowrank
 from fedlora_jax.aggregation import _base
 from fedlora_jax.aggregation._base import Aggregated, PyTree, Weights
 from fedlora_jax.lowrank import Factors
-from fedlora_jax.names import lookup
+from fedlora_jax.names import check_choices
 
 Selection = Literal["energy", "noise"]
 
@@ -77,7 +77,7 @@ def spectral(
       Large Language Models*, arXiv:2506.09199. Donoho, Gavish, Romanov, *ScreeNOT: Exact
       MSE-optimal singular value thresholding in correlated noise*, Annals of Statistics 2023.
     """
-    lookup(dict.fromkeys(get_args(Selection)), selection, "selection")
+    check_choices(spectral, selection=selection)
     _base.check_rank("spectral", rank, stacked)
     bounds.check("spectral", threshold=threshold)
     key = jax.random.key(0) if key is None else key

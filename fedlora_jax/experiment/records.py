@@ -302,8 +302,10 @@ def check_not_gone(path: Path) -> None:
     Raises:
       Damaged: If rounds of the run are finished, and the file is not there.
     """
+    if path.exists():
+        return
     workdir = path.parent
-    # Looked at before the file: another process may begin the run meanwhile.
+    # The file is looked for again: another process may begin the run meanwhile.
     begun = _lines(workdir / METRICS) or _lines(workdir / BACKUP) or checkpoints.finished(workdir)
     if begun and not path.exists():
         raise Damaged(

@@ -130,6 +130,10 @@ def metrics_of(kind: str, names: Sequence[str]) -> tuple[Metric, ...]:
     fitting = lookup(_METRICS, kind, "task")
     if not names or isinstance(names, str):
         raise ValueError(f"expected one metric or more of {', '.join(fitting)}, got {names!r}")
+    for name in names:
+        if "," in name:
+            several = tuple(name.split(","))
+            raise ValueError(f"{name!r} is taken for one metric; several are written as {several}")
     table = {name: metrics.get(name) for name in fitting}
     return tuple(lookup(table, name, f"metric of a {kind} task") for name in names)
 

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from fedlora_jax.methods._base import (
     stacked_layers,
     unstacked_layers,
 )
-from fedlora_jax.names import lookup
+from fedlora_jax.names import check_choices
 
 StartKind = Literal["paper", "exact"]
 GradientKind = Literal["sketch", "dense"]
@@ -118,12 +118,7 @@ def fedsmooth_lora(
     References:
       *FedSmoothLoRA*, arXiv:2605.29460. The sketch and `start='exact'` are ours.
     """
-    for name, value, kind in (
-        ("start", start, StartKind),
-        ("gradient", gradient, GradientKind),
-        ("split", split, Split),
-    ):
-        lookup(dict.fromkeys(get_args(kind)), value, name)
+    check_choices(fedsmooth_lora, start=start, gradient=gradient, split=split)
     bounds.check(
         "fedsmooth_lora",
         zeta=zeta,
