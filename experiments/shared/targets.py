@@ -75,12 +75,22 @@ class Adapter(NamedTuple):
                     f"{self.source} has no scale: give --scale, config.lora.scale of its run"
                 )
             adapters, saved = records.load_trainable(Path(self.source))
+            self._check_complete()
         else:
             if self.scale is not None:
                 raise ValueError(f"--scale is for an adapters.npz; {self.source} has its own")
             adapters, scale, saved, _ = peft.load(self.source, model)
         self._check_fits(adapters, saved, params)
         return adapters, scale, saved
+
+    def _check_complete(self) -> None:
+        assert self.source is not None
+        if merged := records.merged_layers(Path(self.source)):
+            raise ValueError(
+                f"{self.source} is half of what was trained: its run merged the other half into "
+                f"{len(merged)} kernels of the backbone, such as that of {merged[0]}. Score the "
+                "run instead, by --workdir"
+            )
 
     def _check_fits(self, adapters: Adapters, saved: Params, params: Params) -> None:
         shapes = lora.kernel_shapes(params)

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from fedlora_jax import bounds, locks
+from fedlora_jax import bounds, locks, lora
 from fedlora_jax.experiment import chunking, hosts, partitions, records, resuming
-from fedlora_jax.experiment.checkpoints import Checkpoints
+from fedlora_jax.experiment.checkpoints import Checkpoints, fingerprint
 from fedlora_jax.experiment.client_store import ClientStore
 from fedlora_jax.experiment.measure import Participation, make_measure
 from fedlora_jax.experiment.program import Program, check, schedule
@@ -55,7 +55,8 @@ def run(
     * `checkpoints/`: the last two states of the server, by Orbax, with checksums, but what no round
       changes of a backbone that was read from files.
     * `clients/`: the states of clients that keep one, see `client_store`.
-    * `adapters.npz`: the final adapters, and the head.
+    * `adapters.npz`: the final adapters, and the head; and which layers have another kernel than at
+      the start.
     * `damaged/`: what was found not to be as it was written, for a look; it is never read.
 
     Args:
@@ -95,7 +96,7 @@ def run(
             stack.enter_context(contextlib.closing(checkpoints))
             # From here on nothing holds a state of the server but the last one: after each round a
             # method that merges has other kernels.
-            server, start = start.server, start.outlined()
+            server, start, kernels = start.server, start.outlined(), _kernels(start.server)
             if resumed.rounds:
                 server = checkpoints.restore(resumed.rounds, server)
             writer = None
@@ -117,9 +118,10 @@ def run(
                         server, results = train(index, server)
                         record(index, server, results)
                         advance()
+        merged = [layer for layer, now in _kernels(server).items() if now != kernels[layer]]
         with hosts.first_before_others("finished"):
             if hosts.is_first():
-                records.save_trainable(workdir / "adapters.npz", server.trainable)
+                records.save_trainable(workdir / "adapters.npz", server.trainable, merged)
         return records.read_metrics(workdir, max(rounds, resumed.rounds))
 
 
@@ -127,6 +129,12 @@ def _given(config: ml_collections.ConfigDict, start: State) -> Params:
     """The part of the state that whoever goes on with the run reads from files."""
     # What is made here, and not read from files, may come out otherwise elsewhere.
     return start.server.backbone if "pretrained" in config else {}
+
+
+def _kernels(server: Server) -> dict[str, np.ndarray]:
+    """Of each adapted layer a number that changes with its kernel."""
+    kernels, adapted = lora.kernels(server.backbone), server.trainable.adapters
+    return jax.device_get({layer: fingerprint(kernels[layer]) for layer in adapted})
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import sys
 import tokenize
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ BACKUP = "metrics.backup"
 CONFIG = "config.json"
 DAMAGED = "damaged"
 _SHA256 = "sha256"
+_MERGED = "merged"
 # What NumPy may raise on a file that is not its own.
 NOT_NUMPY = (
     *(ValueError, TypeError, KeyError, EOFError, SyntaxError, NotImplementedError),
@@ -201,10 +202,16 @@ def _numbers(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]
     return found
 
 
-def save_trainable(path: Path, trainable: Trainable) -> None:
+def save_trainable(path: Path, trainable: Trainable, merged: Sequence[str] = ()) -> None:
     """Writes what was trained as one `.npz`.
 
     An array a factor is named `layer/path.a` or `.b`, an array of the head by its path.
+
+    Args:
+      path: Of the file.
+      trainable: Adapters and head.
+      merged: Layers whose frozen kernel has changed too, which is not written: these have
+        `layer/path.merged`.
     """
     arrays: dict[str, Any] = {
         f"{layer}.{side}": np.asarray(getattr(factors, side))
@@ -213,8 +220,16 @@ def save_trainable(path: Path, trainable: Trainable) -> None:
     }
     for name, array in traverse_util.flatten_dict(dict(trainable.head), sep="/").items():
         arrays[name] = np.asarray(array)
+    arrays |= {f"{layer}.{_MERGED}": np.True_ for layer in merged}
     with replacing(path) as file:
         np.savez(file, **arrays)
+
+
+def merged_layers(path: Path) -> list[str]:
+    """The layers of which `save_trainable` was told that their kernel has changed."""
+    with zipfile.ZipFile(path) as file:
+        names = [name.removesuffix(".npy").rpartition(".") for name in file.namelist()]
+    return [layer for layer, _, side in names if side == _MERGED]
 
 
 def load_trainable(path: Path) -> Trainable:
@@ -237,7 +252,7 @@ def load_trainable(path: Path) -> Trainable:
                 layer, dot, side = name.rpartition(".")
                 if dot and side in Factors._fields:
                     layers.setdefault(layer, {})[side] = array
-                else:
+                elif side != _MERGED:
                     head[name] = array
         if not layers:
             raise ValueError("no array has the name of a layer and .a or .b")

@@ -408,9 +408,22 @@ def test_what_is_trained_is_scored_as_the_run_scored_it(digits, tmp_path):
             targets.of_config(config, "test", Adapter(source))
 
 
-def test_adapter_of_a_configuration(runs):
+def test_what_was_merged_is_missed(runs):
+    """By the file itself, which without it is worth little."""
     directory, config = runs
-    source = str(directory / "fedex_lora/adapters.npz")
+    path = directory / "fedex_lora/adapters.npz"
+    adapters, _ = records.load_trainable(path)
+    assert sorted(records.merged_layers(path)) == sorted(adapters)
+    with pytest.raises(ValueError, match=r"is half of what was trained: .* by --workdir"):
+        targets.of_config(config, "test", Adapter(str(path)))
+    assert records.merged_layers(directory / "local/adapters.npz") == []
+
+
+def test_adapter_of_a_configuration(runs, tmp_path):
+    directory, config = runs
+    path = tmp_path / "adapters.npz"
+    records.save_trainable(path, records.load_trainable(directory / "fedex_lora/adapters.npz"))
+    source = str(path)
     bare = targets.of_config(config, "test", Adapter())
     adapted = targets.of_config(config, "test", Adapter(source))
     assert float(adapted.scale) == config.lora.scale
