@@ -19,7 +19,8 @@ values on the paper's B.
 Ours: all of MetaMathQA, of which the authors keep what comes from GSM8K and cut the last line; the
 first question and answer of a conversation in Code-Feedback, of whose answers they keep the first
 block of code; arithmetic in bfloat16. One per cent is held out to be judged by nats a token;
-`experiments.evaluate` scores GSM8K and HumanEval.
+`experiments.evaluate` scores GSM8K and HumanEval, asking for GSM8K `Question: ...`, `Answer:` where
+training has `Q: ...`, `A: ...`.
 
 `source` is where weights and tokenizer are, by default on the hub, behind Meta's licence. Expected
 on one H200: 20 GB, an hour a method (`docs/papers.md` says how that is reckoned). `runlocal` makes

@@ -121,7 +121,8 @@ def render(study: Study, dials: Dials, style: str = "simple") -> str:
         versus = ["-"] * 3
         if found is not None:
             mean, low, high = np.exp([found.mean, found.low, found.high])
-            versus = [f"{mean:.3f}", f"{low:.3f} to {high:.3f}", found.shown_p]
+            interval = "-" if np.isnan(low) else f"{low:.3f} to {high:.3f}"
+            versus = [f"{mean:.3f}", interval, found.shown_p]
         steps = ["-"] * 2 if chosen is None else [_marked(chosen, x) for x in ("rate", "step")]
         error = "-" if row.aggregation_error is None else f"{row.aggregation_error:.4f}"
         sizes = [f"{size / 1000:.2f}" for size in study.sizes[name]]

@@ -6,18 +6,23 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+# Of a difference of two numbers, relative.
+_ROUNDING = 1e-9
+
 
 class Difference(NamedTuple):
     """How a method differs from a reference over seeds.
 
     Attributes:
       mean: Mean difference, in the unit of the values.
-      low: Lower end of its 95% t-interval.
+      low: Lower end of its 95% t-interval; NaN where all seeds have the same difference but none, of
+        which a t-test thinks that no seed could ever have another.
       high: Upper end.
       higher: The number of seeds on which the method is higher.
       lower: The number of seeds on which it is lower.
       seeds: The number of seeds.
-      p: Two-sided p-value of the paired t-test, corrected by Holm over the methods compared.
+      p: Two-sided p-value of the paired t-test, corrected by Holm over the methods compared; NaN
+        where the interval is.
     """
 
     mean: float
@@ -31,6 +36,8 @@ class Difference(NamedTuple):
     @property
     def shown_p(self) -> str:
         """The p-value as tables have it."""
+        if np.isnan(self.p):
+            return "-"
         return f"{self.p:.3f}" if self.p >= 0.0005 else "< 0.001"
 
 
@@ -49,6 +56,9 @@ def differences(values: Mapping[str, Sequence[float]], reference: str) -> dict[s
     seeds = gains.shape[1]
     means = gains.mean(1)
     errors = gains.std(1, ddof=1) / np.sqrt(seeds)
+    # Equal ones come out of a subtraction some last digits apart.
+    errors[errors <= _ROUNDING * np.abs(gains).max(1)] = 0
+    errors[(errors == 0) & (means != 0)] = np.nan
     half = stats.t.ppf(0.975, seeds - 1) * errors
     p_values = holm([_p_value(*pair, seeds) for pair in zip(means, errors, strict=True)])
     return {
@@ -66,8 +76,8 @@ def differences(values: Mapping[str, Sequence[float]], reference: str) -> dict[s
 
 
 def _p_value(mean: float, error: float, seeds: int) -> float:
-    if error == 0:  # The same difference under every seed.
-        return float(mean == 0)
+    if error == 0:
+        return 1.0
     return float(2 * stats.t.sf(abs(mean) / error, seeds - 1))
 
 

@@ -35,7 +35,7 @@ _PAIRED_LEGEND = """\
 {metric} minus that of {reference} under the same seed, in {unit}: the mean over {seeds} seeds, its
 95% t-interval, on how many seeds the method is {better}, and the p-value of a two-sided paired
 t-test, corrected by Holm for the {methods} comparisons of this table; an interval holds for its
-method alone. A seed sets the split over clients, the first adapters, the cohorts and the batches:
+method alone, and there is none (-) where all seeds have the same difference. A seed sets the split over clients, the first adapters, the cohorts and the batches:
 intervals say what another seed could change. They do not say what another data set, backbone or
 learning rate could, nor other test examples: all runs share the same {test_examples}."""
 
@@ -231,7 +231,7 @@ def render_paired(runs: Runs, reference: str, metric: Metric, style: str = "simp
         [
             method,
             f"{each.mean:+.{digits}f}",
-            f"{each.low:+.{digits}f} to {each.high:+.{digits}f}",
+            "-" if np.isnan(each.low) else f"{each.low:+.{digits}f} to {each.high:+.{digits}f}",
             f"{getattr(each, metric.better)} of {each.seeds}",
             each.shown_p,
         ]
@@ -334,6 +334,8 @@ def write(workdir: Path, runs: Runs, study: Study) -> Path:
         render(runs, study, "github"),
         legend(head, metric),
     ]
+    if study.untouched is not None:
+        parts.append("The untouched model is the pretrained one, before any training.")
     if silent := [method for method in runs if method not in numbers]:
         parts.append(
             f"Of {', '.join(silent)} the {metric.words} after the last round is no number under "

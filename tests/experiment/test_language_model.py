@@ -48,7 +48,8 @@ def base(tmp_path_factory):
     config.pretrained.source = str(directory / "model.gguf")
     config.rounds = 3
     config.clients_per_round = 3
-    config.lora.rank = 2
+    # Each adapted kernel makes every one of many programs larger.
+    config.lora.update(rank=2, targets=("attention/query", "mlp/up"))
     config.local.update(steps=3, batch_size=5, learning_rate=3e-2)
     yield config
     patch.undo()
@@ -93,7 +94,6 @@ def test_blocks_in_a_loop_learn_the_same(base, tmp_path):
     files.write_random(tmp_path / "model.gguf", depth=2)
     deeper = {
         "pretrained.source": str(tmp_path / "model.gguf"),
-        "lora.targets": ("attention/query", "mlp/up"),
         "local.steps": 2,
         "rounds": 1,
     }
@@ -109,7 +109,9 @@ def test_blocks_in_a_loop_learn_the_same(base, tmp_path):
 
 
 def test_a_checkpoint_is_without_what_no_round_changes_of_the_pretrained_model(base, tmp_path):
-    run(base, tmp_path, method="flora", rounds=1)
+    """Of all its linear layers, which this configuration adapts."""
+    every = jsonl_config.get_config().lora.targets
+    run(base, tmp_path, method="flora", rounds=1, **{"lora.targets": every})
     checkpoint = ocp.StandardCheckpointer().metadata(tmp_path / "checkpoints/1/default")
     for path, array in ocp.tree.to_flat_dict(checkpoint.item_metadata.tree["backbone"]).items():
         merged = path[-1] == "kernel" and path[0] != "head"

@@ -40,10 +40,17 @@ def test_two_seeds_by_hand():
     assert found.p == pytest.approx(1 - 2 * np.arctan(2) / np.pi)
 
 
-def test_equal_differences_have_no_width():
-    found = paired.differences({"a": [1.0, 2.0], "same": [1.0, 2.0], "up": [2.0, 3.0]}, "a")
-    assert found["same"] == (0, 0, 0, 0, 0, 2, 1.0)
-    assert found["up"] == (1, 1, 1, 2, 0, 2, 0.0)
+def test_equal_differences_have_no_interval_and_no_p_value():
+    """A t-test would be certain of them, after two seeds."""
+    values = {"a": [1.0, 2.0], "same": [1.0, 2.0], "up": [2.0, 3.0], "down": [0.5, 1.6]}
+    found = paired.differences(values, "a")
+    assert found["same"] == (0, 0, 0, 0, 0, 2, 1.0) and found["same"].shown_p == "1.000"
+    assert found["up"][:1] + found["up"][3:6] == (1, 2, 0, 2)
+    assert np.isnan([found["up"].low, found["up"].high, found["up"].p]).all()
+    assert found["up"].shown_p == "-" and found["down"].p > 0.05
+    # Of 1,200 images; the subtraction leaves 4e-17 between them.
+    images = {"a": [199 / 1200, 201 / 1200], "b": [227 / 1200, 229 / 1200]}
+    assert paired.differences(images, "a")["b"].shown_p == "-"
 
 
 def test_holm_by_hand():
