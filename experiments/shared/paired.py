@@ -15,8 +15,8 @@ class Difference(NamedTuple):
 
     Attributes:
       mean: Mean difference, in the unit of the values.
-      low: Lower end of its 95% t-interval; NaN where all seeds have the same difference but none, of
-        which a t-test thinks that no seed could ever have another.
+      low: Lower end of its 95% t-interval; NaN where all seeds have the same difference, other than
+        none: a t-test would be certain that no seed could have another.
       high: Upper end.
       higher: The number of seeds on which the method is higher.
       lower: The number of seeds on which it is lower.

@@ -35,9 +35,10 @@ _PAIRED_LEGEND = """\
 {metric} minus that of {reference} under the same seed, in {unit}: the mean over {seeds} seeds, its
 95% t-interval, on how many seeds the method is {better}, and the p-value of a two-sided paired
 t-test, corrected by Holm for the {methods} comparisons of this table; an interval holds for its
-method alone, and there is none (-) where all seeds have the same difference. A seed sets the split over clients, the first adapters, the cohorts and the batches:
-intervals say what another seed could change. They do not say what another data set, backbone or
-learning rate could, nor other test examples: all runs share the same {test_examples}."""
+method alone, and there is none (-) where all seeds have the same difference. A seed sets the split
+over clients, the first adapters, the cohorts and the batches: intervals say what another seed could
+change. They do not say what another data set, backbone or learning rate could, nor other test
+examples: all runs share the same {test_examples}."""
 
 
 class Study(NamedTuple):

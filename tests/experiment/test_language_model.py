@@ -49,7 +49,7 @@ def base(tmp_path_factory):
     config.rounds = 3
     config.clients_per_round = 3
     # Each adapted kernel makes every one of many programs larger.
-    config.lora.update(rank=2, targets=("attention/query", "mlp/up"))
+    config.lora.update(rank=2, targets=("attention/value", "mlp/down"))
     config.local.update(steps=3, batch_size=5, learning_rate=3e-2)
     yield config
     patch.undo()
