@@ -80,6 +80,7 @@ def test_a_bare_encoder_needs_no_prefix(tmp_path):
 
 
 def test_a_head_beside_tied_embeddings_is_the_same(tmp_path):
+    """Or is the one table that is stored."""
     model = LLAMA.clone(tied=True)
     params = initialised(model, TOKENS)
     table = params["embedding"]["embedding"]
@@ -91,6 +92,23 @@ def test_a_head_beside_tied_embeddings_is_the_same(tmp_path):
             continue
         with pytest.raises(ValueError, match="lm_head.weight is not .*embed_tokens.*tied=False"):
             pretrained.load(model, tmp_path, TOKENS)
+        del tensors["model.embed_tokens.weight"]
+        write_safetensors(tmp_path / "model.safetensors", tensors)
+        read = pretrained.load(model, tmp_path, TOKENS)
+        equal(read, {**params, "embedding": {"embedding": -table}})
+
+
+def test_a_model_of_images_that_are_not_square(vit, tmp_path):
+    """Its positions are no square grid either, even where their number is a square."""
+    write_safetensors(tmp_path / "model.safetensors", vit[1])
+    (tmp_path / "config.json").write_text(json.dumps(VIT_CONFIG | {"image_size": [16, 64]}))
+    for options in ({}, {"image_size": 32}):
+        with pytest.raises(ValueError, match="16 x 64 pixels, not square: `load` takes"):
+            pretrained.from_pretrained(tmp_path, **options)
+    oblong = jax.ShapeDtypeStruct((1, 16, 64, 3), jnp.float32)
+    equal(pretrained.load(VIT, tmp_path, oblong), vit[0])
+    (tmp_path / "config.json").write_text(json.dumps(VIT_CONFIG | {"image_size": [32, 32]}))
+    equal(pretrained.from_pretrained(tmp_path)[1], vit[0])
 
 
 def test_storage_types(vit, tmp_path):
