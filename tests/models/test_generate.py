@@ -67,6 +67,18 @@ def test_a_text_stays_ended(params):
         assert (output[row, stop[0] :] == end).all()
 
 
+def test_any_of_several_tokens_ends_a_text(params):
+    free = np.asarray(generate(MODEL, params, PROMPTS, LENGTHS, max_new_tokens=6))
+    unwritten = next(token for token in range(11) if token not in free)
+    ends = (unwritten, int(free[0, 1]), int(free[1, 3]))
+    options = {"max_new_tokens": 6, "end_token": ends}
+    output = np.asarray(generate(MODEL, params, PROMPTS, LENGTHS, **options))
+    for row in range(2):
+        stop = np.flatnonzero(np.isin(free[row], ends))[0] + 1
+        np.testing.assert_array_equal(output[row, :stop], free[row, :stop])
+        assert (output[row, stop:] == unwritten).all()
+
+
 def test_sampling_follows_the_key_and_the_distribution(params):
     def sample(key, prompts=PROMPTS, temperature=3.0, **options):
         options |= {"key": key, "temperature": temperature, "max_new_tokens": 1}
