@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedlora_jax import lora
+from fedlora_jax import blocks, lora
 from fedlora_jax.models import Llama
 from fedlora_jax.models.generate import _keep_top, generate
 
@@ -77,6 +77,11 @@ def test_any_of_several_tokens_ends_a_text(params):
         stop = np.flatnonzero(np.isin(free[row], ends))[0] + 1
         np.testing.assert_array_equal(output[row, :stop], free[row, :stop])
         assert (output[row, stop:] == unwritten).all()
+
+
+def test_stacked_blocks_have_no_cache(params):
+    with pytest.raises(ValueError, match="no cache with stacked blocks"):
+        generate(MODEL, blocks.stack(params), PROMPTS, LENGTHS, max_new_tokens=6)
 
 
 def test_sampling_follows_the_key_and_the_distribution(params):
