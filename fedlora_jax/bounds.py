@@ -157,7 +157,23 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         "num_heads": _COUNT,
         "num_kv_heads": _COUNT,
         "mlp_dim": _MAYBE_COUNT,
+        "token_mlp_dim": _MAYBE_COUNT,
+        "channel_mlp_dim": _MAYBE_COUNT,
+        "head_dim": _MAYBE_COUNT,
         "vocab_size": _COUNT,
+        "num_positions": _COUNT,
+        "num_token_types": _COUNT,
+        # -1 is no token: nothing is padding.
+        "pad_token": Bound(-1, whole=True),
+        "context": _MAYBE_COUNT,
+        "layer_norm_epsilon": _NOT_NEGATIVE,
+        "norm_epsilon": _NOT_NEGATIVE,
+        "rope_base": _POSITIVE,
+        # Of `RopeScaling`.
+        "factor": _POSITIVE,
+        "low_frequency_factor": _POSITIVE,
+        "high_frequency_factor": _POSITIVE,
+        "original_context": _COUNT,
     },
     # Of `pretrain`, and `config.pretraining.options`.
     "pretrain": {

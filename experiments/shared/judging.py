@@ -195,7 +195,7 @@ def score(
         asking.sampling,
         adapters=target.adapters,
         scale=target.scale,
-        end_token=language.end_token,
+        end_token=language.end_tokens,
         done=lambda at, new: text_of(at, new)[1],
         rows=asking.rows,
         skip=skip,

@@ -32,7 +32,7 @@ def generate(
     key: jax.Array | None = None,
     temperature: float | jax.Array = 1.0,
     top_p: float | jax.Array = 1.0,
-    end_token: int | None = None,
+    end_token: int | tuple[int, ...] | None = None,
 ) -> jax.Array:
     """Continues prompts, greedily or by sampling.
 
@@ -50,14 +50,17 @@ def generate(
       key: A random key to sample with; None for the most likely token at each step.
       temperature: Logits are divided by it before sampling; at 0 the most likely token is taken.
       top_p: Sample from the likeliest tokens whose probabilities sum up to this.
-      end_token: Token id that ends a text.
+      end_token: Token id that ends a text, or several, each of which does.
 
     Returns:
-      New tokens `[B, max_new_tokens]`; after the end of a text, `end_token` again and again.
+      New tokens `[B, max_new_tokens]`; after the end of a text, `end_token`, or the first of
+      several, again and again.
 
     Raises:
       ValueError: If prompts and new tokens together are longer than the model's context.
     """
+    several = end_token if isinstance(end_token, tuple) else (end_token,)
+    ends = [token for token in several if token is not None]
 
     def forward(
         tokens: jax.Array, positions: jax.Array, cache: Cache, last: jax.Array
@@ -81,9 +84,9 @@ def generate(
     def advance(now: _Progress) -> _Progress:
         token = pick(now.logits, now.step).astype(prompts.dtype)
         ended = now.ended
-        if end_token is not None:
-            token = jnp.where(ended, end_token, token)
-            ended = ended | (token == end_token)
+        if ends:
+            token = jnp.where(ended, ends[0], token)
+            ended = ended | jnp.isin(token, jnp.array(ends, token.dtype))
         tokens = now.tokens.at[:, now.step].set(token)
         position = (lengths + now.step)[:, None]
         logits, cache = forward(token[:, None], position, now.cache, jnp.zeros_like(lengths))
@@ -94,8 +97,7 @@ def generate(
     cache = model.empty_cache(batch, length + max_new_tokens)
     positions = jnp.broadcast_to(jnp.arange(length), prompts.shape)
     logits, cache = forward(prompts, positions, cache, lengths - 1)
-    filler = 0 if end_token is None else end_token
-    tokens = jnp.full((batch, max_new_tokens), filler, prompts.dtype)
+    tokens = jnp.full((batch, max_new_tokens), ends[0] if ends else 0, prompts.dtype)
     start = _Progress(jnp.int32(0), tokens, logits, jnp.zeros(batch, bool), cache)
     return jax.lax.while_loop(unfinished, advance, start).tokens
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from fedlora_jax.blocks import over_blocks
+from fedlora_jax.blocks import LOOPED, over_blocks
 
 
 class RopeScaling(NamedTuple):
@@ -297,7 +297,8 @@ class Llama(nn.Module):
 
         Raises:
           ValueError: If tokens are not `[B, T]`, are more than the context, or targets are of
-            another shape or come with a cache or `only`; or if the heads do not divide.
+            another shape or come with a cache or `only`; if there is a cache and parameters are
+            stacked; or if the heads do not divide.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [B, T], not of shape {tokens.shape}")
@@ -306,6 +307,8 @@ class Llama(nn.Module):
             raise ValueError(f"targets are {targets.shape}, but tokens {tokens.shape}")
         if targets is not None and (cache is not None or only is not None):
             raise ValueError("targets are scored of whole texts: no cache, and not `only` some")
+        if cache is not None and self.has_variable("params", LOOPED):
+            raise ValueError("no cache with stacked blocks: give them as before blocks.stack")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_kv_heads} key heads do not divide {self.num_heads} heads")
         if positions is None:

@@ -55,10 +55,10 @@ def encode(language: Language, prompt: str, chat: bool = False) -> list[int]:
 
 
 def decode(language: Language, prompt: Sequence[int], new: Sequence[int]) -> tuple[str, bool]:
-    """The text of new tokens up to the first special one, and whether there was one."""
+    """The text of new tokens up to the first that is special or ends it, and if there was one."""
     added = language.tokenizer.get_added_tokens_decoder()
-    special = {index for index, token in added.items() if token.special}
-    ends = [i for i, token in enumerate(new) if token in special or token == language.end_token]
+    last = {index for index, token in added.items() if token.special}.union(language.end_tokens)
+    ends = [i for i, token in enumerate(new) if token in last]
     new = list(new[: ends[0]]) if ends else list(new)
     # Some tokenizers drop a space at the beginning of what they decode.
     before, whole = (language.tokenizer.decode(ids) for ids in (list(prompt), [*prompt, *new]))
@@ -98,7 +98,7 @@ def write(
     *,
     adapters: Adapters,
     scale: float | jax.Array,
-    end_token: int | None,
+    end_token: int | tuple[int, ...] | None,
     done: Callable[[int, list[int]], bool],
     rows: int,
     skip: Collection[int] = (),
@@ -117,7 +117,7 @@ def write(
       sampling: How tokens are chosen.
       adapters: LoRA adapters, or an empty dict.
       scale: Their factor s.
-      end_token: Token that ends a text, or None.
+      end_token: As for `generate`.
       done: `(position of the prompt, new tokens) -> bool`, whether no more are wanted.
       rows: Texts at the same time.
       skip: Positions of prompts that are left out.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedlora_jax import lora
+from fedlora_jax import blocks, lora
 from fedlora_jax.models import Llama
 from fedlora_jax.models.generate import _keep_top, generate
 
@@ -65,6 +65,23 @@ def test_a_text_stays_ended(params):
         stop = np.flatnonzero(free[row] == end)[:1].tolist() or [6]
         np.testing.assert_array_equal(output[row, : stop[0]], free[row, : stop[0]])
         assert (output[row, stop[0] :] == end).all()
+
+
+def test_any_of_several_tokens_ends_a_text(params):
+    free = np.asarray(generate(MODEL, params, PROMPTS, LENGTHS, max_new_tokens=6))
+    unwritten = next(token for token in range(11) if token not in free)
+    ends = (unwritten, int(free[0, 1]), int(free[1, 3]))
+    options = {"max_new_tokens": 6, "end_token": ends}
+    output = np.asarray(generate(MODEL, params, PROMPTS, LENGTHS, **options))
+    for row in range(2):
+        stop = np.flatnonzero(np.isin(free[row], ends))[0] + 1
+        np.testing.assert_array_equal(output[row, :stop], free[row, :stop])
+        assert (output[row, stop:] == unwritten).all()
+
+
+def test_stacked_blocks_have_no_cache(params):
+    with pytest.raises(ValueError, match="no cache with stacked blocks"):
+        generate(MODEL, blocks.stack(params), PROMPTS, LENGTHS, max_new_tokens=6)
 
 
 def test_sampling_follows_the_key_and_the_distribution(params):

@@ -62,7 +62,10 @@ def write(path, params, kind="F32", frequencies=None, context=128, **changed):
     writer.add_feed_forward_length(MODEL.mlp_dim)
     writer.add_head_count(MODEL.num_heads)
     writer.add_head_count_kv(MODEL.num_kv_heads)
-    writer.add_layer_norm_rms_eps(MODEL.norm_epsilon)
+    if changed.pop("has_epsilon", True):
+        writer.add_layer_norm_rms_eps(MODEL.norm_epsilon)
+    for name, *values in changed.pop("entries", ()):
+        getattr(writer, f"add_{name}")(*values)
     writer.add_rope_freq_base(MODEL.rope_base)
     writer.add_tokenizer_model(changed.pop("tokenizer", "gpt2"))
     writer.add_tokenizer_pre(changed.pop("pre", "smollm"))
@@ -416,6 +419,31 @@ def test_frequencies_of_llama_3(tmp_path, params):
     write(tmp_path / "other.gguf", params, frequencies=np.linspace(1, 9, 8, dtype=np.float32))
     with pytest.raises(ValueError, match="not stretched as Llama 3"):
         gguf_files.read_config(tmp_path / "other.gguf")
+
+
+@pytest.mark.parametrize(
+    ("entries", "problem"),
+    [
+        # As for llama.cpp, scaling is linear where no kind is said, and none by a factor of 1 or 0.
+        ([("rope_scaling_factor", 4.0)], "rope scaling 'linear'"),
+        ([("float32", "llama.rope.scale_linear", 4.0)], "rope scaling 'linear'"),
+        ([("string", "llama.rope.scaling.type", "yarn")], "rope scaling 'yarn'"),
+        ([("rope_scaling_factor", 0.0), ("float32", "llama.rope.scale_linear", 4.0)], None),
+        ([("rope_scaling_factor", 1.0), ("string", "llama.rope.scaling.type", "linear")], None),
+        ([("rope_scaling_factor", 4.0), ("string", "llama.rope.scaling.type", "none")], None),
+        ([("causal_attention", False)], "attends in both directions"),
+        ([("causal_attention", True)], None),
+        (None, "lacks 'rms_norm_eps'"),
+    ],
+)
+def test_entries_of_the_header(tmp_path, entries, problem):
+    has_epsilon = entries is not None
+    write_random(tmp_path / "model.gguf", entries=entries or (), has_epsilon=has_epsilon)
+    if problem is None:
+        assert pretrained.model_of(tmp_path).rope_scaling is None
+        return
+    with pytest.raises(ValueError, match=problem):
+        pretrained.model_of(tmp_path)
 
 
 def test_mistakes(tmp_path, params):

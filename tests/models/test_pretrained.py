@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from fedlora_jax.models import Bert, Llama, ViT, pretrained
+from fedlora_jax.models import Bert, Llama, RopeScaling, ViT, pretrained
 from fedlora_jax.models.pretrained import naming
 from fedlora_jax.models.pretrained.files import find_file, open_tensors, write_safetensors
 
@@ -80,6 +80,7 @@ def test_a_bare_encoder_needs_no_prefix(tmp_path):
 
 
 def test_a_head_beside_tied_embeddings_is_the_same(tmp_path):
+    """Or is the one table that is stored."""
     model = LLAMA.clone(tied=True)
     params = initialised(model, TOKENS)
     table = params["embedding"]["embedding"]
@@ -91,6 +92,23 @@ def test_a_head_beside_tied_embeddings_is_the_same(tmp_path):
             continue
         with pytest.raises(ValueError, match="lm_head.weight is not .*embed_tokens.*tied=False"):
             pretrained.load(model, tmp_path, TOKENS)
+        del tensors["model.embed_tokens.weight"]
+        write_safetensors(tmp_path / "model.safetensors", tensors)
+        read = pretrained.load(model, tmp_path, TOKENS)
+        equal(read, {**params, "embedding": {"embedding": -table}})
+
+
+def test_a_model_of_images_that_are_not_square(vit, tmp_path):
+    """Its positions are no square grid either, even where their number is a square."""
+    write_safetensors(tmp_path / "model.safetensors", vit[1])
+    (tmp_path / "config.json").write_text(json.dumps(VIT_CONFIG | {"image_size": [16, 64]}))
+    for options in ({}, {"image_size": 32}):
+        with pytest.raises(ValueError, match="16 x 64 pixels, not square: `load` takes"):
+            pretrained.from_pretrained(tmp_path, **options)
+    oblong = jax.ShapeDtypeStruct((1, 16, 64, 3), jnp.float32)
+    equal(pretrained.load(VIT, tmp_path, oblong), vit[0])
+    (tmp_path / "config.json").write_text(json.dumps(VIT_CONFIG | {"image_size": [32, 32]}))
+    equal(pretrained.from_pretrained(tmp_path)[1], vit[0])
 
 
 def test_storage_types(vit, tmp_path):
@@ -180,26 +198,53 @@ def test_interpolation_keeps_a_plane():
         pretrained.resize_positions(table, (1, 38, 2))
 
 
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA_CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": LLAMA_3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+}
+BERT_CONFIG = {
+    "model_type": "bert",
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 8,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+VIT_CONFIG = {
+    "model_type": "vit",
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "layer_norm_eps": 1e-12,
+    "image_size": 32,
+    "id2label": {"0": "a", "1": "b", "2": "c"},
+}
+
+
 def test_models_from_configurations():
-    config = {
-        "model_type": "llama",
-        "vocab_size": 20,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 24,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 512,
-    }
+    config = LLAMA_CONFIG
     model = pretrained.model_from_config(config, remat=True)
     assert model.num_kv_heads == 4 and model.tied and model.remat
     assert model.context == 512
@@ -220,6 +265,83 @@ def test_models_from_configurations():
     assert (timm.width, timm.num_classes, timm.layer_norm_epsilon) == (768, 4, 1e-6)
     with pytest.raises(ValueError, match="'resnet50'"):
         pretrained.model_from_config({"architecture": "resnet50"})
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "fields"),
+    [
+        # The older entry of the two is the one that somebody added.
+        (
+            LLAMA_CONFIG,
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+            {"rope_base": 500000.0, "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 8192)},
+        ),
+        (
+            LLAMA_CONFIG,
+            {"rope_scaling": None, "rope_parameters": {"rope_theta": 5.0}},
+            {"rope_base": 5.0, "rope_scaling": None},
+        ),
+        (
+            LLAMA_CONFIG,
+            {"original_max_position_embeddings": 16},
+            {"rope_scaling": RopeScaling(32.0, 1.0, 4.0, 16)},
+        ),
+        (LLAMA_CONFIG, {"rope_scaling": {"type": "linear", "factor": 1.0}}, {"rope_scaling": None}),
+        (LLAMA_CONFIG, {"hidden_act": "swish"}, {}),
+        (BERT_CONFIG, {"hidden_act": "gelu_python"}, {}),
+        (BERT_CONFIG, {"model_type": "xlm-roberta", "pad_token_id": 1}, {"variant": "roberta"}),
+        (BERT_CONFIG, {"model_type": "camembert", "pad_token_id": 1}, {"variant": "roberta"}),
+        (
+            BERT_CONFIG,
+            {"architectures": ["BertForTokenClassification"], "num_labels": 5},
+            {"pooling": "none", "num_classes": 5},
+        ),
+        (
+            BERT_CONFIG,
+            {"architectures": ["BertForSequenceClassification"], "id2label": None},
+            {"pooling": "first", "num_classes": 2},
+        ),
+        (VIT_CONFIG, {"id2label": None, "num_labels": 7}, {"num_classes": 7}),
+    ],
+)
+def test_entries_of_configurations(config, change, fields):
+    model = pretrained.model_from_config(config | change)
+    assert {name: getattr(model, name) for name in fields} == fields
+
+
+TIMM_VIT = {"architecture": "vit_small_patch16_224", "global_pool": "token"}
+TIMM_MIXER = {"architecture": "mixer_b16_224", "global_pool": "avg"}
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "problem"),
+    [
+        (
+            LLAMA_CONFIG,
+            {"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "linear"}},
+            "rope scaling 'linear'",
+        ),
+        (LLAMA_CONFIG, {"is_causal": False}, "attends in both directions"),
+        (LLAMA_CONFIG, {"quantization_config": {"quant_method": "bitnet"}}, "'bitnet'"),
+        (LLAMA_CONFIG, {"rms_norm_eps": None}, "a llama lacks 'rms_norm_eps'"),
+        (LLAMA_CONFIG, {"rms_norm_eps": "1e-5"}, "norm_epsilon must be a finite number"),
+        (LLAMA_CONFIG, {"rms_norm_eps": -1.0}, "norm_epsilon must be at least 0"),
+        (LLAMA_CONFIG, {"rope_scaling": LLAMA_3 | {"factor": "8"}}, "factor must be a finite"),
+        (LLAMA_CONFIG, {"rope_theta": 0}, "rope_base must be above 0"),
+        (LLAMA_CONFIG, {"max_position_embeddings": "512"}, "context must be a whole number"),
+        (BERT_CONFIG, {"pad_token_id": None}, "pad_token must be a whole number.*got None"),
+        (BERT_CONFIG, {"pad_token_id": "<pad>"}, "pad_token must be a whole number"),
+        (BERT_CONFIG, {"type_vocab_size": 0}, "num_token_types must be at least 1"),
+        (VIT_CONFIG, {"layer_norm_eps": -1e-6}, "layer_norm_epsilon must be at least 0"),
+        (TIMM_VIT, {"global_pool": "avg"}, "global_pool='avg'; ours is 'token'"),
+        (TIMM_MIXER, {"global_pool": "token"}, "global_pool='token'; ours is 'avg'"),
+        (TIMM_VIT, {"model_args": {"num_heads": 12, "img_size": 384}}, "model_args num_heads;"),
+    ],
+)
+def test_configurations_that_are_refused(config, change, problem):
+    pretrained.model_from_config(config)
+    with pytest.raises(ValueError, match=problem):
+        pretrained.model_from_config(config | change)
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -41,8 +41,8 @@ def bert(kind: str = "BertForSequenceClassification") -> nn.Module:
     return randomised(getattr(transformers, kind)(config))
 
 
-def roberta() -> nn.Module:
-    config = transformers.RobertaConfig(
+def roberta(kind: str = "Roberta") -> nn.Module:
+    config = getattr(transformers, f"{kind}Config")(
         **SIZES,
         vocab_size=50,
         max_position_embeddings=26,
@@ -50,7 +50,7 @@ def roberta() -> nn.Module:
         type_vocab_size=1,
         pad_token_id=1,
     )
-    return randomised(transformers.RobertaForSequenceClassification(config))
+    return randomised(getattr(transformers, f"{kind}ForSequenceClassification")(config))
 
 
 def llama(tied: bool = False, rope: dict | None = None) -> nn.Module:

@@ -1,5 +1,7 @@
 """Our backbones against the torch originals: logits, LoRA gradients, generated tokens."""
 
+import json
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import peft as original_peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fedlora_jax import lora
 from fedlora_jax.interop import peft
@@ -105,6 +108,38 @@ def test_logits_and_gradients(name, tmp_path):
     wrapped = adapted(original, targets, tmp_path / "adapter")
     checkpoint = peft.load(tmp_path / "adapter", model)
     compare_gradients(wrapped, model, params, checkpoint, inputs, pad)
+
+
+POOLER = {"bert.pooler.dense.weight": torch.eye(32), "bert.pooler.dense.bias": torch.zeros(32)}
+
+# Name: the original, what is added to its files, the padding token.
+EDITED = {
+    "xlm_roberta": (lambda: originals.roberta("XLMRoberta"), {}, {}, 1),
+    "camembert": (lambda: originals.roberta("Camembert"), {}, {}, 1),
+    "token_classification": (lambda: originals.bert("BertForTokenClassification"), {}, POOLER, 0),
+    "scaling_beside_parameters": (originals.llama, {"rope_scaling": originals.LLAMA_3}, {}, None),
+    "original_context": (
+        lambda: originals.llama(rope=originals.LLAMA_3),
+        {"original_max_position_embeddings": 16},
+        {},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_logits_of_files_as_transformers_reads_them(name, tmp_path):
+    make, entries, tensors, pad = EDITED[name]
+    original = make()
+    originals.save(original, tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    config.write_text(json.dumps(originals.read_json(config) | entries))
+    save_file(load_file(weights) | tensors, weights, {"format": "pt"})
+    inputs = originals.texts(pad or 0)
+    with torch.no_grad():
+        expected = originals.forward(type(original).from_pretrained(tmp_path), inputs, pad)
+    model, params = pretrained.from_pretrained(tmp_path)
+    assert distance(jax.jit(model.apply)({"params": params}, inputs), expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", TIMM)

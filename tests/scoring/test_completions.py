@@ -156,7 +156,7 @@ def directory(tmp_path):
 
 def test_language_of_a_directory(directory):
     language = pretrained.read_language(str(directory))
-    assert language[1:] == (None, None, {})
+    assert language[1:] == (None, (), {}) and language.end_token is None
     assert completions.encode(language, "a b a") == [2, 3, 2]
     assert completions.decode(language, [2], [3, 2, 0, 3]) == (" b a", True)
     assert completions.decode(language, [2], [3, 3]) == (" b b", False)
@@ -168,8 +168,12 @@ def test_language_of_a_directory(directory):
     (directory / "config.json").write_text(json.dumps({"eos_token_id": [3, 0]}))
     language = pretrained.read_language(str(directory / "tokenizer.json"))
     assert completions.encode(language, "say a", chat=True) == [1, 4, 2]
-    assert language.end_token == 3
+    assert language.end_token == 3 and language.end_tokens == (3, 0)
     assert completions.decode(language, [2], [2, 3, 2]) == (" a", True)
+    # Neither token is special.
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": [4, 3]}))
+    language = pretrained.read_language(str(directory / "tokenizer.json"))
+    assert completions.decode(language, [2], [2, 3, 4, 2]) == (" a", True)
     (directory / "chat_template.jinja").write_text("say {{ messages[0].content }}")
     assert completions.encode(pretrained.read_language(str(directory)), "a", True) == [4, 2]
     (directory / "chat_template.jinja").write_text("{{ messages + 1 }}")
@@ -185,7 +189,7 @@ def test_several_templates_and_tokens_by_name(directory):
     known = {"chat_template": named, "eos_token": {"content": "<end>"}, "pad_token": None}
     (directory / "tokenizer_config.json").write_text(json.dumps(known))
     language = pretrained.read_language(directory)
-    assert language.special == {"eos_token": "<end>"} and language.end_token == 0
+    assert language.special == {"eos_token": "<end>"} and language.end_tokens == (0,)
     assert completions.encode(language, "a", chat=True) == [4, 0]
 
 
@@ -201,4 +205,4 @@ def test_a_space_at_the_beginning_is_kept():
     pieces = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     pieces.decoder = tokenizers.decoders.Metaspace()
     assert pieces.decode([1]) == "b"
-    assert completions.decode(Language(pieces, None, None), [0], [1, 0]) == (" b a", False)
+    assert completions.decode(Language(pieces, None), [0], [1, 0]) == (" b a", False)

@@ -95,19 +95,25 @@ def read_config(path: PathLike) -> dict[str, Any]:
         "rope_theta": number("rope.freq_base", 10_000.0),
         "rope_scaling": _rope_scaling(header),
         "max_position_embeddings": number("context_length"),
+        "is_causal": number("attention.causal", True),
         "tie_word_embeddings": "output.weight" not in names,
     }
 
 
 def _rope_scaling(header: _Header) -> dict[str, Any] | None:
-    kind = header.values.get("llama.rope.scaling.type", "none")
-    if kind != "none":
-        return {"rope_type": kind}
+    def entry(name: str, default: Any) -> Any:
+        return header.values.get(f"llama.rope.{name}", default)
+
+    # As llama.cpp reads them: linear where no kind is said, and a factor of 0 is none.
+    kind = entry("scaling.type", "linear")
+    factor = entry("scaling.factor", entry("scale_linear", 0.0)) or 1.0
+    if kind != "none" and (kind, factor) != ("linear", 1.0):
+        return {"rope_type": kind, "factor": factor}
     if _FREQUENCIES not in {tensor.name for tensor in header.tensors}:
         return None
     factors = np.array(_tensor(header, _FREQUENCIES).data, np.float32)
     scaling = _LLAMA3._replace(factor=float(factors.max()))
-    base = header.values.get("llama.rope.freq_base", 10_000.0)
+    base = entry("freq_base", 10_000.0)
     plain, stretched = (
         rotary_frequencies(2 * len(factors), base, wanted) for wanted in (None, scaling)
     )

@@ -30,14 +30,19 @@ class Language(NamedTuple):
     Attributes:
       tokenizer: A `tokenizers.Tokenizer`; it neither pads nor cuts.
       template: That of a conversation, or None.
-      end_token: The token that ends a text, or None.
+      end_tokens: The tokens that end a text, each by itself.
       special: Tokens with a part to play by their names, `{"eos_token": "<|im_end|>"}`.
     """
 
     tokenizer: Any
     template: ChatTemplate | None
-    end_token: int | None
+    end_tokens: tuple[int, ...] = ()
     special: dict[str, str] = {}
+
+    @property
+    def end_token(self) -> int | None:
+        """The first token that ends a text, or None."""
+        return self.end_tokens[0] if self.end_tokens else None
 
 
 def read_language(source: PathLike) -> Language:
@@ -72,11 +77,11 @@ def read_language(source: PathLike) -> Language:
 def _within(path: Path, modified: int) -> Language:
     """Of a GGUF file, which takes seconds to open; anew where that is modified."""
     del modified
-    template = gguf_files.chat_template(path)
+    template, end = gguf_files.chat_template(path), gguf_files.end_token(path)
     return Language(
         gguf_files.read_tokenizer(path),
         None if template is None else ChatTemplate(template, str(path)),
-        gguf_files.end_token(path),
+        () if end is None else (end,),
         gguf_files.special_tokens(path),
     )
 
@@ -105,8 +110,8 @@ def _beside(file: Path) -> Language:
     end = entries("config.json").get("eos_token_id") if end is None else end
     if end is None and "eos_token" in special:
         end = tokenizer.token_to_id(special["eos_token"])
-    template = _template(file.parent, known)
-    return Language(tokenizer, template, end[0] if isinstance(end, list) else end, special)
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    return Language(tokenizer, _template(file.parent, known), tuple(ends), special)
 
 
 def _template(directory: Path, known: dict[str, Any]) -> ChatTemplate | None:

@@ -70,18 +70,31 @@ def from_pretrained(
       `(model, params)`.
 
     Raises:
-      ValueError: On a configuration that is not one of our backbones, or as `load` does.
+      ValueError: On a configuration that is not one of our backbones or of images that are not
+        square, or as `load` does.
     """
     directory = locate(source)
     model = model_of(directory, **overrides)
     config = _read_config(directory)
     if isinstance(model, ViT | Mixer):
-        default = config.get("image_size") or config.get("pretrained_cfg", {}).get("input_size")
-        side = image_size or (default[-1] if isinstance(default, list) else default) or 224
+        own = _side(config)
+        side = image_size or own
         example = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     else:
         example = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return model, load(model, directory, example, new=new, key=key, dtype=dtype)
+
+
+def _side(config: Mapping[str, Any]) -> int:
+    """The side of the images of the pretraining, which timm puts behind their channels."""
+    size = (config.get("model_args") or {}).get("img_size") or config.get("image_size")
+    size = size or (config.get("pretrained_cfg") or {}).get("input_size") or 224
+    height, width = size[-2:] if isinstance(size, list) else (size, size)
+    if height != width:
+        raise ValueError(
+            f"a model of images of {height} x {width} pixels, not square: `load` takes such images"
+        )
+    return height
 
 
 def model_of(source: PathLike, **overrides: Any) -> nn.Module:
@@ -189,7 +202,7 @@ def _plan(
     form = _best_format(model, wanted, tensors)
     readings, missing, misshapen = [], [], []
     for path, shape in wanted.items():
-        row = naming.parameter(form, path)
+        row = _row(model, form, path, tensors)
         if row is None or row.theirs not in tensors:
             missing.append((path, row))
             continue
@@ -209,6 +222,16 @@ def _plan(
     if getattr(model, "tied", False):
         _check_tied(form, tensors)
     return readings
+
+
+def _row(model: nn.Module, form: Format, path: str, tensors: Tensors) -> Row | None:
+    """Where a parameter is; of one table for embeddings and head some store the head alone."""
+    row = naming.parameter(form, path)
+    if path == "embedding/embedding" and getattr(model, "tied", False):
+        head = naming.parameter(form, "head/kernel")
+        if row and head and row.theirs not in tensors and head.theirs in tensors:
+            return head
+    return row
 
 
 def _check_tied(form: Format, tensors: Tensors) -> None:
