@@ -13,11 +13,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and run little.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA before jaxlib 0.11 emits fusions by way of MLIR: without it programs compile in half the time,
-# to a seventh of the size. Later there is no such option.
+# to a seventh of the size. Later there is no such option. What a loop computes anew in each turn
+# the compiler takes out of it one by one, for a tenth of its time.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_cpu_parallel_codegen_split_count=1"
-    + " --xla_cpu_use_fusion_emitters=false" * (importlib.metadata.version("jaxlib") < "0.11"),
+    " --xla_disable_hlo_passes=while-loop-invariant-code-motion"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * (importlib.metadata.version("jaxlib") < "0.11"),
 )
 # Devices for the tests of a mesh.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
@@ -97,12 +100,13 @@ def group_of(file):
 
 
 def pytest_collection_modifyitems(items):
-    """In the world method by method: a method's programs are made once, and then dropped."""
+    """In the world method by method, whose programs are made once and then dropped."""
     place = {name: index for index, name in enumerate(LONG)}
 
     def key(item):
         group = group_of(item.path.stem)
-        parameters = item.callspec.params if group == "world" and hasattr(item, "callspec") else {}
+        by_method = group in ("world", "test_mesh") and hasattr(item, "callspec")
+        parameters = item.callspec.params if by_method else {}
         return place.get(group, len(LONG)), str(parameters.get("name", ""))
 
     items.sort(key=key)

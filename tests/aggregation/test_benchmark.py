@@ -54,7 +54,7 @@ def tiny_round():
     """Our side of a round of no size."""
     model = ViT(num_classes=3, patch_size=4, width=8, depth=1, num_heads=2)
     tiny = {"model": model, "shape": (8, 8, 1), "clients": 3, "batch_size": 2, "steps": 2}
-    case = rounds.CASES["digits"]._replace(**tiny, rank=2)
+    case = rounds.CASES["digits"]._replace(**tiny, targets=("attention/query",), rank=2)
     side, compute, _ = rounds.ours(case, case.clients, ["all", "2"])
     return case, side, compute
 
