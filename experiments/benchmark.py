@@ -126,7 +126,8 @@ def worker(task: str, **environment: str) -> dict[str, Any]:
       **environment: Variables of the process, besides those of this one.
     """
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
-    for flag in dict.fromkeys((*OF_AGGREGATION, *OF_PROGRAMS, *OF_STREAMING, _ENDURED)):
+    # Some more than once, which does no harm: absl's flags have no hash to tell them apart by.
+    for flag in (*OF_AGGREGATION, *OF_PROGRAMS, *OF_STREAMING, _ENDURED):
         command.append(f"--{flag.name}={flag.value}")
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)

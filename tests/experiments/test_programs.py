@@ -202,3 +202,14 @@ def test_runs_that_fail_are_reported_when_all_others_have_run(program, unbroken,
     assert re.search(f"Left out: {said}", report)
     run = "local/seed_1/metrics.jsonl"
     assert metrics(workdir)[run] == metrics(unbroken[0])[run]
+
+
+SMALLEST = ["--clients=1", "--rank=1", "--layers=1", "--repeats=1", "--noreference"]
+
+
+def test_a_benchmark_runs_what_it_measures(program, tmp_path):
+    code, out, err = program.run(
+        "benchmark", "aggregation", "--only=fedit", *SMALLEST, f"--output={tmp_path}"
+    )
+    assert code == 0, err
+    assert "| fedit" in out and {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
