@@ -182,8 +182,9 @@ def test_the_pages(sent):
     page = mesh.page({"environment": environment, "methods": of_mesh})
     assert "3 all-reduce" in page and "| fedit" in page
     rows = {"fedit": {"compiler": ways, "drjax": None}}
-    page = engines.page({"environment": environment, "drjax": None, "rows": rows})
-    assert "3 all-reduce" in page and "no words for it" in page
+    for version, words in (("0.2.1", "no words for it"), (None, "not installed")):
+        page = engines.page({"environment": environment, "drjax": version, "rows": rows})
+        assert "3 all-reduce" in page and words in page
     errors = tree.errors(*sent, seed=0)
     results = {"environment": environment, "methods": {"flexlora": {"0": {"4": errors}}}}
     assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
