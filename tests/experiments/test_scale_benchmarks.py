@@ -227,7 +227,7 @@ def command(monkeypatch, tmp_path):
         (
             "streaming",
             {"clients": "3", "cohort": "2", "images": "40"},
-            "--clients=3 times --images=40 is 120 images; 131 are needed",
+            "--clients=3 times --images=40 is 120 images; 259 are needed",
         ),
         ("clients", {"output": __file__}, f"--output: cannot write in {__file__}: it is no direct"),
         (
