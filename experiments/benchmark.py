@@ -45,13 +45,15 @@ of every method, in float32 and bfloat16, and fails if a value is not finite, a 
 compiled again, or memory grows; its rows are `METHOD:float32`, `METHOD:bfloat16`, and of some
 `METHOD:loop`.
 
-It prints tables and writes JSON, a Markdown page and pictures to `--output`.
+It prints tables and writes JSON, a Markdown page and pictures to `--output`, when all is measured;
+until then the rows that are finished are there in a `.partial.json`.
 """
 
 import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,7 +61,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 # Two libraries of linear algebra that both use all cores wait for each other. Threads of the
 # decompositions of small cores gain nothing, products have their own.
@@ -68,7 +70,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.benchmarks import (
     aggregation,
@@ -84,19 +86,28 @@ from experiments.benchmarks import (
     streaming,
     tree,
 )
+from fedlora_jax import locks
+from fedlora_jax.experiment import records
 
 Row = TypeVar("Row")
+
+
+class Stopped(SystemExit):
+    """A signal has come; the exit status is that of shells."""
+
 
 _CLIENTS = flags.DEFINE_integer("clients", 10, "Clients K.", lower_bound=1)
 _RANK = flags.DEFINE_integer("rank", 32, "Rank r.", lower_bound=1)
 _LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers.", lower_bound=1)
 _BLOCKS = flags.DEFINE_integer("blocks", 30, "Blocks of `programs`.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the adapters.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the adapters.", lower_bound=0)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Calls after the first one.", lower_bound=1)
 _COHORT = flags.DEFINE_integer("cohort", 64, "Clients a round of `streaming`.", lower_bound=1)
 _IMAGES = flags.DEFINE_integer("images", 25, "Images of a client of `streaming`.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of `streaming`.", lower_bound=2)
-_MEMORY = flags.DEFINE_float("memory_gb", 2.5, "What `streaming` may hold; 0 for no bound.")
+_MEMORY = flags.DEFINE_float(
+    "memory_gb", 2.5, "What `streaming` may hold; 0 for no bound.", lower_bound=0.0
+)
 _FOLDER = flags.DEFINE_string("folder", "", "Where `streaming` writes its images, to be kept.")
 _SEEDS = flags.DEFINE_integer("tree_seeds", 5, "Seeds of `tree`.", lower_bound=1)
 _ENDURED = flags.DEFINE_integer("endured", 2000, "Rounds of `endurance`.", lower_bound=20)
@@ -115,6 +126,8 @@ OF_MEMORY = (_BLOCKS, _RANK)
 OF_ROUND = (_CHUNKS, _REPEATS)
 OF_STREAMING = (_CLIENTS, _COHORT, _IMAGES, _ROUNDS, _MEMORY, _FOLDER)
 _OUTPUT = flags.DEFINE_string("output", "experiments/benchmarks", "Directory for the results.")
+# The file of the rows that this process has finished, until the table is.
+_UNFINISHED: list[Path] = []
 _WORKER = flags.DEFINE_string("worker", "", "Used by the program itself: what to measure here.")
 
 
@@ -126,7 +139,8 @@ def worker(task: str, **environment: str) -> dict[str, Any]:
       **environment: Variables of the process, besides those of this one.
     """
     command = [sys.executable, "-m", "experiments.benchmark", f"--worker={task}"]
-    for flag in dict.fromkeys((*OF_AGGREGATION, *OF_PROGRAMS, *OF_STREAMING, _ENDURED)):
+    # Some more than once, which does no harm: absl's flags have no hash to tell them apart by.
+    for flag in (*OF_AGGREGATION, *OF_PROGRAMS, *OF_STREAMING, _ENDURED):
         command.append(f"--{flag.name}={flag.value}")
     variables = {**os.environ, **environment}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
@@ -166,22 +180,24 @@ def rows_of(known: Iterable[str], defaults: Iterable[str] | None = None) -> list
     return rows
 
 
-def keep(name: str, results: dict[str, Any]) -> Path:
-    """Writes the results as JSON, also those of a table that is not finished."""
-    path = Path(_OUTPUT.value) / f"{name}_{results['environment']['platform']}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+def keep(name: str, results: dict[str, Any], ending: str = ".json") -> Path:
+    """Writes the results as JSON."""
+    path = Path(_OUTPUT.value) / f"{name}_{results['environment']['platform']}{ending}"
+    records.write_atomically(path, json.dumps(results, indent=2) + "\n")
     return path
 
 
 def each(
     name: str, results: dict[str, Any], rows: Iterable[Row], prefix: str = ""
 ) -> Iterator[Row]:
-    """The rows in turn, announced with the prefix; after each one the results so far are kept."""
+    """The rows in turn, announced with the prefix; after each one the results so far are kept.
+
+    Beside those of an earlier run, which stay as they are until all is measured.
+    """
     for row in rows:
         print(f"{prefix}{row} ...", file=sys.stderr, flush=True)
         yield row
-        keep(name, results)
+        _UNFINISHED[:] = [keep(name, results, ".partial.json")]
 
 
 def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> None:
@@ -191,6 +207,8 @@ def write(name: str, results: dict[str, Any], page: str, figure: Any = None) -> 
     path.with_suffix(".md").write_text(page + "\n")
     if figure is not None:
         figure.savefig(path.with_suffix(".png"), dpi=120)
+    while _UNFINISHED:
+        _UNFINISHED.pop().unlink(missing_ok=True)
     print(f"written to {path} and .md", file=sys.stderr)
 
 
@@ -300,8 +318,14 @@ def streaming_table() -> None:
         raise app.UsageError(
             f"--cohort={size.cohort} clients a round, but there are --clients={size.clients}"
         )
+    images, fewest = size.clients * size.images, streaming.fewest(size.clients)
+    if images < fewest:
+        raise app.UsageError(
+            f"--clients={size.clients} times --images={size.images} is {images} images; "
+            f"{fewest} are needed, of which some are held out"
+        )
     print(f"writing images to {folder} ...", file=sys.stderr, flush=True)
-    streaming.write(folder, size.clients * size.images)
+    streaming.write(folder, images)
     made = environment(*OF_STREAMING[:-1])
     found = worker("streaming")
     write("streaming", {"environment": made, **found}, streaming.page(made, found))
@@ -356,7 +380,7 @@ def endurance_table() -> None:
 
 def growth_table() -> None:
     """Measures growth with K and r, prints exponents, writes them and a picture."""
-    results = {"environment": environment(), "growth": worker("growth:")}
+    results = {"environment": environment(_REPEATS), "growth": worker("growth:")}
     write("growth", results, growth.page(results), growth.draw(results))
 
 
@@ -389,23 +413,70 @@ def main(argv: list[str]) -> None:
         }
         print(json.dumps(tasks[kind]()))
         return
-    commands = {
-        "aggregation": aggregation_table,
-        "clients": clients_table,
-        "endurance": endurance_table,
-        "engines": engines_table,
-        "growth": growth_table,
-        "memory": memory_table,
-        "mesh": mesh_table,
-        "profile": profile_table,
-        "programs": programs_table,
-        "round": round_table,
-        "streaming": streaming_table,
-        "tree": tree_table,
-    }
-    if len(argv) != 2 or argv[1] not in commands:
-        raise app.UsageError(f"name one of: {', '.join(commands)}")
-    commands[argv[1]]()
+    if len(argv) != 2 or argv[1] not in COMMANDS:
+        raise app.UsageError(f"name one of: {', '.join(COMMANDS)}")
+    table, read = COMMANDS[argv[1]]
+    check_read(argv[1], read)
+    try:
+        locks.check_writable(Path(_OUTPUT.value))
+    except OSError as error:
+        raise app.UsageError(f"--output: {error}") from None
+    measure(table)
+
+
+def measure(table: Callable[[], None]) -> None:
+    """Makes a table; what stops it ends the program, and says where the finished rows are."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # As in the background, or under `nohup`.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        table()
+    except (RuntimeError, OSError) as error:
+        logging.info("Where it comes from:", exc_info=True)
+        sys.exit(f"error: {error}\n{_finished()}")
+    except Stopped:
+        print(f"stopped; {_finished()}", file=sys.stderr)
+        raise
+
+
+def check_read(command: str, read: Iterable[flags.FlagHolder]) -> None:
+    """Raises UsageError if the command line has flags that this measurement does not read."""
+    known = {flag.name for flag in (*read, _OUTPUT)}
+    others = {flag.name: flag.present for _, each in COMMANDS.values() for flag in each}
+    given = [name for name, present in others.items() if present and name not in known]
+    if given:
+        raise app.UsageError(
+            f"{command} does not read {', '.join(f'--{each}' for each in given)}; it reads "
+            f"{', '.join(f'--{each}' for each in sorted(known))}"
+        )
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """Of an exception, not of a signal, `subprocess` ends the worker that it waits for."""
+    raise Stopped(128 + number)
+
+
+def _finished() -> str:
+    """Where the rows of a table that is not finished are."""
+    return f"finished rows are in {_UNFINISHED[0]}" if _UNFINISHED else "no row is finished"
+
+
+# Each subcommand, and the flags that it reads.
+COMMANDS: dict[str, tuple[Callable[[], None], tuple[flags.FlagHolder, ...]]] = {
+    "aggregation": (aggregation_table, (*OF_AGGREGATION, _ONLY, _REFERENCE, _FULL_SVD)),
+    "clients": (clients_table, (_ONLY,)),
+    "endurance": (endurance_table, (_ENDURED, _ONLY)),
+    "engines": (engines_table, (_ONLY,)),
+    "growth": (growth_table, (_REPEATS,)),
+    "memory": (memory_table, (*OF_MEMORY, _ONLY)),
+    "mesh": (mesh_table, (_ONLY,)),
+    "profile": (profile_table, (_CHUNKS, _ONLY)),
+    "programs": (programs_table, (*OF_PROGRAMS, _ONLY)),
+    "round": (round_table, (*OF_ROUND, _ONLY, _REFERENCE)),
+    "streaming": (streaming_table, OF_STREAMING),
+    "tree": (tree_table, (_SEEDS, _ONLY)),
+}
 
 
 if __name__ == "__main__":

@@ -261,13 +261,14 @@ def page(results: dict[str, Any]) -> str:
     titles = {
         "compiler": "compiler",
         "shard_map": "`shard_map`, collectives written out",
-        "drjax": f"DrJAX {results['drjax']}" if results["drjax"] else "DrJAX (not installed)",
+        "drjax": f"DrJAX {results['drjax'] or ''}".rstrip(),
         "ours": "this library",
     }
     for name, ways in results["rows"].items():
         for way, found in ways.items():
             if found is None:
-                rows.append([TITLES[name], titles[way], "", "no words for it", "", ""])
+                why = "no words for it" if results["drjax"] else "not installed"
+                rows.append([TITLES[name], titles[way], "", why, "", ""])
                 continue
             each = found["collectives"].items()
             kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in each) or "none"

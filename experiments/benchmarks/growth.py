@@ -60,7 +60,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 def page(results: dict[str, Any]) -> str:
     """The exponents, as a table."""
-    growth = results["growth"]
+    facts, growth = results["environment"], results["growth"]
     table = [
         [row, *(growth[axis][row]["exponent"] for axis in "Kr")]
         for row in growth["K"]
@@ -71,4 +71,6 @@ def page(results: dict[str, Any]) -> str:
 
 {tabulate(table, headers, tablefmt="github")}
 
-Exponents are fitted to the upper half of the points."""
+Exponents are fitted to the upper half of the points, of each the best of {facts["repeats"]} calls.
+{facts["date"]}, {facts["device"]}, {facts["cores"]} cores, jax {facts["versions"]["jax"]}, load
+average {facts["load_average_at_start"]} when it began."""

@@ -10,7 +10,7 @@ from experiments.benchmarks import programs
 LOSSES = {
     "whole": ("whole", False),
     "chunked": ("chunked", False),
-    "chunked, remat": ("chunked", True),
+    "chunked+remat": ("chunked", True),
 }
 
 

@@ -76,6 +76,14 @@ def write(folder: Path, count: int) -> int:
     return total
 
 
+def fewest(clients: int) -> int:
+    """How many images a federation needs: one for each client, besides those held out.
+
+    A hash of the files says which those are, so that they may be more; hardly twice as many.
+    """
+    return clients + 2 * _LEAST * sum(share > 0 for share in _HELD_OUT.values())
+
+
 def configuration(folder: Path, size: Size, images: int) -> ml_collections.ConfigDict:
     """A small ViT at 224 pixels; every client has as many images."""
     config = image_folder.get_config(f"root={folder},size={SIDE},clients={size.clients}")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import benchmark
-from experiments.benchmarks import aggregation, programs, rounds
+from experiments.benchmarks import aggregation, growth, memory, programs, rounds
 from fedlora_jax.aggregation import REGISTRY
 from fedlora_jax.models import ViT
 from tests.aggregation import oracles
@@ -26,6 +26,17 @@ def test_a_row(small, row):
     assert 0 < line["error"] < 1
 
 
+@pytest.mark.filterwarnings("error::fedlora_jax.aggregation.UnequalFactors")
+@pytest.mark.parametrize("row", aggregation.COMMON_A)
+def test_a_row_of_clients_who_share_a(small, row):
+    """Of whose products the mean is exact."""
+    assert aggregation.measure(row, SIZE)["error"] < 1e-6
+
+
+def test_no_row_has_a_comma_which_the_command_line_takes_for_another_row():
+    assert not [name for name in (*aggregation.ROWS, *memory.LOSSES) if "," in name]
+
+
 def test_the_report(small):
     results = {
         "environment": benchmark.environment(*benchmark.OF_AGGREGATION),
@@ -36,6 +47,13 @@ def test_the_report(small):
     }
     page = aggregation.page(results)
     assert "flexlora" in page and "~1 s" in page and "6 kernels" not in page
+
+
+def test_the_page_of_growth_says_where_it_was_measured():
+    rows = {"fedit": {"exponent": 0.5}}
+    environment = benchmark.environment(benchmark._REPEATS)
+    page = growth.page({"environment": environment, "growth": {"K": rows, "r": rows}})
+    assert "the best of 5 calls" in page and f"{environment['date']}, cpu" in page
 
 
 def test_the_program_of_a_round(monkeypatch):

@@ -1,10 +1,12 @@
-"""`experiments.compare` and `experiments.train` from the outside."""
+"""`experiments.compare`, `experiments.train` and `experiments.benchmark` from the outside."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,3 +204,27 @@ def test_runs_that_fail_are_reported_when_all_others_have_run(program, unbroken,
     assert re.search(f"Left out: {said}", report)
     run = "local/seed_1/metrics.jsonl"
     assert metrics(workdir)[run] == metrics(unbroken[0])[run]
+
+
+@pytest.mark.skipif(
+    not os.path.exists(f"/proc/self/task/{os.getpid()}/children"), reason="reads Linux's /proc"
+)
+def test_a_benchmark_that_is_stopped_keeps_its_rows_and_no_worker(program, tmp_path):
+    """Its first row is finished; of a table that is there nothing is replaced."""
+    table = tmp_path / "aggregation_cpu.json"
+    table.write_text("of an earlier run")
+    smallest = ["--clients=1", "--rank=1", "--layers=1", "--repeats=1", "--noreference"]
+    command = program.start(
+        "benchmark", "aggregation", "--only=fedit,flora", *smallest, f"--output={tmp_path}"
+    )
+    rows, worker = tmp_path / "aggregation_cpu.partial.json", Path("nowhere")
+    while command.process.is_alive() and not (rows.exists() and worker.exists()):
+        time.sleep(0.05)
+        tasks = Path(f"/proc/{command.process.pid}/task")
+        children = [path.read_text().split() for path in tasks.glob("*/children")]
+        worker = next((Path("/proc", *each) for each in children if each), worker)
+    os.kill(command.process.pid, signal.SIGTERM)
+    code, _, err = command.wait()
+    assert code == 143 and f"stopped; finished rows are in {rows}" in err, err
+    assert list(json.loads(rows.read_text())["ours"]) == ["fedit"] and not worker.exists()
+    assert table.read_text() == "of an earlier run" and "Traceback" not in err

@@ -1,11 +1,13 @@
 """What the benchmarks at scale read and compute; their tables from what workers say."""
 
+import json
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import benchmark
@@ -180,8 +182,9 @@ def test_the_pages(sent):
     page = mesh.page({"environment": environment, "methods": of_mesh})
     assert "3 all-reduce" in page and "| fedit" in page
     rows = {"fedit": {"compiler": ways, "drjax": None}}
-    page = engines.page({"environment": environment, "drjax": None, "rows": rows})
-    assert "3 all-reduce" in page and "no words for it" in page
+    for version, words in (("0.2.1", "no words for it"), (None, "not installed")):
+        page = engines.page({"environment": environment, "drjax": version, "rows": rows})
+        assert "3 all-reduce" in page and words in page
     errors = tree.errors(*sent, seed=0)
     results = {"environment": environment, "methods": {"flexlora": {"0": {"4": errors}}}}
     assert "round 5, 1 seeds" in tree.page(results) and len(tree.draw(results).axes) == 1
@@ -201,11 +204,73 @@ def test_what_four_cpus_count_says_so_beside_a_gpu(table, monkeypatch):
     assert (facts["device"], facts["platform"]) == ("cpu", "cpu")
 
 
-def test_images_of_fewer_clients_than_a_round_has_are_not_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "_FOLDER", types.SimpleNamespace(value=str(tmp_path)))
-    with pytest.raises(benchmark.app.UsageError, match="--cohort=64 .* --clients=10"):
-        benchmark.streaming_table()
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs a subcommand with these flags, whose results and images go to a new directory."""
+    monkeypatch.setattr(benchmark.signal, "signal", lambda *_: None)
+
+    def run(name, worker=None, **given):
+        if worker is not None:
+            monkeypatch.setattr(benchmark, "worker", worker)
+        for directory in {"output", "folder" if name == "streaming" else "output"} - set(given):
+            given[directory] = str(tmp_path / directory)
+        with flagsaver.as_parsed(**given):
+            benchmark.main(["benchmark", name])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("streaming", {}, "--cohort=64 .* --clients=10"),
+        (
+            "streaming",
+            {"clients": "3", "cohort": "2", "images": "40"},
+            "--clients=3 times --images=40 is 120 images; 259 are needed",
+        ),
+        ("clients", {"output": __file__}, f"--output: cannot write in {__file__}: it is no direct"),
+        (
+            "endurance",
+            {"rounds": "20"},
+            "endurance does not read --rounds; it reads --endured, --only, --output",
+        ),
+        ("growth", {"only": "fedit"}, "growth does not read --only; it reads --output, --repeats"),
+        ("aggregation", {"only": "nosuch"}, "unknown rows"),
+    ],
+)
+def test_a_mistake_is_found_before_any_work(name, given, message, command, tmp_path):
+    with pytest.raises(benchmark.app.UsageError, match=message):
+        command(name, worker=lambda *_: pytest.fail("it works"), **given)
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
+    ("stopped", "status"),
+    [
+        (benchmark.Stopped(130), "130"),
+        (
+            RuntimeError("memory:1,128,chunked failed"),
+            "error: memory:1,128,chunked failed\nfinished rows are in",
+        ),
+    ],
+)
+def test_what_stops_a_table_leaves_its_rows_beside_the_last_one(stopped, status, command, tmp_path):
+    def worker(task):
+        if task.endswith(",chunked"):
+            raise stopped
+        return {"working_bytes": 2**30}
+
+    table = tmp_path / "output" / "memory_cpu.json"
+    rows = table.with_suffix(".partial.json")
+    command("memory", worker, only="whole")
+    finished = table.read_text(), table.with_suffix(".md").read_text()
+    assert "1.07" in finished[1] and not rows.exists()
+    with pytest.raises(SystemExit) as ended:
+        command("memory", worker, only="whole,chunked")
+    assert str(ended.value.code).startswith(status)
+    assert finished == (table.read_text(), table.with_suffix(".md").read_text())
+    assert json.loads(rows.read_text())["rounds"][0]["whole"] == 2**30
 
 
 @pytest.mark.usefixtures("digits")
