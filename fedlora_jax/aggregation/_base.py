@@ -437,12 +437,25 @@ def unequal(
     common = [jnp.asarray(getattr(node, side)) for node in given]
     if initial is None:
         common = [factor[present[0]] for factor in common]
+    theirs = [getattr(node, side) for node in leaves(stacked)]
+    # As they should be, which is read in a quarter of the time of what follows.
+    if all(jax.device_get([_same(*pair) for pair in zip(theirs, common, strict=True)])):
+        return None
     apart = [_differs(*pair, side=side) for pair in zip(leaves(stacked), common, strict=True)]
     # All at once, so that no kernel is waited for before the next one is begun.
     for name, differs in zip(names(stacked), jax.device_get(apart), strict=True):
         if differs[present].any():
             return int(present[differs[present].argmax()]), name
     return None
+
+
+@jax.jit
+def _same(clients: jax.Array, common: jax.Array) -> jax.Array:
+    """Whether all clients hold the common factor, to the bit; False if one holds a NaN."""
+    if clients.shape[1:] != common.shape:
+        return jnp.asarray(False)
+    # A sum is the fastest way to read.
+    return jnp.sum(jnp.abs(clients - common)) == 0
 
 
 @functools.partial(jax.jit, static_argnames="side")
